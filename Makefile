@@ -1,0 +1,69 @@
+# `make demo` runs the main job, `make test` passes the tests; both create and use .venv.
+VENV   := .venv
+PYTHON ?= python3
+PIP    := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
+RUN    := $(VENV)/bin/python
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs lock check clean
+
+demo: dev
+	@$(RUN) -m switchgear.demo
+
+serve: dev
+	@$(VENV)/bin/switchgear serve
+
+dev: $(INSTALLED)
+
+$(VENV)/bin/python:
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+# The lock first (exact versions), then this package in place, built against the torch that was just installed.
+$(INSTALLED): $(VENV)/bin/python pyproject.toml requirements.lock $(NATIVE_SOURCES)
+	@echo "Installing the locked dependencies and building the native libraries (a minute or two) ..."
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $(INSTALLED)
+
+test: dev
+	@$(RUN) -m pytest -q -m "not slow and not gpu"
+
+test-slow: dev
+	@$(RUN) -m pytest -q -m "slow and not gpu"
+
+test-gpu: dev
+	@$(RUN) -m pytest -q -m gpu
+
+lint: dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: dev
+	@$(VENV)/bin/ruff check --fix -q .
+	@$(VENV)/bin/ruff format -q .
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+type: dev
+	@$(VENV)/bin/mypy
+
+check: lint type test
+
+bench: dev
+	@$(VENV)/bin/switchgear bench
+
+docs: dev
+	@$(RUN) -m switchgear.flags > docs/CONFIG.md
+
+# After a change of the ranges in pyproject.toml: resolve them anew, in a fresh environment, and write the lock.
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip -qq install torch==2.13.0 "setuptools>=77" wheel
+	@$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] + p['optional-dependencies']['dev']))" > build/lock/ranges.txt
+	@build/lock/bin/python -m pip -qq install -r build/lock/ranges.txt
+	@build/lock/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu//' > requirements.lock
+
+clean:
+	@rm -rf build dist $(INSTALLED) runtime/switchgear_runtime/_native

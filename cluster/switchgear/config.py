@@ -1,0 +1,108 @@
+"""The settings of a cluster and its server: `ServeConfig`, and how one flat set of names becomes both configs.
+
+A field here or in `EngineConfig`, with its `help`, is a CLI flag, a keyword of `LLM(...)` and a row in docs/CONFIG.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from switchgear_runtime.config import EngineConfig, setting
+from switchgear_runtime.errors import ConfigError
+
+LAUNCHERS = ("ray", "local")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+RANKS_MAX = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """What the server and the launcher need beside the engine's settings. Raises ConfigError where a value cannot work."""
+
+    ranks: int = setting(4, "Rank processes; the experts are spread over them.")
+    launcher: str = setting("ray", "Who starts the rank processes.", choices=LAUNCHERS)
+    ray_address: str | None = setting(None, "Ray cluster to join; auto: the one running here. Default: start a local one.")
+    ray_cpus_per_rank: float = setting(0.1, "CPUs that a rank's Ray bundle reserves; a fraction is fine.")
+    host: str = setting("127.0.0.1", "Address the HTTP server listens on.")
+    port: int = setting(8000, "Port the HTTP server listens on; 0: any free one.")
+    api_key: str | None = setting(None, "Key that requests must bear; covers every route but /health.")
+    served_model_name: str | None = setting(None, "The model's name in the API. Default: its directory's name.")
+    start_timeout_s: float = setting(120.0, "Deadline for all ranks to load the model and join, in seconds.")
+    drain_timeout_s: float = setting(30.0, "How long a shutdown lets running requests finish, in seconds.")
+    max_restarts: int = setting(8, "Rank restarts within --restart-window-s before the cluster gives up.")
+    restart_window_s: float = setting(300.0, "Window for --max-restarts, in seconds.")
+    max_body_bytes: int = setting(8 << 20, "Largest request body.")
+    max_prompts_per_request: int = setting(1024, "Most prompts in one request.")
+    max_queued_requests: int = setting(4096, "Most unfinished sequences in the whole server; beyond it: 429.")
+    log_level: str = setting("info", "How much the server and the ranks log.", choices=LOG_LEVELS)
+
+    def __post_init__(self) -> None:
+        for name, choices in ((f.name, f.metadata["choices"]) for f in fields(self)):
+            value = getattr(self, name)
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        _integer("ranks", self.ranks, 1, RANKS_MAX)
+        _integer("port", self.port, 0, 65535)
+        _integer("max_restarts", self.max_restarts, 0, 1 << 20)
+        for name in ("max_body_bytes", "max_prompts_per_request", "max_queued_requests"):
+            _integer(name, getattr(self, name), 1, 1 << 40)
+        for name in ("start_timeout_s", "restart_window_s", "ray_cpus_per_rank"):
+            _above_zero(name, getattr(self, name))
+        if not _is_number(self.drain_timeout_s) or self.drain_timeout_s < 0:
+            raise ConfigError(f"drain_timeout_s={self.drain_timeout_s!r} must be zero or more seconds")
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ConfigError(f"ray_address={self.ray_address!r} needs launcher='ray', not {self.launcher!r}")
+        if self.api_key == "":
+            raise ConfigError("api_key='' would let everybody in; give a key, or leave it out")
+
+
+def bundled_model() -> Path:
+    """The checkpoint that ships with the package."""
+    return Path(__file__).parent / "bundled" / "tiny-moe"
+
+
+def settings() -> dict[str, Field[Any]]:
+    """Every setting by name, the engine's first: what the CLI and the docs iterate over."""
+    engine = {f.name: f for f in fields(EngineConfig)}
+    cluster = {f.name: f for f in fields(ServeConfig)}
+    assert not engine.keys() & cluster.keys()  # one flat set of names
+    return engine | cluster
+
+
+def split_settings(values: Mapping[str, Any]) -> tuple[ServeConfig, EngineConfig]:
+    """Flat names -> both configs; the model's path is resolved. An unknown name is a ConfigError that suggests the nearest."""
+    known = settings()
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the settings are {', '.join(sorted(known))}"
+            raise ConfigError(f"{name!r} is not a setting; {hint}")
+    cluster_names = {f.name for f in fields(ServeConfig)}
+    cluster = ServeConfig(**{name: value for name, value in values.items() if name in cluster_names})
+    engine = EngineConfig(**{name: value for name, value in values.items() if name not in cluster_names})
+    return cluster, resolve_model(engine)
+
+
+def resolve_model(engine: EngineConfig) -> EngineConfig:
+    """`model` as an absolute path; the bundled model when it is empty."""
+    path = Path(engine.model).expanduser().resolve() if engine.model else bundled_model()
+    return replace(engine, model=str(path))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _above_zero(name: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise ConfigError(f"{name}={value!r} must be a number above 0")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r} must be an integer from {low} to {high}")

@@ -1,0 +1,99 @@
+"""`make demo`: serve the bundled model on four Ray actors, send a mixed batch through Client, show what came out and where the experts worked.
+
+The last lines compare every token with those of a single rank: they are equal, bit for bit, or the demo fails.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from switchgear import LLM, Client, SamplingParams
+from switchgear.demo_prompts import PROMPTS_BY_DOMAIN
+from switchgear.heat_map import heat_map
+from switchgear.outputs import RequestOutput
+
+NUM_RANKS = 4
+MAX_TOKENS = 48
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 40.0
+
+
+@contextmanager
+def server(num_ranks: int) -> Iterator[str]:
+    """`switchgear serve` as a user would start it; yields its URL, stops it with SIGTERM."""
+    command = [sys.executable, "-m", "switchgear.cli", "serve", "--launcher", "ray", "--ranks", str(num_ranks), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:  # ends when the server does, so a failed start does not hang
+            if found := re.search(r"http://\S+", line):
+                yield found.group().rstrip("/.")
+                break
+        else:
+            raise SystemExit(f"the server ended with status {process.wait(STOP_TIMEOUT_S)} before it was ready")
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def show(console: Console, domains: list[str], outputs: list[RequestOutput]) -> None:
+    table = Table(title="Completions (first of each kind)", title_justify="left", show_lines=True)
+    table.add_column("kind")
+    table.add_column("prompt")
+    table.add_column("completion", overflow="fold")
+    seen: set[str] = set()
+    for domain, output in zip(domains, outputs, strict=True):
+        if domain not in seen:
+            seen.add(domain)
+            table.add_row(domain, repr(output.prompt)[1:-1], repr(output.outputs[0].text)[1:-1])
+    console.print(table)
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main() -> None:
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    domains = [domain for domain, prompts in PROMPTS_BY_DOMAIN.items() for _ in prompts]
+    prompts = [prompt for group in PROMPTS_BY_DOMAIN.values() for prompt in group]
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+
+    console.print(f"Starting Ray and {NUM_RANKS} rank actors ...")
+    with server(NUM_RANKS) as url:
+        console.print(f"Serving the bundled model at {url}. Sending {len(prompts)} prompts in one batch.")
+        client = Client(url)
+        start_s = time.perf_counter()
+        outputs = client.generate(prompts, params)
+        duration_s = time.perf_counter() - start_s
+        load = client.expert_load()
+        client.close()
+
+    num_tokens = sum(len(tokens) for tokens in tokens_of(outputs))
+    show(console, domains, outputs)
+    console.print(heat_map(load.rows))
+    rate = num_tokens / duration_s
+    console.print(f"\n{len(outputs)} completions, {num_tokens} tokens in {duration_s:.2f} s: {rate:.0f} tokens/s on {NUM_RANKS} ranks.")
+
+    console.print("The same batch on one rank ...")
+    with LLM(ranks=1, launcher="local") as llm:
+        alone = llm.generate(prompts, params, use_tqdm=False)
+    if tokens_of(alone) != tokens_of(outputs):
+        raise SystemExit("the tokens of one rank differ from those of four: this is a bug, please report it")
+    console.print(f"All {num_tokens} tokens are the same, bit for bit, on one rank and on {NUM_RANKS}.")
+
+
+if __name__ == "__main__":
+    main()

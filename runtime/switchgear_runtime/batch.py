@@ -1,0 +1,88 @@
+"""What runs together in one step of one rank: `Batch`, and its flat form for the model. Imports no torch.
+
+Letters: T tokens of the batch, S sequences, B the widest block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from switchgear_runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens [start, start + num_tokens) of `sequence`. `samples`: they reach its last token, so a new one is drawn."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatBatch:
+    """The batch as plain lists. Example: block_size 16, one sequence with block_table [5, 2], tokens 15 and 16 scheduled:
+
+    positions_T [15, 16], slots_T [5*16+15, 2*16+0], seq_ids_T [0, 0], block_tables_SB [[5, 2]], sampling_rows [1].
+    """
+
+    token_ids_T: list[int]
+    positions_T: list[int]
+    seq_ids_T: list[int]  # index into block_tables_SB
+    slots_T: list[int]  # block * block_size + offset
+    block_tables_SB: list[list[int]]  # right-padded with 0 to the widest
+    sampling_rows: list[int]  # index into T of each sampling sequence's last token
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """May be empty: a rank without work still takes part in every MoE layer of a step."""
+
+    scheduled: tuple[ScheduledSequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.scheduled)
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the logits' rows."""
+        return [entry.sequence for entry in self.scheduled if entry.samples]
+
+    def __iter__(self) -> Iterator[ScheduledSequence]:
+        return iter(self.scheduled)
+
+    def __len__(self) -> int:
+        return len(self.scheduled)
+
+    def flatten(self, block_size: int) -> FlatBatch:
+        token_ids_T: list[int] = []
+        positions_T: list[int] = []
+        seq_ids_T: list[int] = []
+        slots_T: list[int] = []
+        sampling_rows: list[int] = []
+        width = max((len(entry.sequence.block_table) for entry in self.scheduled), default=0)
+        block_tables_SB: list[list[int]] = []
+        for seq_id, entry in enumerate(self.scheduled):
+            table = entry.sequence.block_table
+            token_ids_T += entry.sequence.token_ids[entry.start : entry.end]
+            positions_T += range(entry.start, entry.end)
+            seq_ids_T += [seq_id] * entry.num_tokens
+            slots_T += [table[p // block_size] * block_size + p % block_size for p in range(entry.start, entry.end)]
+            block_tables_SB.append(table + [0] * (width - len(table)))
+            if entry.samples:
+                sampling_rows.append(len(token_ids_T) - 1)
+        return FlatBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            seq_ids_T=seq_ids_T,
+            slots_T=slots_T,
+            block_tables_SB=block_tables_SB,
+            sampling_rows=sampling_rows,
+        )

@@ -1,0 +1,63 @@
+"""The settings of one rank's engine: `EngineConfig`.
+
+The one config path: a field here, with its `help`, is the CLI flag (`max_num_seqs` -> `--max-num-seqs`), the keyword of
+`LLM(...)` and the row in docs/CONFIG.md. Names follow vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from switchgear_runtime.errors import ConfigError
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with what the CLI and the docs say of it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+DTYPES = ("auto", "bfloat16", "float32")
+TRANSPORTS = ("loopback", "shm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What every rank of a cluster agrees on. Raises ConfigError where a value cannot work."""
+
+    model: str = setting("", "Directory of a Hugging Face checkpoint. Empty: the bundled model.")
+    dtype: str = setting("auto", "Weights and KV cache; auto: the checkpoint's own.", choices=DTYPES)
+    max_model_len: int | None = setting(None, "Most tokens of prompt and output. Default: the model's limit.")
+    block_size: int = setting(16, "Tokens per KV-cache block.")
+    kv_cache_memory_bytes: int = setting(256 << 20, "KV-cache bytes per rank.")
+    num_kv_blocks: int | None = setting(None, "KV-cache blocks per rank; overrides --kv-cache-memory-bytes.")
+    max_num_seqs: int = setting(64, "Most sequences a rank runs at once.")
+    max_num_batched_tokens: int = setting(512, "Most tokens a rank computes in one step.")
+    enable_prefix_caching: bool = setting(True, "Reuse KV blocks of equal prompt prefixes.")
+    enable_chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
+    transport: str = setting("shm", "How ranks exchange tokens.", choices=TRANSPORTS)
+    step_timeout_s: float = setting(10.0, "Deadline of one wait for the other ranks, in seconds.")
+    num_threads: int = setting(1, "Compute threads per rank.")
+
+    def __post_init__(self) -> None:
+        for name, choices in ((f.name, f.metadata.get("choices")) for f in fields(self)):
+            value = getattr(self, name)
+            if choices and value not in choices:
+                raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads", "kv_cache_memory_bytes"):
+            _positive(name, getattr(self, name))
+        for name in ("max_model_len", "num_kv_blocks"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.step_timeout_s < 1.0:
+            raise ConfigError(f"step_timeout_s={self.step_timeout_s} is below 1; a busy host needs at least a second")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
+                "raise it, or lower max_num_seqs, so that every running sequence can take a token each step"
+            )
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a positive integer")

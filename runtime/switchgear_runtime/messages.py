@@ -1,0 +1,222 @@
+"""What server and rank say to each other, and how it is written: one msgpack frame a message, never pickle.
+
+Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop. Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped.
+`encode`/`decode` are total: a frame that breaks a limit or the schema raises WireError and names the field.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import msgspec
+
+from switchgear_runtime.errors import WireError
+from switchgear_runtime.generation import GenerationDescriptor
+
+FRAME_BYTES_MAX = 16 << 20
+ITEMS_MAX = 1 << 20  # longest array or map: prompts and expert-load rows
+
+# --- server -> rank -----------------------------------------------------------------------------------------------
+
+
+class BeginGeneration(msgspec.Struct, tag="begin_generation", frozen=True):
+    descriptor: GenerationDescriptor
+
+
+class EndGeneration(msgspec.Struct, tag="end_generation", frozen=True):
+    """The controller gives this generation up (a rank is dead): abort its transport and wait for the next."""
+
+    term: int
+    generation: int
+    reason: str
+
+
+class WireSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """SamplingParams as a rank needs them: stop strings stay with the server, n is expanded, limits are resolved."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
+    stop_token_ids: tuple[int, ...]  # end-of-sequence ids included unless ignore_eos
+    max_tokens: int
+    min_tokens: int
+    logprobs: int | None
+    seed: int  # 64 bits, unsigned
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
+    """A sequence for this rank. `output_token_ids`: emitted before (by another rank, another life); the next index follows them."""
+
+    sequence_id: int
+    incarnation: int  # rises each time the server hands the sequence to a rank; comes back in every token
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    sampling: WireSampling
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    sequence_id: int
+
+
+class Wake(msgspec.Struct, tag="wake", frozen=True):
+    """Leave the park of `step` in `generation`; ignored by a rank that already did."""
+
+    generation: int
+    step: int
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True):
+    """End the process once all ranks agree in their headers. The server has drained before."""
+
+
+ToRank = BeginGeneration | EndGeneration | Submit | Abort | Wake | Stop
+
+# --- rank -> server -----------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
+    """The rank has its weights and waits for a generation."""
+
+    rank: int
+    pid: int
+    fingerprint: str  # numeric fingerprint: ranks that differ may not join one generation
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    num_layers: int  # MoE layers
+    num_experts: int  # logical
+
+
+class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
+    """One new token of one sequence. `top_logprobs`: (token id, logprob), best first, ties to the lowest id."""
+
+    sequence_id: int
+    incarnation: int
+    index: int  # 0 is the first output token
+    token_id: int
+    finish_reason: str | None = None  # "stop" (a stop token id) or "length"
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+    num_cached_tokens: int | None = None  # on index 0: prompt tokens found in the prefix cache
+
+
+class RankStats(msgspec.Struct, array_like=True, frozen=True):
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_total_blocks: int
+    num_preemptions: int  # since start
+    num_computed_tokens: int  # since start
+    prefix_cache_hit_tokens: int  # since start
+    prefix_cache_query_tokens: int  # since start
+
+
+class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
+    """Everything a step produced on this rank, in one frame.
+
+    `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts], counted at the router of this (source) rank.
+    `expert_rows`: likewise, rows computed by this rank's own experts, by layer and logical expert.
+    """
+
+    rank: int
+    generation: int
+    step: int
+    tokens: list[TokenOutput]
+    stats: RankStats
+    expert_load: list[int] | None = None
+    expert_rows: list[int] | None = None
+
+
+class Waking(msgspec.Struct, tag="waking", frozen=True):
+    """This parked rank found work; the server passes Wake(generation, step) on to the others."""
+
+    rank: int
+    generation: int
+    step: int
+
+
+class Parked(msgspec.Struct, tag="parked", frozen=True):
+    rank: int
+    generation: int
+    step: int
+
+
+class Fault(msgspec.Struct, tag="fault", frozen=True, kw_only=True):
+    """The step broke; this rank gave the generation up. `peers`: whom it blames."""
+
+    rank: int
+    generation: int
+    step: int
+    kind: str
+    peers: list[int]
+    message: str
+
+
+class Rejected(msgspec.Struct, tag="rejected", frozen=True):
+    """The rank cannot run this sequence (it would never fit, say)."""
+
+    sequence_id: int
+    incarnation: int
+    message: str
+
+
+class Stopped(msgspec.Struct, tag="stopped", frozen=True):
+    rank: int
+
+
+FromRank = Hello | StepFrame | Waking | Parked | Fault | Rejected | Stopped
+
+
+def encode(message: ToRank | FromRank) -> bytes:
+    data: bytes = msgpack.packb(msgspec.to_builtins(message), use_bin_type=True)
+    if len(data) > FRAME_BYTES_MAX:
+        raise WireError(f"{type(message).__name__} takes {len(data)} bytes; a frame holds at most {FRAME_BYTES_MAX}")
+    return data
+
+
+def _refuse_ext(code: int, data: bytes) -> Any:
+    raise WireError(f"msgpack extension type {code} is not part of the protocol")
+
+
+def unpack(data: bytes) -> Any:
+    """msgpack -> plain objects, every limit set, extension types refused."""
+    if len(data) > FRAME_BYTES_MAX:
+        raise WireError(f"a frame of {len(data)} bytes is over the limit of {FRAME_BYTES_MAX}")
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=False,
+            max_str_len=FRAME_BYTES_MAX,
+            max_bin_len=FRAME_BYTES_MAX,
+            max_array_len=ITEMS_MAX,
+            max_map_len=ITEMS_MAX,
+            max_ext_len=0,
+            ext_hook=_refuse_ext,
+        )
+    except WireError:
+        raise
+    except Exception as error:  # msgpack raises a dozen types, UnicodeDecodeError and RecursionError among them
+        raise WireError(f"not a valid msgpack frame: {error}") from None
+
+
+def decode_to_rank(data: bytes) -> ToRank:
+    try:
+        return msgspec.convert(unpack(data), type=ToRank)
+    except msgspec.ValidationError as error:
+        raise WireError(f"frame breaks the schema: {error}") from None
+
+
+def decode_from_rank(data: bytes) -> FromRank:
+    try:
+        return msgspec.convert(unpack(data), type=FromRank)
+    except msgspec.ValidationError as error:
+        raise WireError(f"frame breaks the schema: {error}") from None

@@ -1,0 +1,1 @@
+"""The decoder: what a checkpoint says (`spec`, `names`, `checkpoint`) and what computes it (`weights`, `decoder`)."""
