@@ -59,7 +59,9 @@ class CMakeBuild(build_ext):
 
 
 FOLDERS = ("runtime", "cluster", "bench")
-packages = [name for folder in FOLDERS for name in find_namespace_packages(folder, exclude=["*.bundled*", "*._native*"])]
+packages = [
+    name for folder in FOLDERS for name in find_namespace_packages(folder, exclude=["*.bundled*", "*._native*"])
+]
 setup(
     packages=packages,
     package_dir={

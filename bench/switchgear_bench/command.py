@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from switchgear.config import resolve_model
 from switchgear_bench import machine
+from switchgear_runtime.config import EngineConfig
 
 
 def _numbers(text: str) -> list[int]:
@@ -29,9 +31,15 @@ class BenchCommand:
     help = "measure tokens per second against one rank and the machine's bound"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="checkpoint directory (default: bundled)")
-        parser.add_argument("--ranks", type=_numbers, default=[1, 2, 4], help="rank counts, comma-separated (default: 1,2,4)")
-        parser.add_argument("--batch-sizes", type=_numbers, default=[1, 8, 32], help="prompts at once (default: 1,8,32)")
+        parser.add_argument(
+            "model", nargs="?", default="", metavar="MODEL", help="checkpoint directory (default: bundled)"
+        )
+        parser.add_argument(
+            "--ranks", type=_numbers, default=[1, 2, 4], help="rank counts, comma-separated (default: 1,2,4)"
+        )
+        parser.add_argument(
+            "--batch-sizes", type=_numbers, default=[1, 8, 32], help="prompts at once (default: 1,8,32)"
+        )
         parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
         parser.add_argument("--output-len", type=int, default=32, help="new tokens (default: 32)")
         parser.add_argument("--num-repeats", type=int, default=3, help="medians are over this many runs (default: 3)")
@@ -51,16 +59,22 @@ class BenchCommand:
             "launcher": arguments.launcher,
             "dtype": arguments.dtype,
         }
-        table = Table(title=f"{header['model']}, {header['hardware']}, {header['read_bandwidth_gb_per_s']} GB/s read", title_justify="left")
+        table = Table(
+            title=f"{header['model']}, {header['hardware']}, {header['read_bandwidth_gb_per_s']} GB/s read",
+            title_justify="left",
+        )
         for name in ("ranks", "batch", "prefill tok/s", "decode tok/s", "x one rank", "bound tok/s", "of bound"):
             table.add_column(name, justify="right")
         workloads = [
             Workload(batch_size=size, input_tokens=arguments.input_len, output_tokens=arguments.output_len)
             for size in arguments.batch_sizes
         ]
-        settings = {"model": arguments.model, "launcher": arguments.launcher, "dtype": arguments.dtype}
+        model = resolve_model(EngineConfig(model=arguments.model)).model
+        settings = {"launcher": arguments.launcher, "dtype": arguments.dtype}
         rows = []
-        for row in run(arguments.ranks, workloads, num_repeats=arguments.num_repeats, bandwidth=bandwidth, settings=settings):
+        for row in run(
+            model, arguments.ranks, workloads, num_repeats=arguments.num_repeats, bandwidth=bandwidth, settings=settings
+        ):
             rows.append(row)
             table.add_row(
                 str(row["num_ranks"]),

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ def commit() -> str:
     """The short commit id of the checkout this runs from, with `+` if the tree is dirty; `unknown` outside one."""
     folder = Path(switchgear.__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -53,5 +58,5 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "switchgear": switchgear.__version__,
+        "switchgear": version("switchgear"),
     }

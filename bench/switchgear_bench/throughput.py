@@ -1,7 +1,8 @@
 """One question: how many tokens per second do N ranks give, against one rank in the same run and against the machine's bound?
 
-Each cell runs `LLM.generate` on random token-id prompts. Prefill is a one-token request; decode is the difference to a longer one. A
-cell counts only if its tokens equal one rank's bit for bit and every rank computed expert rows, so that a transport that did nothing cannot win.
+Each cell runs `LLM.generate` on random token-id prompts. Prefill is a one-token request; decode is the difference to a
+longer one. A cell counts only if its tokens equal one rank's bit for bit and every rank computed expert rows, so that a
+transport that did nothing cannot win.
 """
 
 from __future__ import annotations
@@ -69,13 +70,19 @@ def _measure(llm: LLM, work: Workload, vocab_size: int, num_repeats: int) -> tup
 
 
 def run(
-    ranks: Sequence[int], workloads: Sequence[Workload], *, num_repeats: int, bandwidth: float, settings: dict[str, Any]
+    model: str,
+    ranks: Sequence[int],
+    workloads: Sequence[Workload],
+    *,
+    num_repeats: int,
+    bandwidth: float,
+    settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Yields one row a cell. Rank counts without 1 get it added: it is the baseline."""
+    weights = WeightBytes.of(model)
     baseline: dict[Workload, tuple[float, list[list[int]]]] = {}
     for num_ranks in sorted({1, *ranks}):
-        with LLM(**settings, ranks=num_ranks, enable_prefix_caching=False) as llm:
-            weights = WeightBytes.of(llm.model_path)
+        with LLM(model, **settings, ranks=num_ranks, enable_prefix_caching=False) as llm:
             for work in workloads:
                 prefill_s, decode_s, tokens = _measure(llm, work, weights.vocab_size, num_repeats)
                 reference_s, reference = baseline.setdefault(work, (decode_s, tokens))

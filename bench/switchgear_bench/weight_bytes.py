@@ -20,7 +20,9 @@ def _tensor_bytes(model_dir: Path) -> dict[str, int]:
         with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes))
-        sizes |= {name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in header.items() if name != "__metadata__"}
+        sizes |= {
+            name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in header.items() if name != "__metadata__"
+        }
     return sizes
 
 

@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.set_defaults(handler=_serve)
 
     run = commands.add_parser("run", help="complete one prompt and print it as it streams", allow_abbrev=False)
-    run.add_argument("text", nargs="+", metavar="[MODEL] PROMPT", help="a prompt, after a model directory if not the bundled one")
+    run.add_argument(
+        "text", nargs="+", metavar="[MODEL] PROMPT", help="a prompt, after a model directory if not the bundled one"
+    )
     run.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default: 64)")
     run.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     run.add_argument("--sampling-seed", type=int, help="seed of the draw, for temperature above 0")

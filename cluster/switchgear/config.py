@@ -22,11 +22,14 @@ RANKS_MAX = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """What the server and the launcher need beside the engine's settings. Raises ConfigError where a value cannot work."""
+    """What the server and the launcher need beside the engine's settings. Raises ConfigError where a value cannot
+    work."""
 
     ranks: int = setting(4, "Rank processes; the experts are spread over them.")
     launcher: str = setting("ray", "Who starts the rank processes.", choices=LAUNCHERS)
-    ray_address: str | None = setting(None, "Ray cluster to join; auto: the one running here. Default: start a local one.")
+    ray_address: str | None = setting(
+        None, "Ray cluster to join; auto: the one running here. Default: start a local one."
+    )
     ray_cpus_per_rank: float = setting(0.1, "CPUs that a rank's Ray bundle reserves; a fraction is fine.")
     host: str = setting("127.0.0.1", "Address the HTTP server listens on.")
     port: int = setting(8000, "Port the HTTP server listens on; 0: any free one.")
@@ -75,7 +78,8 @@ def settings() -> dict[str, Field[Any]]:
 
 
 def split_settings(values: Mapping[str, Any]) -> tuple[ServeConfig, EngineConfig]:
-    """Flat names -> both configs; the model's path is resolved. An unknown name is a ConfigError that suggests the nearest."""
+    """Flat names -> both configs; the model's path is resolved. An unknown name is a ConfigError that suggests the
+    nearest."""
     known = settings()
     for name in values:
         if name not in known:

@@ -1,4 +1,4 @@
-"""`make demo`: serve the bundled model on four Ray actors, send a mixed batch through Client, show what came out and where the experts worked.
+"""`make demo`: serve the bundled model on four Ray actors, send a mixed batch, show what came out and who computed it.
 
 The last lines compare every token with those of a single rank: they are equal, bit for bit, or the demo fails.
 """
@@ -29,7 +29,18 @@ STOP_TIMEOUT_S = 40.0
 @contextmanager
 def server(num_ranks: int) -> Iterator[str]:
     """`switchgear serve` as a user would start it; yields its URL, stops it with SIGTERM."""
-    command = [sys.executable, "-m", "switchgear.cli", "serve", "--launcher", "ray", "--ranks", str(num_ranks), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "switchgear.cli",
+        "serve",
+        "--launcher",
+        "ray",
+        "--ranks",
+        str(num_ranks),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -85,7 +96,9 @@ def main() -> None:
     show(console, domains, outputs)
     console.print(heat_map(load.rows))
     rate = num_tokens / duration_s
-    console.print(f"\n{len(outputs)} completions, {num_tokens} tokens in {duration_s:.2f} s: {rate:.0f} tokens/s on {NUM_RANKS} ranks.")
+    console.print(
+        f"\n{len(outputs)} completions, {num_tokens} tokens in {duration_s:.2f} s: {rate:.0f} tokens/s on {NUM_RANKS} ranks."
+    )
 
     console.print("The same batch on one rank ...")
     with LLM(ranks=1, launcher="local") as llm:

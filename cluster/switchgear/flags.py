@@ -41,7 +41,10 @@ def _default_text(field: Field[Any]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_type: type[Any], *, skip: frozenset[str] = frozenset()) -> None:
-    """One flag a field; booleans get --x and --no-x. An absent flag stays absent from the namespace, so defaults live in the dataclass alone."""
+    """One flag a field; booleans get --x and --no-x.
+
+    An absent flag stays absent from the namespace, so defaults live in the dataclass alone.
+    """
     group = parser.add_argument_group(config_type.__name__, (config_type.__doc__ or "").splitlines()[0])
     for field, hint, _ in settings_of(config_type):
         if field.name in skip:
@@ -65,9 +68,7 @@ def markdown_table(config_type: type[Any]) -> str:
         choices = field.metadata.get("choices")
         kind = " \\| ".join(choices) if choices else hint.__name__
         default = _default_text(field) or ("none" if optional else "empty")
-        lines.append(
-            f"| `{flag_name(field.name)}` | `{field.name}` | {kind} | {default} | {field.metadata['help']} |"
-        )
+        lines.append(f"| `{flag_name(field.name)}` | `{field.name}` | {kind} | {default} | {field.metadata['help']} |")
     return "\n".join(lines)
 
 
@@ -80,7 +81,8 @@ def config_markdown() -> str:
     parts = [
         "# Settings",
         "",
-        "Made by `make docs` from the dataclasses; do not edit. A flag of `switchgear serve` and a keyword of `LLM(...)` have one name and one default.",
+        "Made by `make docs` from the dataclasses; do not edit. "
+        "A flag of `switchgear serve` and a keyword of `LLM(...)` have one name and one default.",
         "",
     ]
     for config_type in (ServeConfig, EngineConfig):

@@ -24,7 +24,9 @@ def balancedness(loads: Sequence[int]) -> float:
     return sum(loads) / len(loads) / max(loads) if any(loads) else 1.0
 
 
-def heat_map(rows_RLE: Sequence[Sequence[Sequence[int]]], experts_of_rank: Sequence[Sequence[Sequence[int]]] | None = None) -> Table:
+def heat_map(
+    rows_RLE: Sequence[Sequence[Sequence[int]]], experts_of_rank: Sequence[Sequence[Sequence[int]]] | None = None
+) -> Table:
     """A table from `rows_RLE`: token rows computed, [rank][layer][logical expert].
 
     `experts_of_rank[r][layer]`: which experts to show for rank r; by default those with any load there. Shading is relative to the

@@ -1,4 +1,5 @@
-// Which instruction-set build runs: the best the CPU supports, or the one sg_set_instruction_set forces. All give the same bits.
+// Which instruction-set build runs: the best the CPU supports, or the one sg_set_instruction_set forces. All give the
+// same bits.
 #include <atomic>
 #include <cstring>
 

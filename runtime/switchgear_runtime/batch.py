@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from switchgear_runtime.sequence import Sequence
 
@@ -25,9 +26,17 @@ class ScheduledSequence:
         return self.start + self.num_tokens
 
 
+class SampledToken(NamedTuple):
+    """What the sampler drew for one sequence. `top_logprobs`: best first, ties to the lowest id."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatBatch:
-    """The batch as plain lists. Example: block_size 16, one sequence with block_table [5, 2], tokens 15 and 16 scheduled:
+    """The batch as plain lists. Example: block_size 16, a sequence with block_table [5, 2], its tokens 15 and 16:
 
     positions_T [15, 16], slots_T [5*16+15, 2*16+0], seq_ids_T [0, 0], block_tables_SB [[5, 2]], sampling_rows [1].
     """

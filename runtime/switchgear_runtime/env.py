@@ -1,22 +1,33 @@
 """Facts of the process that come from environment variables; the only module that reads them. Imports no torch.
 
-What changes a model's behaviour is a setting (config.py), not a variable. Here is only what must be known before any config.
+What changes a model's behaviour is a setting (config.py), not a variable; here is only what comes before any config.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from switchgear_runtime.errors import ConfigError
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+ENVIRONMENT = {  # for docs/CONFIG.md
+    "SWITCHGEAR_ISA": "run the kernels' `generic`, `avx2` or `avx512` build; the bits are the same. Default: the best the CPU has",
+}
 
 
 def forced_instruction_set() -> str | None:
-    """`SWITCHGEAR_ISA`: run the kernels' generic, avx2 or avx512 build (all give the same bits). None: the best the CPU has."""
+    """`SWITCHGEAR_ISA`: run the kernels' generic, avx2 or avx512 build (same bits). None: the best the CPU has."""
     value = os.environ.get("SWITCHGEAR_ISA", "").strip().lower()
     if not value or value == "auto":
         return None
     if value not in INSTRUCTION_SETS:
-        raise ConfigError(f"SWITCHGEAR_ISA={value!r} is unknown; choose one of {', '.join(INSTRUCTION_SETS)}, or unset it")
+        raise ConfigError(
+            f"SWITCHGEAR_ISA={value!r} is unknown; choose one of {', '.join(INSTRUCTION_SETS)}, or unset it"
+        )
     return value
+
+
+def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a child, with `defaults` where the user has set nothing."""
+    return {**defaults, **os.environ}

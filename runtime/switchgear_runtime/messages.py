@@ -1,6 +1,7 @@
 """What server and rank say to each other, and how it is written: one msgpack frame a message, never pickle.
 
-Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop. Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped.
+Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop.
+Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped.
 `encode`/`decode` are total: a frame that breaks a limit or the schema raises WireError and names the field.
 """
 
@@ -122,8 +123,8 @@ class RankStats(msgspec.Struct, array_like=True, frozen=True):
 class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     """Everything a step produced on this rank, in one frame.
 
-    `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts], counted at the router of this (source) rank.
-    `expert_rows`: likewise, rows computed by this rank's own experts, by layer and logical expert.
+    `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts],
+    counted at the router of this (source) rank. `expert_rows`: likewise, rows computed by this rank's own experts.
     """
 
     rank: int
@@ -182,7 +183,7 @@ def encode(message: ToRank | FromRank) -> bytes:
     return data
 
 
-def _refuse_ext(code: int, data: bytes) -> Any:
+def _refuse_ext(code: int, _data: bytes) -> Any:
     raise WireError(f"msgpack extension type {code} is not part of the protocol")
 
 
@@ -204,19 +205,21 @@ def unpack(data: bytes) -> Any:
         )
     except WireError:
         raise
-    except Exception as error:  # msgpack raises a dozen types, UnicodeDecodeError and RecursionError among them
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:  # TypeError: a map as a key
         raise WireError(f"not a valid msgpack frame: {error}") from None
 
 
 def decode_to_rank(data: bytes) -> ToRank:
     try:
-        return msgspec.convert(unpack(data), type=ToRank)
+        message: ToRank = msgspec.convert(unpack(data), type=ToRank)
+        return message
     except msgspec.ValidationError as error:
         raise WireError(f"frame breaks the schema: {error}") from None
 
 
 def decode_from_rank(data: bytes) -> FromRank:
     try:
-        return msgspec.convert(unpack(data), type=FromRank)
+        message: FromRank = msgspec.convert(unpack(data), type=FromRank)
+        return message
     except msgspec.ValidationError as error:
         raise WireError(f"frame breaks the schema: {error}") from None

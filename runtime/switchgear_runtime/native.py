@@ -35,6 +35,8 @@ def core() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise _fail(path, error) from error
+    library.sg_num_threads.restype = ctypes.c_int64
+    library.sg_set_num_threads.argtypes = [ctypes.c_int64]
     for name in ("sg_last_error", "sg_instruction_set", "sg_kernel_version"):
         getattr(library, name).restype = ctypes.c_char_p
     library.sg_set_instruction_set.argtypes = [ctypes.c_char_p]
@@ -58,7 +60,7 @@ def torch_ops() -> ModuleType:
     core()
     path = _path("libswitchgear_torch.so")
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise _fail(path, error) from error
     ops: ModuleType = torch.ops.switchgear

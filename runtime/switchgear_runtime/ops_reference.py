@@ -1,6 +1,7 @@
-"""The twin of ops.py in plain torch and Python: slow, easy to read, the same meaning. Tests hold the native ops against it.
+"""The twin of ops.py in plain torch and Python: slow, easy to read, the same meaning. Tests hold the native ops to it.
 
-Sums run in float64 and are rounded once, so the twin is nearer to the exact value than the native op is; bits differ from it, meaning does not.
+Sums run in float64 and are rounded once, so the twin is nearer to the exact value than the native op is; the last bits
+differ, the meaning does not.
 Letters as in ops.py.
 """
 
@@ -135,7 +136,9 @@ def dispatch_pack(
         message = head + pairs.ljust(_align(len(pairs)), b"\0") + body
         messages.append(message.ljust(_align(len(message)), b"\0"))
     offsets = torch.tensor([0, *(len(m) for m in messages)], dtype=torch.int64).cumsum(0)
-    send = torch.frombuffer(bytearray(b"".join(messages)) or bytearray(1), dtype=torch.uint8)[: int(offsets[-1])].clone()
+    send = torch.frombuffer(bytearray(b"".join(messages)) or bytearray(1), dtype=torch.uint8)[
+        : int(offsets[-1])
+    ].clone()
     return send, offsets, pair_index_TK
 
 

@@ -86,4 +86,6 @@ def _number(name: str, value: object, low: float, high: float, *, low_open: bool
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
         raise RequestError(f"{name}={value!r} must be a finite number", param=name)
     if not low <= value <= high or (low_open and value == low):
-        raise RequestError(f"{name}={value} must be {'above' if low_open else 'at least'} {low} and at most {high}", param=name)
+        raise RequestError(
+            f"{name}={value} must be {'above' if low_open else 'at least'} {low} and at most {high}", param=name
+        )

@@ -1,0 +1,1 @@
+"""Bytes between ranks: the `Transport` protocol and its backends, one file each."""

@@ -1,10 +1,10 @@
 """What one rank may say to another: the `Transport` protocol.
 
-A transport knows ranks and bytes; it knows no tokens, no experts and no sockets of the server. All ranks of a generation make the
-same calls in the same order (they derive the same decision from the same headers), so a call needs no name. Every call
-has a deadline and its error names whom it waited for: `PeerLost` (a peer's process is gone), `TransportTimeout` (a peer is
-late: hung, stopped or slow) or `TransportAborted`. After any of these the transport is dead: every later
-call raises again at once; only `close()` is left.
+A transport knows ranks and bytes; it knows no tokens, no experts and no sockets of the server. All ranks of a generation
+make the same calls in the same order (they derive the same decision from the same headers), so a call needs no name.
+Every call has a deadline and its error names whom it waited for: `PeerLost` (a peer's process is gone),
+`TransportTimeout` (a peer is late: hung, stopped or slow) or `TransportAborted`. After any of these the transport is
+dead: every later call raises again at once; only `close()` is left.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ class Transport(Protocol):
     def world_size(self) -> int: ...
 
     def all_gather(self, header: bytes, *, timeout_s: float) -> list[bytes]:
-        """Give `header` (at most HEADER_BYTES_MAX, length may differ by rank) to all; get all ranks', own included, by rank."""
+        """Give `header` (at most HEADER_BYTES_MAX, length may differ by rank) to all; get all ranks', by rank."""
         ...
 
-    def all_to_all_v(
-        self, send: Sequence[memoryview | bytes], *, timeout_s: float
-    ) -> list[memoryview]:
+    def all_to_all_v(self, send: Sequence[memoryview | bytes], *, timeout_s: float) -> list[memoryview]:
         """`send[r]` goes to rank r (any length, 0 included); returns what each rank sent here, by source rank.
 
         The receiver needs no counts beforehand: a message carries its length. Returned views are read-only and valid
         until the second-next `all_to_all_v` on this transport (double buffered), so a dispatch's views live through
-        its combine. `send[rank]` to oneself comes back without passing the wire. A peer's view starts at a multiple of 64 bytes.
+        its combine. `send[rank]` to oneself comes back without passing the wire: a view of the sender's own memory. A
+        peer's view starts at a multiple of 64 bytes.
         """
         ...
 

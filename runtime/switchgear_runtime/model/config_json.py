@@ -1,153 +1,129 @@
 """Readers of config.json: one function per architecture, each turning Hugging Face's keys into a `DecoderSpec`.
 
-Defaults are those of Transformers' config classes; sizes have none, since a checkpoint that leaves them out was written by
-something we do not know. A key that would change the computation in a way we do not implement raises CheckpointError.
-Imports no torch.
+Defaults are those of Transformers' config classes; sizes have none, since a checkpoint that leaves them out was
+written by something we do not know. A key that would change the computation in a way we do not implement raises
+CheckpointError. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from switchgear_runtime.errors import CheckpointError
-from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, DenseSpec, Dtype, LayerSpec, RopeSpec
-from switchgear_runtime.moe.spec import MoESpec
+from switchgear_runtime.model.config_keys import Keys, read_json
+from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, DenseSpec, LayerSpec, QKNorm
+from switchgear_runtime.moe.spec import MoESpec, Scoring
 
-JSON_BYTES_MAX = 64 << 20
 LAYERS_MAX = 1024
 EXPERTS_MAX = 1 << 14
-SIZE_MAX = 1 << 24  # any other dimension
-_ARCHITECTURES = {"Qwen3MoeForCausalLM": "qwen3_moe", "MixtralForCausalLM": "mixtral"}
+_ARCHITECTURES = {
+    "FlexOlmoForCausalLM": "flex_olmo",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
+    "PhiMoEForCausalLM": "phimoe",
+    "PhimoeForCausalLM": "phimoe",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a CheckpointError that names the file."""
-    try:
-        if path.stat().st_size > JSON_BYTES_MAX:
-            raise CheckpointError(f"{path} is over {JSON_BYTES_MAX} bytes")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
-
-
-class _Keys:
-    """The keys of one config.json, each read with its type and range checked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = read_json(path)
-
-    def fail(self, key: str, value: object, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {key}={value!r} {why}")
-
-    def get(self, key: str) -> Any:
-        """None when the key is absent or null."""
-        return self.values.get(key)
-
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = SIZE_MAX) -> int:
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                raise CheckpointError(f"{self.path}: {key} is missing")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.fail(key, value, f"must be an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self.positive(key, self.get(key), default)
-
-    def positive(self, key: str, value: object, default: float) -> float:
-        if value is None:
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.fail(key, value, "must be a positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(key, value, "must be true or false")
-        return value
-
-    def only(self, key: str, *accepted: object) -> None:
-        """Refuse a key whose other values change the computation."""
-        value = self.get(key)
-        if value is not None and value not in accepted:
-            expected = " or ".join(repr(one) for one in accepted) or "absent"
-            raise self.fail(key, value, f"is not supported; expected {expected}")
-
-    def rope(self, default_theta: float) -> RopeSpec:
-        """Both forms: `rope_parameters` {rope_type, rope_theta}, and the older `rope_theta` with `rope_scaling`."""
-        theta, key = self.get("rope_theta"), "rope_theta"
-        for form in ("rope_parameters", "rope_scaling"):
-            parameters = self.get(form)
-            if parameters is None:
-                continue
-            if not isinstance(parameters, dict):
-                raise self.fail(form, parameters, "must be an object")
-            rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-            if rope_type != "default":
-                raise self.fail(f"{form}.rope_type", rope_type, "is not supported; expected 'default'")
-            if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-                factor = parameters["partial_rotary_factor"]
-                raise self.fail(f"{form}.partial_rotary_factor", factor, "is not supported; expected 1.0")
-            if parameters.get("rope_theta") is not None:
-                theta, key = parameters["rope_theta"], f"{form}.rope_theta"
-                break
-        return RopeSpec(theta=self.positive(key, theta, default_theta))
-
-    def dtype(self) -> Dtype | None:
-        for key in ("dtype", "torch_dtype"):
-            value = self.get(key)
-            if value is not None:
-                name = value.removeprefix("torch.") if isinstance(value, str) else value
-                if name not in ("bfloat16", "float16", "float32"):
-                    raise self.fail(key, value, "is not supported; expected 'bfloat16', 'float16' or 'float32'")
-                return cast(Dtype, name)
-        return None
-
-
-def _attention(keys: _Keys, *, head_dim_default: int | None, qk_norm: bool, bias: bool, window: int | None) -> AttentionSpec:
+def _attention(
+    keys: Keys,
+    *,
+    qk_norm: QKNorm | None = None,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    window: int | None = None,
+    clip_qkv: float | None = None,
+    scale: float | None = None,
+) -> AttentionSpec:
     num_heads = keys.integer("num_attention_heads")
     num_kv_heads = keys.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise keys.fail("num_key_value_heads", num_kv_heads, f"must divide num_attention_heads={num_heads}")
-    head_dim = keys.integer("head_dim", head_dim_default or max(1, keys.integer("hidden_size") // num_heads))
+    head_dim = keys.integer("head_dim", max(1, keys.integer("hidden_size") // num_heads))
     if head_dim % 2:
         raise keys.fail("head_dim", head_dim, "must be even: rotary positions turn pairs")
     return AttentionSpec(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias, qk_norm=qk_norm, sliding_window=window
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        qk_norm=qk_norm,
+        clip_qkv=clip_qkv,
+        scale=scale,
+        sliding_window=window,
     )
 
 
-def _experts(keys: _Keys, *, ffn_key: str, renormalize: bool) -> MoESpec:
-    # Transformers 5 writes num_local_experts for both; Qwen3's own files say num_experts.
-    counts = {key: keys.integer(key, high=EXPERTS_MAX) for key in ("num_experts", "num_local_experts") if keys.get(key) is not None}
+def _experts(
+    keys: Keys,
+    *,
+    ffn_key: str,
+    renormalize: bool,
+    scoring: Scoring = "softmax",
+    jitter_eps: float = 0.0,
+    shared_ffn: int = 0,
+    shared_gate: bool = False,
+) -> MoESpec:
+    # Transformers 5 writes num_local_experts for some that say num_experts in their own files.
+    counts = {
+        key: keys.integer(key, high=EXPERTS_MAX)
+        for key in ("num_experts", "num_local_experts")
+        if keys.get(key) is not None
+    }
     if not counts:
         raise CheckpointError(f"{keys.path}: num_experts is missing")
     if len(set(counts.values())) > 1:
-        raise keys.fail("num_local_experts", counts["num_local_experts"], f"differs from num_experts={counts['num_experts']}")
+        raise keys.fail(
+            "num_local_experts", counts["num_local_experts"], f"differs from num_experts={counts['num_experts']}"
+        )
     num_experts = next(iter(counts.values()))
     top_k = keys.integer("num_experts_per_tok")
     if top_k > num_experts:
         raise keys.fail("num_experts_per_tok", top_k, f"is more than the {num_experts} experts")
-    return MoESpec(num_experts=num_experts, top_k=top_k, ffn=keys.integer(ffn_key), renormalize=renormalize)
+    return MoESpec(
+        num_experts=num_experts,
+        top_k=top_k,
+        ffn=keys.integer(ffn_key),
+        scoring=scoring,
+        jitter_eps=jitter_eps,
+        renormalize=renormalize,
+        shared_ffn=shared_ffn,
+        shared_gate=shared_gate,
+    )
 
 
-def _decoder(keys: _Keys, name: str, layers: tuple[LayerSpec, ...], *, theta: float, eps: float, positions: int) -> DecoderSpec:
+def _num_layers(keys: Keys) -> int:
+    return keys.integer("num_hidden_layers", high=LAYERS_MAX)
+
+
+def _optional_window(keys: Keys) -> int | None:
+    return keys.integer("sliding_window") if keys.get("sliding_window") is not None else None
+
+
+def _sparse_or_dense(keys: Keys, experts: MoESpec) -> list[MoESpec | DenseSpec]:
+    """Which layers have experts, by Qwen's two keys."""
+    sparse_step = keys.integer("decoder_sparse_step", 1)
+    mlp_only = keys.get("mlp_only_layers") or []
+    if not isinstance(mlp_only, list) or not all(isinstance(index, int) for index in mlp_only):
+        raise keys.fail("mlp_only_layers", mlp_only, "must be a list of layer indices")
+    return [
+        DenseSpec(ffn=keys.integer("intermediate_size"))
+        if index in mlp_only or (index + 1) % sparse_step != 0
+        else experts
+        for index in range(_num_layers(keys))
+    ]
+
+
+def _decoder(
+    keys: Keys, name: str, layers: Sequence[LayerSpec], *, theta: float, eps: float, positions: int, **fields: Any
+) -> DecoderSpec:
+    """What all architectures read alike; `fields`: what else this one sets."""
     keys.only("hidden_act", "silu")
     keys.only("quantization_config")
     keys.only("partial_rotary_factor", 1.0)
@@ -158,17 +134,18 @@ def _decoder(keys: _Keys, name: str, layers: tuple[LayerSpec, ...], *, theta: fl
         architecture=name,
         vocab_size=vocab_size,
         hidden_size=keys.integer("hidden_size"),
-        layers=layers,
+        layers=tuple(layers),
         rope=keys.rope(theta),
         rms_norm_eps=keys.number("rms_norm_eps", eps),
         tie_word_embeddings=keys.boolean("tie_word_embeddings", False),
         max_position_embeddings=keys.integer("max_position_embeddings", positions),
         eos_token_ids=_eos_token_ids(keys, vocab_size),
         dtype=keys.dtype(),
+        **fields,
     )
 
 
-def _eos_token_ids(keys: _Keys, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(keys: Keys, vocab_size: int) -> tuple[int, ...]:
     """generation_config.json's wins, as in Transformers' generate()."""
     generation = keys.path.with_name("generation_config.json")
     for path, values in ((generation, read_json(generation) if generation.exists() else {}), (keys.path, keys.values)):
@@ -183,41 +160,140 @@ def _eos_token_ids(keys: _Keys, vocab_size: int) -> tuple[int, ...]:
     return ()
 
 
-def _qwen3_moe(keys: _Keys) -> DecoderSpec:
+def _qwen3_moe(keys: Keys) -> DecoderSpec:
     window = keys.integer("sliding_window", 4096) if keys.boolean("use_sliding_window", False) else None
     bias = keys.boolean("attention_bias", False)
-    attention = _attention(keys, head_dim_default=None, qk_norm=True, bias=bias, window=window)
+    attention = _attention(keys, qk_norm="head", qkv_bias=bias, out_bias=bias, window=window)
     experts = _experts(keys, ffn_key="moe_intermediate_size", renormalize=keys.boolean("norm_topk_prob", False))
-    num_layers = keys.integer("num_hidden_layers", high=LAYERS_MAX)
-    sparse_step = keys.integer("decoder_sparse_step", 1)
-    mlp_only = keys.get("mlp_only_layers") or []
-    if not isinstance(mlp_only, list) or not all(isinstance(index, int) for index in mlp_only):
-        raise keys.fail("mlp_only_layers", mlp_only, "must be a list of layer indices")
-    layers = []
-    for index in range(num_layers):
-        is_dense = index in mlp_only or (index + 1) % sparse_step != 0
-        ffn = DenseSpec(ffn=keys.integer("intermediate_size")) if is_dense else experts
-        layers.append(LayerSpec(attention=attention, ffn=ffn))
-    return _decoder(keys, "qwen3_moe", tuple(layers), theta=10_000.0, eps=1e-6, positions=32768)
+    layers = [LayerSpec(attention=attention, ffn=ffn) for ffn in _sparse_or_dense(keys, experts)]
+    return _decoder(keys, "qwen3_moe", layers, theta=10_000.0, eps=1e-6, positions=32768)
 
 
-def _mixtral(keys: _Keys) -> DecoderSpec:
+def _qwen2_moe(keys: Keys) -> DecoderSpec:
+    qkv_bias = keys.boolean("qkv_bias", True)
+    experts = _experts(
+        keys,
+        ffn_key="moe_intermediate_size",
+        renormalize=keys.boolean("norm_topk_prob", False),
+        shared_ffn=keys.integer("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+    layers = [
+        LayerSpec(attention=_attention(keys, qkv_bias=qkv_bias, window=window), ffn=ffn)
+        for window, ffn in zip(_qwen2_windows(keys), _sparse_or_dense(keys, experts), strict=True)
+    ]
+    return _decoder(keys, "qwen2_moe", layers, theta=10_000.0, eps=1e-6, positions=32768)
+
+
+def _qwen2_windows(keys: Keys) -> list[int | None]:
+    """By `layer_types`; without it, every second layer below max_window_layers slides (as Transformers has it)."""
+    num_layers = _num_layers(keys)
+    uses = keys.boolean("use_sliding_window", False)
+    below = keys.integer("max_window_layers", 28, low=0)
+    kinds = keys.get("layer_types")
+    if kinds is None:
+        slides = [uses and index % 2 == 0 and index < below for index in range(num_layers)]
+    else:
+        if not isinstance(kinds, list) or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
+            raise keys.fail("layer_types", kinds, "must be a list of 'full_attention' and 'sliding_attention'")
+        if len(kinds) != num_layers:
+            raise keys.fail("layer_types", kinds, f"must have one entry for each of num_hidden_layers={num_layers}")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    if any(slides) and not uses:
+        raise keys.fail("layer_types", kinds, "has sliding layers, but use_sliding_window is not true")
+    return [keys.integer("sliding_window", 4096) if slide else None for slide in slides]
+
+
+def _mixtral(keys: Keys) -> DecoderSpec:
     keys.only("attention_bias", False)
-    window = keys.integer("sliding_window") if keys.get("sliding_window") is not None else None
-    attention = _attention(keys, head_dim_default=None, qk_norm=False, bias=False, window=window)
+    attention = _attention(keys, window=_optional_window(keys))
     experts = _experts(keys, ffn_key="intermediate_size", renormalize=True)
-    num_layers = keys.integer("num_hidden_layers", high=LAYERS_MAX)
-    layers = (LayerSpec(attention=attention, ffn=experts),) * num_layers
+    layers = [LayerSpec(attention=attention, ffn=experts)] * _num_layers(keys)
     return _decoder(keys, "mixtral", layers, theta=1_000_000.0, eps=1e-5, positions=4096 * 32)
 
 
-_READERS: dict[str, Callable[[_Keys], DecoderSpec]] = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral}
+def _olmoe(keys: Keys) -> DecoderSpec:
+    keys.only("sliding_window")
+    bias = keys.boolean("attention_bias", False)
+    clip_qkv = keys.number("clip_qkv", 1.0) if keys.get("clip_qkv") is not None else None
+    attention = _attention(keys, qk_norm="projection", qkv_bias=bias, out_bias=bias, clip_qkv=clip_qkv)
+    experts = _experts(keys, ffn_key="intermediate_size", renormalize=keys.boolean("norm_topk_prob", False))
+    layers = [LayerSpec(attention=attention, ffn=experts)] * _num_layers(keys)
+    return _decoder(keys, "olmoe", layers, theta=10_000.0, eps=1e-5, positions=4096)
+
+
+def _flex_olmo(keys: Keys) -> DecoderSpec:
+    keys.only("sliding_window")
+    keys.only("clip_qkv")
+    bias = keys.boolean("attention_bias", False)
+    attention = _attention(keys, qk_norm="projection", qkv_bias=bias, out_bias=bias)
+    experts = _experts(keys, ffn_key="intermediate_size", renormalize=keys.boolean("norm_topk_prob", False))
+    layers = [LayerSpec(attention=attention, ffn=experts)] * _num_layers(keys)
+    return _decoder(keys, "flex_olmo", layers, theta=500_000.0, eps=1e-6, positions=4096, norm_placement="post")
+
+
+def _granitemoe(keys: Keys) -> DecoderSpec:
+    keys.only("sliding_window")
+    keys.only("shared_intermediate_size", 0)
+    bias = keys.boolean("attention_bias", False)
+    scale = keys.number("attention_multiplier", 1.0)
+    attention = _attention(keys, qkv_bias=bias, out_bias=bias, scale=scale)
+    # Its router takes the softmax of the chosen logits alone: the softmax of all, divided by the sum of the chosen.
+    experts = _experts(keys, ffn_key="intermediate_size", renormalize=True)
+    layers = [LayerSpec(attention=attention, ffn=experts)] * _num_layers(keys)
+    return _decoder(
+        keys,
+        "granitemoe",
+        layers,
+        theta=10_000.0,
+        eps=1e-6,
+        positions=2048,
+        embedding_multiplier=keys.number("embedding_multiplier", 1.0),
+        residual_multiplier=keys.number("residual_multiplier", 1.0),
+        logits_scaling=keys.number("logits_scaling", 1.0),
+    )
+
+
+def _phimoe(keys: Keys) -> DecoderSpec:
+    keys.only("num_experts_per_tok", 2)  # whatever the key says, the sparse mixer takes two
+    bias = keys.boolean("attention_bias", False)
+    attention = _attention(keys, qkv_bias=bias, out_bias=bias, window=_optional_window(keys))
+    experts = _experts(
+        keys,
+        ffn_key="intermediate_size",
+        renormalize=False,
+        scoring="sparsemixer",
+        jitter_eps=keys.number("router_jitter_noise", 0.01),
+    )
+    layers = [LayerSpec(attention=attention, ffn=experts)] * _num_layers(keys)
+    lm_head_bias = keys.boolean("lm_head_bias", False)
+    return _decoder(
+        keys,
+        "phimoe",
+        layers,
+        theta=1_000_000.0,
+        eps=1e-5,
+        positions=4096 * 32,
+        norm="layer",
+        lm_head_bias=lm_head_bias,
+    )
+
+
+_READERS: dict[str, Callable[[Keys], DecoderSpec]] = {
+    "flex_olmo": _flex_olmo,
+    "granitemoe": _granitemoe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "phimoe": _phimoe,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+}
 
 
 def read_spec(model_dir: Path) -> DecoderSpec:
     if not model_dir.is_dir():
         raise CheckpointError(f"model={str(model_dir)!r} is not a directory; give a Hugging Face checkpoint's folder")
-    keys = _Keys(model_dir / "config.json")
+    keys = Keys(model_dir / "config.json")
     model_type = keys.get("model_type")
     architectures = keys.get("architectures")
     if model_type is None and isinstance(architectures, list) and architectures:

@@ -1,7 +1,8 @@
 """One declarative description of a decoder: `DecoderSpec`, read from a Hugging Face directory by `load_spec`.
 
-There is no file per architecture: an architecture is a reader of config.json (below, `model/config_json.py`) and a table of tensor names
-(`model/names.py`). Imports no torch, so that the server can know a model's limits without loading one.
+There is no file per architecture: an architecture is a reader of config.json (`model/config_json.py`) and a table of
+tensor names (`model/names.py`). Imports no torch, so that the server can know a model's limits without
+loading one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from switchgear_runtime.moe.spec import MoESpec
 __all__ = ["AttentionSpec", "DecoderSpec", "DenseSpec", "LayerSpec", "MoESpec", "RopeSpec", "load_spec"]
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+QKNorm = Literal["head", "projection"]
+Norm = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +36,11 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     kind: Literal["gqa"] = "gqa"
-    bias: bool = False  # of all four projections
-    qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QKNorm | None = None  # RMS norm of q and k before the rotation: of each head, or over all heads at once
+    clip_qkv: float | None = None  # q, k and v are kept within plus and minus this, before the rotation
+    scale: float | None = None  # of the scores; None: head_dim ** -0.5
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it; None: all
     sinks: bool = False  # one learned logit per head that only takes part in the softmax's sum
 
@@ -53,7 +60,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderSpec:
-    """A pre-norm decoder: embed, layers of (norm, attention, norm, ffn) with residuals, norm, lm_head."""
+    """A decoder: embed, layers of attention and ffn, each with a norm and a residual, then norm, lm_head.
+
+    The fields from `norm` on have the values of most models; an architecture sets those it is different in.
+    """
 
     architecture: str  # config.json's model_type
     vocab_size: int
@@ -65,6 +75,12 @@ class DecoderSpec:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: Dtype | None  # what config.json says of the weights; None: it does not say
+    norm: Norm = "rms"  # "layer": with mean and bias; rms_norm_eps is its epsilon too
+    norm_placement: NormPlacement = "pre"  # x + f(norm(x)), or "post": x + norm(f(x))
+    lm_head_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and ffn add
+    logits_scaling: float = 1.0  # logits are divided by it
 
     @property
     def num_layers(self) -> int:

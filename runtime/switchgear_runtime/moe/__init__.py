@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer: route, remap, dispatch, experts, combine; and where each expert lives (`expert_map`)."""
+"""The mixture-of-experts layer: route, remap, dispatch, experts, combine; where each expert lives."""

@@ -1,0 +1,64 @@
+"""What the controller wants done: each `Action` is one thing for the cluster (or the simulation) to do, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from switchgear_runtime.generation import GenerationDescriptor
+from switchgear_runtime.messages import ToRank
+
+
+@dataclass(frozen=True, slots=True)
+class StartRank:
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillRank:
+    """Kill it; report `on_exit` once it is seen gone, or `on_unkillable`."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendTo:
+    rank: int
+    message: ToRank
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Remove what a generation's transport may have left behind; nobody of it is alive in there any more."""
+
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The generation has run its first step on every rank: take requests."""
+
+    descriptor: GenerationDescriptor
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailRank:
+    """The rank is dead: every unfinished sequence it held ends with this error. Those of the survivors go on in the
+    next generation."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The cluster cannot serve, and will not by itself: every request ends with this error, every rank is ended."""
+
+    reason: str
+
+
+Action = StartRank | KillRank | SendTo | Sweep | Ready | NotReady | FailRank | GiveUp

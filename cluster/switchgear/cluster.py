@@ -1,0 +1,353 @@
+"""A running cluster: `Cluster` joins launcher, links, controller and ServerCore on one asyncio loop.
+
+    launcher  -- exits -->  controller  -- actions -->  launcher, links, core
+    links     -- Hello, Parked, Waking, Fault -->  controller
+    links     -- StepFrame, Rejected -->  core  -- Submit, Abort -->  links
+
+Nothing here decides: the controller says who lives, the core says who computes what, and both are free of I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
+from switchgear.config import ServeConfig, resolve_model
+from switchgear.controller import Controller
+from switchgear.launcher.base import Launcher, LaunchError, OnExit
+from switchgear.link_server import LinkServer
+from switchgear.server.core import ServerCore
+from switchgear.server.limits import ModelFacts, ServerLimits
+from switchgear.store import MemoryStore, Store
+from switchgear.tokenizer import Tokenizer
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.errors import CheckpointError, ConfigError, RankFailed, SwitchgearError
+from switchgear_runtime.messages import Fault, FromRank, Hello, Parked, StepFrame, Stopped, Submit, ToRank, Waking
+from switchgear_runtime.model.spec import DecoderSpec, load_spec
+from switchgear_runtime.rank_worker import RankWorkerConfig
+from switchgear_runtime.system import RealSystem, System
+
+STOP_TIMEOUT_S = 5.0  # for the ranks to agree to stop, after the drain
+CLOSE_TIMEOUT_S = 15.0
+_DRAIN_LOOK_S = 0.05
+
+log = logging.getLogger(__name__)
+
+
+class Cluster:
+    """`start`, then `core.submit(...)`, then `stop`. All on one event loop, whose thread must live until `stop`
+    returns.
+
+    A bad config or checkpoint is refused by the constructor, before any process starts.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        engine: EngineConfig,
+        *,
+        system: System | None = None,
+        store: Store | None = None,
+        launcher: Callable[[OnExit], Launcher] | None = None,
+    ) -> None:
+        self.config = config
+        self.engine = resolve_model(engine)
+        if self.engine.transport == "loopback" and config.ranks > 1:
+            raise ConfigError(
+                "transport='loopback' joins ranks inside one process; rank processes need transport='shm'"
+            )
+        self.spec = load_spec(self.engine.model)
+        self.model_name = config.served_model_name or Path(self.engine.model).name
+        self._system = system or RealSystem()
+        self.name = f"{self._system.randbits(48):012x}"
+        self.core = ServerCore(
+            system=self._system,
+            tokenizer=Tokenizer.load(Path(self.engine.model)),
+            facts=_facts(self.spec, self.engine),
+            send=self._send,
+            limits=ServerLimits(
+                max_prompts_per_request=config.max_prompts_per_request,
+                max_queued=config.max_queued_requests,
+                max_body_bytes=config.max_body_bytes,
+            ),
+        )
+        self.controller = Controller(
+            num_ranks=config.ranks,
+            owner=self.name,
+            store=store or MemoryStore(),
+            system=self._system,
+            start_timeout_s=config.start_timeout_s,
+            max_restarts=config.max_restarts,
+            restart_window_s=config.restart_window_s,
+        )
+        self._links = LinkServer(
+            system=self._system,
+            on_message=self._on_message,
+            on_lost=lambda rank, reason: self._perform(self.controller.on_lost_link(rank, reason)),
+            on_malformed=lambda rank, reason: self._perform(self.controller.on_malformed(rank, reason)),
+        )
+        self.launcher = (launcher or self._make_launcher)(self._on_exit)
+        self._address = ("", 0)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()  # ready, failed, or a rank gone
+        self._load_fault: Fault | None = None
+        self._closed = False
+        self.not_ready_reason: str | None = "the ranks are starting"
+
+    @property
+    def ready(self) -> bool:
+        return self.core.ready
+
+    @property
+    def failure(self) -> str | None:
+        """Why the cluster gave up for good, if it did."""
+        return self.controller.failure
+
+    async def start(self) -> None:
+        """Returns once every rank has run its first step. Raises what kept it from that, with nothing left running."""
+        try:
+            host = await self.launcher.open()
+            self._address = await self._links.start(host)
+            self._perform(self.controller.start())
+            while (
+                not self.ready and self.failure is None
+            ):  # bounded: every state but these two has a deadline in the controller
+                await self._next_change()
+            if self.failure is not None:
+                raise await self._start_error(self.failure)
+        except LaunchError as error:
+            await self.stop(0)
+            raise RankFailed(str(error)) from error
+        except BaseException:
+            await self.stop(0)
+            raise
+
+    async def stop(self, drain_timeout_s: float | None = None) -> None:
+        """Take no more requests, let running ones finish, then end every rank. Idempotent; leaves nothing behind."""
+        if self._closed:
+            return
+        self._closed = True
+        self.core.draining = True
+        self.not_ready_reason = "the server is shutting down"
+        await self._drain(self.config.drain_timeout_s if drain_timeout_s is None else drain_timeout_s)
+        self.core.abort_all()
+        graceful = self.controller.ready
+        self._perform(self.controller.stop())
+        if graceful:
+            await self._all_gone(STOP_TIMEOUT_S)
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.launcher.close(CLOSE_TIMEOUT_S)
+        await self._links.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _make_launcher(self, on_exit: OnExit) -> Launcher:
+        """Imported on demand: a local cluster needs no Ray."""
+        config = self.config
+        if config.launcher == "local":
+            from switchgear.launcher.local import LocalLauncher
+
+            return LocalLauncher(on_exit)
+        from switchgear.launcher.ray import RayLauncher
+
+        return RayLauncher(
+            on_exit,
+            name=self.name,
+            num_ranks=config.ranks,
+            cpus_per_rank=config.ray_cpus_per_rank,
+            one_host=self.engine.transport == "shm",
+            address=config.ray_address,
+            timeout_s=config.start_timeout_s,
+        )
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _on_message(self, rank: int, message: FromRank) -> None:
+        controller = self.controller
+        match message:
+            case StepFrame():
+                if not controller.ready:
+                    self._perform(controller.on_frame(rank, message.generation))
+                self.core.on_message(rank, message)
+            case Parked():
+                self.core.on_message(rank, message)
+                self._perform(controller.on_parked(rank, message.generation, message.step))
+            case Waking():
+                self._perform(controller.on_waking(message))
+            case Hello():
+                self.core.on_message(rank, message)
+                self._perform(controller.on_hello(message))
+            case Fault():
+                log.warning(
+                    "rank %d gave up generation %d, step %d: %s",
+                    rank,
+                    message.generation,
+                    message.step,
+                    message.message,
+                )
+                if message.generation == 0 and self._load_fault is None:
+                    self._load_fault = message
+                self._perform(controller.on_fault(message))
+            case Stopped():
+                log.debug("rank %d stopped", rank)
+            case _:
+                self.core.on_message(rank, message)
+
+    def _on_exit(self, rank: int, reason: str) -> None:
+        if not self._closed and self.failure is None:
+            log.warning("rank %d %s", rank, reason)
+            if self.controller.was_ready:  # at the start, the error that is raised tells
+                self._spawn(self._tell_log_tail(rank))
+        self._perform(self.controller.on_exit(rank, reason))
+        self._changed.set()
+
+    def _on_tick(self) -> None:
+        self._timer = None
+        self._perform(self.controller.tick())
+
+    def _send(self, rank: int, message: ToRank) -> None:
+        """The core's way to the ranks."""
+        self._links.send(rank, message)
+        if isinstance(message, Submit):
+            self._perform(self.controller.on_submit(rank))
+
+    # --- actions ----------------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case SendTo():
+                    self._links.send(action.rank, action.message)
+                case StartRank():
+                    self._spawn(self._start_rank(action.rank))
+                case KillRank():
+                    self._spawn(self._kill_rank(action.rank))
+                case Sweep():
+                    self._spawn(self._sweep(action.channel))
+                case Ready():
+                    self.not_ready_reason = None
+                    descriptor = action.descriptor
+                    self.core.set_ready(
+                        range(self.config.ranks), generation=descriptor.generation, epoch=descriptor.epoch
+                    )
+                    log.info("generation %d is ready: %d ranks", descriptor.generation, descriptor.world_size)
+                    self._changed.set()
+                case NotReady():
+                    self.not_ready_reason = action.reason
+                    self.core.set_ready(None)
+                    log.warning("not ready: %s", action.reason)
+                case FailRank():
+                    self.core.fail_rank(action.rank, action.reason)
+                case GiveUp():
+                    log.error("the cluster gives up: %s", action.reason)
+                    self.core.fail_all(action.reason)
+                    self._changed.set()
+                    for rank in range(self.config.ranks):
+                        self._spawn(self._kill_rank(rank))
+        self._arm()
+
+    def _arm(self) -> None:
+        """One timer, at the controller's next deadline."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.controller.next_deadline()
+        if deadline is not None and not self._closed:
+            delay_s = max(0.0, deadline - self._system.now())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_tick)
+
+    async def _start_rank(self, rank: int) -> None:
+        token = self._links.expect(rank)
+        config = RankWorkerConfig(
+            rank=rank,
+            world_size=self.config.ranks,
+            engine=asdict(self.engine),
+            host=self._address[0],
+            port=self._address[1],
+            token=token.hex(),
+            log_level=self.config.log_level,
+        )
+        try:
+            await self.launcher.start(rank, config)
+        except LaunchError as error:
+            self._on_exit(rank, f"could not be started: {error}")
+
+    async def _kill_rank(self, rank: int) -> None:
+        self._links.drop(rank)
+        try:
+            await self.launcher.kill(rank)
+        except LaunchError as error:
+            self._perform(self.controller.on_unkillable(rank, str(error)))
+
+    async def _sweep(self, channel: str) -> None:
+        try:
+            await self.launcher.sweep(channel)
+        except LaunchError as error:
+            log.warning("channel %s could not be swept: %s", channel, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- waits ------------------------------------------------------------------------------------------------------
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _all_gone(self, timeout_s: float) -> None:
+        async def gone() -> None:
+            while not self.controller.all_gone:
+                await self._next_change()
+
+        try:
+            await asyncio.wait_for(gone(), timeout_s)
+        except TimeoutError:
+            log.warning("not every rank stopped within %g s; they are killed", timeout_s)
+
+    async def _drain(self, timeout_s: float) -> None:
+        deadline = self._system.now() + timeout_s
+        while self.core.num_live and self.failure is None and self._system.now() < deadline:
+            await asyncio.sleep(_DRAIN_LOOK_S)
+
+    async def _log_tail(self, rank: int) -> str:
+        try:
+            return await self.launcher.log_tail(rank)
+        except LaunchError:
+            return ""
+
+    async def _tell_log_tail(self, rank: int) -> None:
+        tail = await self._log_tail(rank)
+        if tail:
+            log.warning("the end of rank %d's log:\n%s", rank, tail)
+
+    async def _start_error(self, reason: str) -> SwitchgearError:
+        """The rank's own error, in its own class where that is the user's to fix; else the reason and what the ranks
+        wrote."""
+        fault = self._load_fault
+        if fault is not None:
+            kinds: dict[str, type[SwitchgearError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
+            return kinds[fault.kind](fault.message) if fault.kind in kinds else RankFailed(reason)
+        tails = {rank: await self._log_tail(rank) for rank in range(self.config.ranks)}
+        told = next((f"\nThe end of rank {rank}'s log:\n{tail}" for rank, tail in tails.items() if tail), "")
+        return RankFailed(reason + told)
+
+
+def _facts(spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
+    return ModelFacts(
+        vocab_size=spec.vocab_size,
+        max_model_len=min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
+        eos_token_ids=spec.eos_token_ids,
+        num_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+        max_num_seqs=engine.max_num_seqs,
+    )

@@ -1,0 +1,375 @@
+"""Who is in the group: `Controller` starts ranks, forms generations, and after a death the next one. Does no I/O.
+
+Events go in (`on_hello`, `on_exit`, `on_fault`, ..., `tick`), a list of actions comes out, and `next_deadline()` says
+when to tick. So the same code runs under asyncio, in a test, and in the simulation.
+
+    a rank:        starting --hello--> joined --death or blame--> dying --seen gone--> gone --restart--> starting
+    a generation:  begun --a frame from every rank--> ready --first trouble--> broken --verdict--> (next) begun
+
+At the first sign of trouble the survivors get EndGeneration. The verdict (whom to blame) may follow a moment later, so
+that the error names the signal that killed a rank rather than the peer that noticed. A rank declared dead is killed,
+and seen gone, before the next generation begins.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
+from switchgear.store import Store, Term
+from switchgear_runtime.generation import GenerationDescriptor
+from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
+from switchgear_runtime.system import System
+
+EXIT_GRACE_S = 0.3  # from a lost link to the process's exit, which knows the signal
+TRANSPORT_FAULTS = ("PeerLost", "TransportTimeout", "TransportAborted")
+BLAME_GRACE_S = 1.0  # for a blamed rank to show that it lives, by a Fault of its own
+
+
+@dataclass(slots=True)
+class _Rank:
+    status: Literal["starting", "joined", "dying", "gone"] = "starting"
+    deadline_s: float | None = None  # to join; after a lost link, to exit
+    hello: Hello | None = None
+    lost_link: str | None = None
+    entered: bool = False  # sent a frame of the current generation
+    parked_step: int | None = None
+    faulted: bool = False  # left the current generation by a fault, so it is alive
+
+
+class Controller:
+    """See the module's text. `system` gives time and channel names; `store` holds the term."""
+
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        owner: str,
+        store: Store,
+        system: System,
+        start_timeout_s: float = 120.0,
+        max_restarts: int = 8,
+        restart_window_s: float = 300.0,
+    ) -> None:
+        self._ranks = [_Rank() for _ in range(num_ranks)]
+        self._term = Term(store, owner)
+        self._system = system
+        self._start_timeout_s = start_timeout_s
+        self._max_restarts = max_restarts
+        self._restart_window_s = restart_window_s
+        self._setbacks: deque[float] = deque()  # times of restarts and of generations broken without a death
+        self._phase: Literal["forming", "begun", "ready", "broken", "stopping", "failed"] = "forming"
+        self.was_ready = False  # before that, any trouble fails the start
+        self._descriptor: GenerationDescriptor | None = None
+        self._generation = 0
+        self._deadline_s: float | None = None  # of the phase: to enter the generation; to reach a verdict
+        self._faults: list[Fault] = []
+        self._verdict: str | None = None
+        self._woken_step: int | None = None
+        self.epoch = 0
+        self.failure: str | None = None  # why it gave up
+
+    # --- what others ask ----------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return self._phase == "ready"
+
+    @property
+    def descriptor(self) -> GenerationDescriptor | None:
+        return self._descriptor
+
+    @property
+    def hellos(self) -> list[Hello]:
+        """Of the ranks that joined."""
+        return [rank.hello for rank in self._ranks if rank.hello is not None]
+
+    @property
+    def all_gone(self) -> bool:
+        return all(rank.status == "gone" for rank in self._ranks)
+
+    def next_deadline(self) -> float | None:
+        deadlines = [rank.deadline_s for rank in self._ranks if rank.deadline_s is not None]
+        if self._deadline_s is not None:
+            deadlines.append(self._deadline_s)
+        return min(deadlines, default=None)
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def start(self) -> list[Action]:
+        self._term.take()
+        return [self._start_rank(rank_id) for rank_id in range(len(self._ranks))]
+
+    def on_hello(self, hello: Hello) -> list[Action]:
+        rank = self._ranks[hello.rank]
+        if self._over or rank.status != "starting":
+            return []
+        for other in self.hellos:
+            if other.fingerprint != hello.fingerprint:
+                return self._give_up(
+                    f"rank {hello.rank} may not join: it computes with {hello.fingerprint!r}, rank {other.rank} with "
+                    f"{other.fingerprint!r}; "
+                    "all ranks need the same kernels and the same checkpoint, or their tokens would differ"
+                )
+        rank.status, rank.hello, rank.deadline_s = "joined", hello, None
+        return self._advance()
+
+    def on_frame(self, rank_id: int, generation: int) -> list[Action]:
+        """A StepFrame or Parked: the rank is inside its generation. Cheap to skip for StepFrames once `ready`."""
+        rank = self._ranks[rank_id]
+        if self._phase != "begun" or generation != self._generation:
+            return []
+        rank.entered = True
+        if not all(rank.entered for rank in self._ranks):
+            return []
+        assert self._descriptor is not None
+        self._phase, self._deadline_s, self.was_ready = "ready", None, True
+        return [Ready(self._descriptor)]
+
+    def on_parked(self, rank_id: int, generation: int, step: int) -> list[Action]:
+        if generation == self._generation:
+            self._ranks[rank_id].parked_step = step
+        return self.on_frame(rank_id, generation)
+
+    def on_waking(self, waking: Waking) -> list[Action]:
+        """A parked rank found work: wake the others, once a step."""
+        if waking.generation != self._generation or self._phase not in ("begun", "ready"):
+            return []
+        return self._wake(waking.step, but=waking.rank)
+
+    def on_submit(self, rank_id: int) -> list[Action]:
+        """Work is on its way to `rank_id`: if all are parked, wake the others now instead of after its Waking."""
+        step = self._ranks[0].parked_step
+        if self._phase != "ready" or step is None or any(rank.parked_step != step for rank in self._ranks):
+            return []
+        return self._wake(step, but=rank_id)
+
+    def on_fault(self, fault: Fault) -> list[Action]:
+        rank = self._ranks[fault.rank]
+        if self._over or rank.status in ("dying", "gone"):
+            return []
+        if rank.status == "starting":
+            return self._lose(fault.rank, f"rank {fault.rank} cannot start: {fault.message}")
+        if fault.kind not in TRANSPORT_FAULTS:  # it broke by itself, so what it holds is not to be trusted
+            return self._lose(
+                fault.rank,
+                f"rank {fault.rank} failed in step {fault.step} and was ended: {fault.kind}: {fault.message}",
+            )
+        if fault.generation != self._generation or self._phase not in ("begun", "ready", "broken"):
+            return []  # of a generation that is over
+        rank.faulted = True
+        self._faults.append(fault)
+        sign = f"rank {fault.rank} left generation {fault.generation}: {fault.message}"
+        # Whom it blames gets no EndGeneration: a living rank finds the transport aborted, and shows by its own Fault
+        # that it lives.
+        actions = self._break(sign, but=fault.peers)
+        if self._verdict is None and self._deadline_s is None:
+            self._deadline_s = self._system.now() + BLAME_GRACE_S
+        return actions + self._advance()
+
+    def on_lost_link(self, rank_id: int, reason: str) -> list[Action]:
+        """The link is down: the process is probably gone, and its exit will say how; if not, it is killed."""
+        rank = self._ranks[rank_id]
+        if self._over or rank.status in ("dying", "gone"):
+            return []
+        rank.lost_link = reason
+        rank.deadline_s = self._system.now() + EXIT_GRACE_S
+        return self._break(f"rank {rank_id} lost its link to the server: {reason}")
+
+    def on_malformed(self, rank_id: int, reason: str) -> list[Action]:
+        """A rank that breaks the protocol is faulty, whatever else it says."""
+        if self._over or self._ranks[rank_id].status in ("dying", "gone"):
+            return []
+        return self._lose(rank_id, f"rank {rank_id} broke the protocol and was ended: {reason}")
+
+    def on_exit(self, rank_id: int, reason: str) -> list[Action]:
+        """The process is seen gone. `reason` reads on after "rank 2", as in "was killed by SIGKILL"."""
+        rank = self._ranks[rank_id]
+        if rank.status == "gone":
+            return []
+        was_dying = rank.status == "dying"
+        rank.status, rank.deadline_s, rank.hello = "gone", None, None
+        if self._over:
+            return []
+        if was_dying:
+            return self._advance()
+        return self._condemn(rank_id, f"rank {rank_id} {reason}") + self._advance()
+
+    def on_unkillable(self, rank_id: int, reason: str) -> list[Action]:
+        if self._over:
+            return []
+        return self._give_up(f"rank {rank_id} could not be killed, so nothing may reuse its memory: {reason}")
+
+    def tick(self) -> list[Action]:
+        """Act on the deadlines that have passed."""
+        now = self._system.now()
+        actions: list[Action] = []
+        for rank_id, rank in enumerate(self._ranks):
+            if self._over or rank.deadline_s is None or rank.deadline_s > now:
+                continue
+            if rank.lost_link is not None:
+                actions += self._lose(
+                    rank_id, f"rank {rank_id} lost its link to the server and was ended: {rank.lost_link}"
+                )
+            else:
+                actions += self._lose(
+                    rank_id, f"rank {rank_id} did not join within {self._start_timeout_s:g} s and was ended"
+                )
+        if not self._over and self._deadline_s is not None and self._deadline_s <= now:
+            self._deadline_s = None
+            if self._phase == "begun":
+                actions += self._lose_absent()
+            elif self._phase == "broken":
+                actions += self._judge()
+        return actions
+
+    def stop(self) -> list[Action]:
+        """Ask every rank to end. The caller waits for the exits, with a deadline."""
+        if self._over:
+            return []
+        self._phase, self._deadline_s = "stopping", None
+        for rank in self._ranks:
+            rank.deadline_s = None
+        return [SendTo(rank_id, Stop()) for rank_id, rank in enumerate(self._ranks) if rank.status == "joined"]
+
+    # --- steps of the two lives -----------------------------------------------------------------------------------
+
+    @property
+    def _over(self) -> bool:
+        return self._phase in ("stopping", "failed")
+
+    def _start_rank(self, rank_id: int) -> Action:
+        self._ranks[rank_id] = _Rank(deadline_s=self._system.now() + self._start_timeout_s)
+        return StartRank(rank_id)
+
+    def _lose(self, rank_id: int, cause: str) -> list[Action]:
+        """Declare a living rank dead."""
+        rank = self._ranks[rank_id]
+        rank.status, rank.deadline_s, rank.hello = "dying", None, None
+        return [KillRank(rank_id), *self._condemn(rank_id, cause), *self._advance()]
+
+    def _condemn(self, rank_id: int, cause: str) -> list[Action]:
+        """A verdict: this rank is dead, and that broke the generation (or, before the first one is ready, the
+        start)."""
+        if not self.was_ready:
+            return self._give_up(cause)
+        actions = self._break(cause)
+        self._phase, self._deadline_s = "broken", None  # also from "forming", when a replacement failed
+        self._verdict = self._verdict or cause
+        return [*actions, FailRank(rank_id, cause)]
+
+    def _break(self, sign: str, *, but: Sequence[int] = ()) -> list[Action]:
+        """The current generation is over; survivors are told at once."""
+        if self._phase not in ("begun", "ready"):
+            return []
+        assert self._descriptor is not None
+        self._phase, self._verdict, self._deadline_s = "broken", None, None
+        end = EndGeneration(self._descriptor.term, self._descriptor.generation, sign)
+        survivors = [
+            rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "joined" and rank_id not in but
+        ]
+        return [NotReady(sign), *(SendTo(rank_id, end) for rank_id in survivors)]
+
+    def _judge(self) -> list[Action]:
+        """Dead is whom the faults blame and who has not shown since that it lives. If nobody: a rank was late, and the
+        step is redone."""
+        actions: list[Action] = []
+        for fault in self._faults:
+            for peer in fault.peers:
+                rank = self._ranks[peer]
+                if rank.status == "joined" and not rank.faulted:
+                    actions += self._lose(peer, f"rank {peer} stopped answering and was ended ({fault.message})")
+        if self._verdict is None and self._phase == "broken":
+            if not self._may_retry():
+                return actions + self._give_up_retrying(self._faults[0].message)
+            self._setbacks.append(self._system.now())
+            self._verdict = (
+                f"rank {self._faults[0].rank} could not finish step {self._faults[0].step}: {self._faults[0].message}"
+            )
+        return actions + self._advance()
+
+    def _lose_absent(self) -> list[Action]:
+        actions: list[Action] = []
+        for rank_id, rank in enumerate(self._ranks):
+            if rank.status == "joined" and not rank.entered and not self._over:
+                actions += self._lose(
+                    rank_id, f"rank {rank_id} did not enter generation {self._generation} in time and was ended"
+                )
+        return actions
+
+    def _advance(self) -> list[Action]:
+        """Whatever the present state allows: a verdict, restarts, the next generation."""
+        if self._over:
+            return []
+        if self._phase == "broken" and self._verdict is None:
+            all_live = all(rank.faulted and rank.lost_link is None for rank in self._ranks if rank.status == "joined")
+            return self._judge() if all_live and self._faults else []  # else an exit or the deadline decides
+        if self._phase == "broken":
+            return self._replace()
+        if self._phase == "forming" and all(rank.status == "joined" for rank in self._ranks):
+            return self._begin()
+        return []
+
+    def _replace(self) -> list[Action]:
+        """After the verdict: once every dead rank is seen gone, sweep, and start replacements."""
+        if any(rank.status == "dying" for rank in self._ranks):
+            return []
+        gone = [rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "gone"]
+        for _ in gone:
+            if not self._may_retry():
+                return self._give_up_retrying(self._verdict or "unknown")
+            self._setbacks.append(self._system.now())
+        actions: list[Action] = []
+        if self._descriptor is not None:
+            actions.append(Sweep(self._descriptor.channel))
+            self._descriptor = None
+        self._phase = "forming"
+        actions += [self._start_rank(rank_id) for rank_id in gone]
+        return actions + self._advance()
+
+    def _begin(self) -> list[Action]:
+        if not self._term.held():
+            return self._give_up(f"another controller took over from term {self._term.number}; this one steps down")
+        self._generation += 1
+        self._phase, self._deadline_s = "begun", self._system.now() + self._start_timeout_s
+        self._faults, self._verdict, self._woken_step = [], None, None
+        for rank in self._ranks:
+            rank.entered, rank.parked_step, rank.faulted = False, None, False
+        self._descriptor = GenerationDescriptor(
+            term=self._term.number,
+            generation=self._generation,
+            world_size=len(self._ranks),
+            epoch=self.epoch,
+            channel=f"{self._system.randbits(128):032x}",
+        )
+        return [SendTo(rank_id, BeginGeneration(self._descriptor)) for rank_id in range(len(self._ranks))]
+
+    def _wake(self, step: int, *, but: int) -> list[Action]:
+        if self._woken_step is not None and step <= self._woken_step:
+            return []
+        self._woken_step = step
+        for rank in self._ranks:
+            rank.parked_step = None
+        wake = Wake(self._generation, step)
+        return [SendTo(rank_id, wake) for rank_id in range(len(self._ranks)) if rank_id != but]
+
+    def _may_retry(self) -> bool:
+        horizon = self._system.now() - self._restart_window_s
+        while self._setbacks and self._setbacks[0] < horizon:
+            self._setbacks.popleft()
+        return len(self._setbacks) < self._max_restarts
+
+    def _give_up_retrying(self, last: str) -> list[Action]:
+        return self._give_up(
+            f"gave up after {self._max_restarts} restarts within {self._restart_window_s:g} s "
+            f"(max_restarts, restart_window_s); the last: {last}"
+        )
+
+    def _give_up(self, reason: str) -> list[Action]:
+        self._phase, self._deadline_s, self.failure = "failed", None, reason
+        for rank in self._ranks:
+            rank.deadline_s = None
+        return [NotReady(reason), GiveUp(reason)]

@@ -1,0 +1,1 @@
+"""Who starts the rank processes: `Launcher` and its backends, one file each."""

@@ -1,0 +1,31 @@
+"""What runs inside a Ray actor: one `RankWorker`. No tensor and no step ever goes through Ray."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from switchgear.launcher.process import ProcessId
+from switchgear_runtime.rank_worker import RankWorker, RankWorkerConfig, configure_logging
+
+
+class RankActor:
+    """Two phases: a light construction that places the process, then `run`, which loads and serves and is the sentinel
+    of its life."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def describe(self) -> tuple[int, float, str]:
+        """(pid, creation time, Ray node id): who must be seen gone after a death."""
+        import ray
+
+        me = ProcessId.of(os.getpid())
+        return me.pid, me.created_s, ray.get_runtime_context().get_node_id()
+
+    def run(self, config_json: bytes) -> None:
+        """Returns when all ranks have agreed to stop."""
+        config = msgspec.json.decode(config_json, type=RankWorkerConfig)
+        configure_logging(config.rank, config.log_level)
+        RankWorker(config).run()

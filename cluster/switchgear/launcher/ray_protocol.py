@@ -1,0 +1,72 @@
+"""What the server and its Ray driver process say to each other: one line of JSON a message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+LINE_BYTES_MAX = 1 << 20
+
+
+class DriverSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line. `address`: the Ray cluster to join; None: start one with its files in `folder`."""
+
+    name: str  # of the switchgear cluster, for the actors' names
+    num_ranks: int
+    cpus_per_rank: float
+    one_host: bool  # the ranks share memory, so they must be on one node
+    address: str | None
+    folder: str | None
+    timeout_s: float
+
+
+class StartActor(msgspec.Struct, tag="start", frozen=True):
+    id: int
+    rank: int
+    config: dict[str, Any]
+
+
+class KillActor(msgspec.Struct, tag="kill", frozen=True):
+    id: int
+    rank: int
+
+
+class SweepChannel(msgspec.Struct, tag="sweep", frozen=True):
+    id: int
+    channel: str
+
+
+class ReadLog(msgspec.Struct, tag="log", frozen=True):
+    id: int
+    rank: int
+
+
+Command = StartActor | KillActor | SweepChannel | ReadLog
+
+
+class Opened(msgspec.Struct, tag="opened", frozen=True):
+    """Ray is up and the bundles are placed. `host`: this host's address as the ranks see it."""
+
+    host: str
+    address: str
+
+
+class OpenFailed(msgspec.Struct, tag="open_failed", frozen=True):
+    error: str
+
+
+class Done(msgspec.Struct, tag="done", frozen=True):
+    id: int
+    result: str = ""
+    error: str | None = None
+
+
+class Exited(msgspec.Struct, tag="exited", frozen=True):
+    """A rank's process is seen gone."""
+
+    rank: int
+    reason: str
+
+
+Event = Opened | OpenFailed | Done | Exited

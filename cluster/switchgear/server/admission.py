@@ -1,0 +1,192 @@
+"""Checks a request against every limit, then tokenizes it: `Admission`. Thread-safe; before anything is expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from switchgear.server.limits import ModelFacts, ServerLimits
+from switchgear.server.seeds import derive_seed
+from switchgear.tokenizer import Tokenizer
+from switchgear_runtime.errors import RequestError
+from switchgear_runtime.messages import WireSampling
+from switchgear_runtime.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int]
+# Ranks compute in float32, where smaller values would be zero or overflow the logits they divide.
+TEMPERATURE_MIN = 1e-5  # below: greedy, as in vLLM
+TOP_P_MIN = 1e-6  # the likeliest token alone
+REPETITION_PENALTY_MIN = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """One prompt that may run. `max_tokens` is resolved."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+
+
+def parse_prompts(prompts: object) -> list[Prompt]:
+    """OpenAI's `prompt`: str | list[str] | list[int] | list[list[int]], or texts and lists of ids mixed."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise RequestError(
+            f"prompt is {_kind(prompts)}; it must be a string, or an array of strings or token ids", param="prompt"
+        )
+    if not prompts:
+        raise RequestError("prompt is an empty array; give at least one prompt", param="prompt")
+    if _is_token_id(prompts[0]):
+        return [_token_ids(prompts, "prompt")]
+    parsed: list[Prompt] = []
+    for i, item in enumerate(prompts):
+        if isinstance(item, str):
+            parsed.append(item)
+        elif isinstance(item, (list, tuple)):
+            parsed.append(_token_ids(item, f"prompt[{i}]"))
+        else:
+            raise RequestError(
+                f"prompt[{i}] is {_kind(item)}; it must be a string or an array of token ids", param="prompt"
+            )
+    return parsed
+
+
+class Admitter:
+    """Turns prompts and sampling parameters into Admissions, or raises RequestError naming field, value and limit."""
+
+    def __init__(self, tokenizer: Tokenizer | None, facts: ModelFacts, limits: ServerLimits) -> None:
+        self._tokenizer = tokenizer
+        self._facts = facts
+        self._limits = limits
+
+    def check(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], max_model_len: int
+    ) -> list[Admission]:
+        """`params`: one for all prompts, or one each."""
+        if len(prompts) > self._limits.max_prompts_per_request:
+            raise RequestError(
+                f"prompt holds {len(prompts)} prompts; the limit is {self._limits.max_prompts_per_request} per request",
+                param="prompt",
+            )
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(each)} sampling parameters came for {len(prompts)} prompts; give one, or one per prompt",
+                param="sampling_params",
+            )
+        num_sequences = sum(one.n for one in each)
+        if num_sequences > self._limits.max_queued:
+            raise RequestError(
+                f"n and prompt ask for {num_sequences} sequences; the limit is {self._limits.max_queued}", param="n"
+            )
+        for one in each:
+            self._check_params(one)
+        return [self._admit(prompt, one, max_model_len) for prompt, one in zip(prompts, each, strict=True)]
+
+    def wire_sampling(self, admission: Admission, seed: int, index: int) -> WireSampling:
+        """What a rank needs to know for choice `index`."""
+        params = admission.params
+        vocab_size = self._facts.vocab_size
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._facts.eos_token_ids)}
+        return WireSampling(
+            temperature=float(params.temperature) if params.temperature >= TEMPERATURE_MIN else 0.0,
+            top_k=params.top_k if 0 < params.top_k < vocab_size else 0,
+            top_p=max(float(params.top_p), TOP_P_MIN),
+            min_p=float(params.min_p),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            repetition_penalty=float(params.repetition_penalty),
+            logit_bias={token_id: float(bias) for token_id, bias in params.logit_bias.items()},
+            stop_token_ids=tuple(sorted(token_id for token_id in stops if token_id < vocab_size)),
+            max_tokens=admission.max_tokens,
+            min_tokens=params.min_tokens,
+            logprobs=params.logprobs,
+            seed=derive_seed(seed, index),
+        )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for token_id in params.logit_bias:
+            if token_id >= self._facts.vocab_size:
+                raise RequestError(
+                    f"logit_bias names token {token_id}; the vocabulary has {self._facts.vocab_size}",
+                    param="logit_bias",
+                )
+        if params.repetition_penalty < REPETITION_PENALTY_MIN:
+            raise RequestError(
+                f"repetition_penalty={params.repetition_penalty} must be at least {REPETITION_PENALTY_MIN}",
+                param="repetition_penalty",
+            )
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop needs a tokenizer, which this checkpoint lacks; use stop_token_ids", param="stop")
+
+    def _admit(self, prompt: Prompt, params: SamplingParams, max_model_len: int) -> Admission:
+        if isinstance(prompt, str):
+            token_ids = self._encode(prompt, params, max_model_len)
+        else:
+            token_ids = list(prompt)
+            for token_id in token_ids:
+                if not 0 <= token_id < self._facts.vocab_size:
+                    raise RequestError(
+                        f"prompt has token id {token_id}; ids go from 0 to {self._facts.vocab_size - 1}", param="prompt"
+                    )
+        num_prompt = len(token_ids)
+        if num_prompt == 0:
+            raise RequestError("prompt is empty; give at least one token", param="prompt")
+        room = max_model_len - num_prompt
+        max_tokens = max(room, 0) if params.max_tokens is None else params.max_tokens
+        if room < 1 or max_tokens > room:
+            raise _too_long(max_model_len, f"{num_prompt}", num_prompt + max(max_tokens, 1), max(max_tokens, 1))
+        if params.min_tokens > max_tokens:
+            raise RequestError(f"min_tokens={params.min_tokens} is above max_tokens={max_tokens}", param="min_tokens")
+        return Admission(prompt_token_ids=token_ids, params=params, max_tokens=max_tokens)
+
+    def _encode(self, text: str, params: SamplingParams, max_model_len: int) -> list[int]:
+        if self._tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer; send the prompt as token ids", param="prompt")
+        num_least = -(-len(text) // self._tokenizer.token_chars_max)
+        if num_least > max_model_len:  # certain without tokenizing, which would cost time in proportion
+            max_tokens = params.max_tokens or 1
+            raise _too_long(max_model_len, f"at least {num_least}", num_least + max_tokens, max_tokens)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt is not valid Unicode text: {error.reason} at {error.start}", param="prompt"
+            ) from None
+        return self._tokenizer.encode(text)
+
+
+def _too_long(max_model_len: int, num_prompt: str, num_total: int, max_tokens: int) -> RequestError:
+    least = "at least " if num_prompt.startswith("at") else ""
+    return RequestError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {least}{num_total} "
+        f"tokens ({num_prompt} in the prompt, {max_tokens} in the completion). Please reduce the length of the "
+        "prompt or completion.",
+        param="prompt" if max_tokens <= max_model_len else "max_tokens",
+    )
+
+
+def _token_ids(items: Sequence[object], name: str) -> list[int]:
+    for item in items:
+        if not _is_token_id(item):
+            raise RequestError(f"{name} mixes token ids with {_kind(item)}; give integers only", param="prompt")
+    return list(items)  # type: ignore[arg-type]
+
+
+def _is_token_id(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _kind(value: object) -> str:
+    """A JSON user's word for a type."""
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        dict: "an object",
+        str: "a string",
+    }
+    return names.get(type(value), "an array" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}")

@@ -1,0 +1,319 @@
+"""The server's mind: `ServerCore` admits requests, hands sequences to ranks, and turns tokens into events.
+
+Sans-IO and single-threaded: it is called on one asyncio loop (or by the simulation), talks to ranks through `send`, to
+its callers through their sinks, and to the clock through `System`. Each accepted sequence ends exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from switchgear.outputs import ExpertLoad
+from switchgear.server.admission import Admission, Admitter, Prompt, parse_prompts
+from switchgear.server.detokenizer import Detokenizer
+from switchgear.server.events import Finish, FinishReason, SequenceEvent, Sink, TokenLogprob
+from switchgear.server.limits import ModelFacts, ServerLimits
+from switchgear.server.live_sequence import LiveSequence, token_logprob
+from switchgear.server.load_table import LoadTable
+from switchgear.server.rank_table import RankTable
+from switchgear.server.seeds import draw_seed
+from switchgear.server.stop_strings import StopStrings
+from switchgear.tokenizer import Tokenizer
+from switchgear_runtime.errors import RankFailed, RequestError, SwitchgearError
+from switchgear_runtime.messages import (
+    Abort,
+    FromRank,
+    Hello,
+    Parked,
+    Rejected,
+    StepFrame,
+    TokenOutput,
+    ToRank,
+)
+from switchgear_runtime.sampling_params import SamplingParams
+from switchgear_runtime.system import System
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Request:
+    """What one `submit` accepted: one or more prompts, n choices each. `sequences`: those that have not ended."""
+
+    request_id: str
+    sink: Sink
+    arrival_s: float
+    admissions: list[Admission]
+    sequences: dict[int, LiveSequence] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Who counts (metrics.py). Durations in seconds."""
+
+    def accepted(self, num_prompt_tokens: int) -> None: ...
+
+    def token(self, since_arrival_s: float, since_token_s: float | None) -> None: ...
+
+    def finished(self, reason: FinishReason, since_arrival_s: float) -> None: ...
+
+
+class ServerCore:
+    """All live requests. `submit` and `abort` are for callers; `on_message`, `set_ready`, `fail_*` for the cluster."""
+
+    def __init__(
+        self,
+        *,
+        system: System,
+        tokenizer: Tokenizer | None,
+        facts: ModelFacts,
+        send: Callable[[int, ToRank], None],
+        limits: ServerLimits | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self.limits = limits or ServerLimits()
+        self.observer = observer
+        self.max_model_len = facts.max_model_len  # a rank whose KV cache is smaller lowers it
+        self.ranks = RankTable(facts)
+        self.load = LoadTable(facts)
+        self.generation = 0
+        self.epoch = 0
+        self.draining = False
+        self.num_discarded_tokens = 0  # late ones, of sequences that ended or moved
+        self._system = system
+        self._send = send
+        self._admitter = Admitter(tokenizer, facts, self.limits)
+        self._requests: dict[str, Request] = {}
+        self._sequences: dict[int, LiveSequence] = {}
+        self._num_submitted = 0
+
+    # --- callers ------------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self.ranks.num_serving > 0
+
+    @property
+    def num_live(self) -> int:
+        return len(self._sequences)
+
+    def check(self, prompts: object, params: SamplingParams | Sequence[SamplingParams]) -> list[Admission]:
+        """Validate and tokenize; RequestError if refused. Changes nothing and may run on another thread."""
+        parsed: list[Prompt] = parse_prompts(prompts)
+        return self._admitter.check(parsed, params, self.max_model_len)
+
+    def admit(self, admissions: Sequence[Admission], *, sink: Sink, tenant: str = "", cache_salt: str = "") -> Request:
+        """Start what `check` passed, all or nothing: RequestError 503 while not ready, 429 when the queue is full."""
+        self.require_ready()
+        num_sequences = sum(admission.params.n for admission in admissions)
+        if self.num_live + num_sequences > self.limits.max_queued:
+            raise RequestError(
+                f"the queue is full: {self.num_live} sequences of at most {self.limits.max_queued} are unfinished and "
+                f"this request asks for {num_sequences} more; retry later",
+                status=429,
+            )
+        request = Request(
+            request_id=f"{self._system.randbits(96):024x}",
+            sink=sink,
+            arrival_s=self._system.now(),
+            admissions=list(admissions),
+        )
+        self._requests[request.request_id] = request
+        started: list[LiveSequence] = []
+        for prompt_index, admission in enumerate(admissions):
+            seed = admission.params.seed if admission.params.seed is not None else draw_seed(self._system)
+            if self.observer:
+                self.observer.accepted(len(admission.prompt_token_ids))
+            started += [
+                self._expand(request, prompt_index, index, admission, seed, tenant, cache_salt)
+                for index in range(admission.params.n)
+            ]
+        for sequence in started:
+            self._send(sequence.rank, sequence.submit())
+        return request
+
+    def submit(
+        self,
+        prompts: object,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        sink: Sink,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> Request:
+        """`check` and `admit`. `prompts`: str | list[str] | list[int] | list[list[int]]."""
+        self.require_ready()
+        return self.admit(self.check(prompts, params), sink=sink, tenant=tenant, cache_salt=cache_salt)
+
+    def expert_load(self) -> ExpertLoad:
+        """Sums since the start."""
+        return ExpertLoad(
+            num_layers=self.load.num_layers,
+            num_experts=self.load.num_experts,
+            generation=self.generation,
+            epoch=self.epoch,
+            routed=self.load.routed(),
+            rows=self.load.rows(),
+        )
+
+    def abort(self, request_id: str) -> None:
+        """End what is left of a request, on its ranks too. Idempotent."""
+        request = self._requests.get(request_id)
+        for sequence in list(request.sequences.values()) if request else ():
+            self._send(sequence.rank, Abort(sequence.sequence_id))
+            self._finish(sequence, "abort")
+
+    def require_ready(self) -> None:
+        if self.draining:
+            raise RequestError("the server is shutting down; retry elsewhere", status=503)
+        if not self.ready:
+            raise RequestError("the ranks are not ready; retry in a moment", status=503)
+
+    # --- the cluster --------------------------------------------------------------------------------------------
+
+    def set_ready(
+        self, ranks: Iterable[int] | None, *, generation: int | None = None, epoch: int | None = None
+    ) -> None:
+        """Which ranks take new sequences from now on; None: no generation is whole."""
+        self.ranks.serve(ranks or ())
+        self.generation = self.generation if generation is None else generation
+        self.epoch = self.epoch if epoch is None else epoch
+
+    def on_message(self, rank: int, message: FromRank) -> None:
+        """Everything a rank says may come here; what is the controller's alone is ignored."""
+        if isinstance(message, StepFrame):
+            self.ranks.step(message)
+            self.load.step(message)
+            for token in message.tokens:
+                self._take(rank, token)
+        elif isinstance(message, Hello):
+            self.ranks.hello(message)
+            self.max_model_len = min(self.max_model_len, message.max_model_len)
+        elif isinstance(message, Rejected):
+            sequence = self._sequences.get(message.sequence_id)
+            if sequence is not None and (sequence.rank, sequence.incarnation) == (rank, message.incarnation):
+                self._finish(sequence, "error", error=RequestError(message.message, param="prompt"))
+        elif isinstance(message, Parked):
+            self.ranks[rank].parked = True
+
+    def fail_rank(self, rank: int, reason: str) -> None:
+        """A rank is dead: what it held ends with `reason`, which names it. Nothing is sent to it."""
+        for sequence in [one for one in self._sequences.values() if one.rank == rank]:
+            self._finish(sequence, "error", error=RankFailed(reason))
+
+    def fail_all(self, reason: str) -> None:
+        """No rank can go on: every sequence ends with an error."""
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, "error", error=RankFailed(reason))
+
+    def abort_all(self) -> None:
+        """The end of a drain whose deadline passed."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    # --- one sequence -------------------------------------------------------------------------------------------
+
+    def _expand(
+        self,
+        request: Request,
+        prompt_index: int,
+        index: int,
+        admission: Admission,
+        seed: int,
+        tenant: str,
+        cache_salt: str,
+    ) -> LiveSequence:
+        params = admission.params
+        sequence = LiveSequence(
+            sequence_id=self._num_submitted,
+            request=request,
+            prompt_index=prompt_index,
+            index=index,
+            rank=self.ranks.choose(),
+            incarnation=1,
+            prompt_token_ids=admission.prompt_token_ids,
+            sampling=self._admitter.wire_sampling(admission, seed, index),
+            stop_token_ids=frozenset(params.stop_token_ids),
+            include_stop=params.include_stop_str_in_output,
+            detokenizer=Detokenizer(self.tokenizer, admission.prompt_token_ids),
+            stops=StopStrings(params.stop, include_in_output=params.include_stop_str_in_output),
+            tenant=tenant,
+            cache_salt=cache_salt,
+        )
+        self._num_submitted += 1
+        self.ranks.add(sequence.rank, len(sequence.prompt_token_ids))
+        self._sequences[sequence.sequence_id] = sequence
+        request.sequences[sequence.sequence_id] = sequence
+        return sequence
+
+    def _take(self, rank: int, token: TokenOutput) -> None:
+        sequence = self._sequences.get(token.sequence_id)
+        if sequence is None or not sequence.accepts(rank, token):
+            self.num_discarded_tokens += 1
+            return
+        now_s = self._system.now()
+        if self.observer:
+            since_token_s = None if sequence.last_token_s is None else now_s - sequence.last_token_s
+            self.observer.token(now_s - sequence.request.arrival_s, since_token_s)
+        sequence.last_token_s = now_s
+        self.ranks[rank].num_tokens += 1
+        text, reason, stop_reason = sequence.take(token)
+        logprob = token_logprob(token)
+        logprobs = [logprob] if logprob is not None else None
+        if reason is None:
+            self._emit(sequence, [token.token_id], text, logprobs)
+            return
+        if token.finish_reason is None:  # a stop string: the rank cannot know
+            self._send(rank, Abort(sequence.sequence_id))
+        self._finish(sequence, reason, stop_reason, token_ids=[token.token_id], text=text, logprobs=logprobs)
+
+    def _emit(
+        self,
+        sequence: LiveSequence,
+        token_ids: list[int],
+        text: str,
+        logprobs: list[TokenLogprob] | None,
+        finish: Finish | None = None,
+    ) -> None:
+        sequence.request.sink(
+            SequenceEvent(
+                prompt_index=sequence.prompt_index,
+                index=sequence.index,
+                token_ids=token_ids,
+                text=text,
+                logprobs=logprobs,
+                finish=finish,
+            )
+        )
+
+    def _finish(
+        self,
+        sequence: LiveSequence,
+        reason: FinishReason,
+        stop_reason: str | int | None = None,
+        *,
+        token_ids: list[int] | None = None,
+        text: str = "",
+        logprobs: list[TokenLogprob] | None = None,
+        error: SwitchgearError | None = None,
+    ) -> None:
+        del self._sequences[sequence.sequence_id]
+        request = sequence.request
+        del request.sequences[sequence.sequence_id]
+        if not request.sequences:
+            self._requests.pop(request.request_id, None)
+        num_prompt, num_output = len(sequence.prompt_token_ids), len(sequence.output_token_ids)
+        self.ranks.remove(sequence.rank, num_prompt + num_output)
+        if self.observer:
+            self.observer.finished(reason, self._system.now() - request.arrival_s)
+        finish = Finish(
+            reason=reason,
+            seed=sequence.sampling.seed,
+            num_prompt_tokens=num_prompt,
+            num_output_tokens=num_output,
+            num_cached_tokens=sequence.num_cached_tokens,
+            stop_reason=stop_reason,
+            error=error,
+        )
+        self._emit(sequence, token_ids or [], text, logprobs, finish)

@@ -1,0 +1,27 @@
+"""What the server knows of its model and what it allows: `ModelFacts`, `ServerLimits`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """The few facts of the checkpoint that requests are checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    num_layers: int = 0  # MoE layers
+    num_experts: int = 0  # logical, per layer
+    max_num_seqs: int = 64  # what a rank runs at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerLimits:
+    """Each is checked before the request costs anything."""
+
+    max_prompts_per_request: int = 1024
+    max_queued: int = 4096  # unfinished sequences in the whole server
+    max_body_bytes: int = 8 << 20
+    max_cache_salt_chars: int = 256

@@ -1,0 +1,82 @@
+"""The server's side of one sequence, from admission to its one finish: `LiveSequence`.
+
+It keeps every token emitted, because they are what another rank needs to go on with the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from switchgear.server.detokenizer import Detokenizer
+from switchgear.server.events import FinishReason, TokenLogprob
+from switchgear.server.stop_strings import StopStrings
+from switchgear_runtime.messages import Submit, TokenOutput, WireSampling
+
+if TYPE_CHECKING:
+    from switchgear.server.core import Request
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class LiveSequence:
+    """`take` turns the next token into text and, at the end, a finish reason."""
+
+    sequence_id: int
+    request: Request
+    prompt_index: int
+    index: int  # choice
+    rank: int
+    incarnation: int
+    prompt_token_ids: list[int]
+    sampling: WireSampling
+    stop_token_ids: frozenset[int]  # the request's own, without end-of-sequence
+    include_stop: bool
+    detokenizer: Detokenizer
+    stops: StopStrings
+    tenant: str
+    cache_salt: str
+    output_token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    last_token_s: float | None = None
+
+    def submit(self) -> Submit:
+        """What a rank needs to start this sequence, or to go on with it."""
+        return Submit(
+            sequence_id=self.sequence_id,
+            incarnation=self.incarnation,
+            prompt_token_ids=self.prompt_token_ids,
+            output_token_ids=list(self.output_token_ids),
+            sampling=self.sampling,
+            tenant=self.tenant,
+            cache_salt=self.cache_salt,
+        )
+
+    def accepts(self, rank: int, token: TokenOutput) -> bool:
+        """Only the next token of the current owner; a rank declared dead may still have something in flight."""
+        return rank == self.rank and token.incarnation == self.incarnation and token.index == len(self.output_token_ids)
+
+    def take(self, token: TokenOutput) -> tuple[str, FinishReason | None, str | int | None]:
+        """(text to emit, finish reason, stop reason) of an accepted token."""
+        self.output_token_ids.append(token.token_id)
+        if token.num_cached_tokens is not None:
+            self.num_cached_tokens = token.num_cached_tokens
+        stopped_by_token = token.finish_reason == "stop"
+        text = self.detokenizer.append(token.token_id) if self.include_stop or not stopped_by_token else ""
+        may_stop = len(self.output_token_ids) > self.sampling.min_tokens
+        text = self.stops.push(text, may_stop=may_stop)
+        if token.finish_reason is not None and self.stops.matched is None:
+            text += self.stops.push(self.detokenizer.flush(), may_stop=may_stop)
+        if self.stops.matched is not None:
+            return text, "stop", self.stops.matched
+        if token.finish_reason is None:
+            return text, None, None
+        text += self.stops.flush()
+        if stopped_by_token:
+            return text, "stop", token.token_id if token.token_id in self.stop_token_ids else None
+        return text, "length", None
+
+
+def token_logprob(token: TokenOutput) -> TokenLogprob | None:
+    if token.logprob is None:
+        return None
+    return TokenLogprob(token_id=token.token_id, logprob=token.logprob, top=list(token.top_logprobs or ()))

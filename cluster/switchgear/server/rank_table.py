@@ -1,0 +1,78 @@
+"""Which rank gets the next sequence: `RankTable`, the server's ledger of what each rank holds.
+
+The ledger is exact at once (a rank's own stats lag by a step), so a batch admitted in one go spreads evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from switchgear.server.limits import ModelFacts
+from switchgear_runtime.messages import Hello, RankStats, StepFrame
+
+_NO_STATS = RankStats(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RankState:
+    """`num_tokens`: prompt and output tokens of the sequences it holds, as KV-cache positions."""
+
+    rank: int
+    serving: bool = False
+    num_kv_tokens: int = 1 << 16  # capacity, from its Hello
+    num_sequences: int = 0
+    num_tokens: int = 0
+    stats: RankStats = _NO_STATS
+    parked: bool = False
+
+
+class RankTable:
+    def __init__(self, facts: ModelFacts) -> None:
+        self._max_num_seqs = facts.max_num_seqs
+        self._states: dict[int, RankState] = {}
+
+    def __getitem__(self, rank: int) -> RankState:
+        if rank not in self._states:
+            self._states[rank] = RankState(rank=rank)
+        return self._states[rank]
+
+    def states(self) -> list[RankState]:
+        return [self._states[rank] for rank in sorted(self._states)]
+
+    def serve(self, ranks: Iterable[int]) -> None:
+        """These ranks, and no others, get new sequences."""
+        chosen = set(ranks)
+        for rank in chosen | self._states.keys():
+            self[rank].serving = rank in chosen
+
+    @property
+    def num_serving(self) -> int:
+        return sum(state.serving for state in self._states.values())
+
+    def hello(self, message: Hello) -> None:
+        state = self[message.rank]
+        state.num_kv_tokens = max(1, message.num_kv_blocks * message.block_size)
+        state.stats = _NO_STATS
+
+    def step(self, frame: StepFrame) -> None:
+        state = self[frame.rank]
+        state.stats = frame.stats
+        state.parked = False
+
+    def choose(self) -> int:
+        """The least loaded serving rank by KV cache and queue; ties to the lowest rank."""
+        return min((state for state in self.states() if state.serving), key=self._load).rank
+
+    def add(self, rank: int, num_tokens: int) -> None:
+        self[rank].num_sequences += 1
+        self[rank].num_tokens += num_tokens
+
+    def remove(self, rank: int, num_tokens: int) -> None:
+        self[rank].num_sequences -= 1
+        self[rank].num_tokens -= num_tokens
+
+    def _load(self, state: RankState) -> tuple[float, int, int]:
+        """A rank is full when its KV cache is, or when all its places are taken: whichever binds, beside the sum."""
+        load = state.num_tokens / state.num_kv_tokens + state.num_sequences / self._max_num_seqs
+        return load, state.num_sequences, state.rank

@@ -1,0 +1,207 @@
+"""One rank's model, its KV cache and its place in a generation: `ModelRunner.forward(batch)` gives the logits.
+
+Life: construct (all weights) -> `begin(transport, expert_map)` for each generation -> `forward` each step. Between
+steps `stage` loads a later epoch's experts beside those in use and `flip` makes it the current one. Experts already
+here are never read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime import ops
+from switchgear_runtime.batch import Batch
+from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.kv_cache import KVCache, num_blocks_in
+from switchgear_runtime.model.attention import AttentionMetadata
+from switchgear_runtime.model.checkpoint import Checkpoint
+from switchgear_runtime.model.spec import DecoderSpec
+from switchgear_runtime.model.weights import load_decoder
+from switchgear_runtime.moe.dispatcher import Dispatcher
+from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.experts import ExpertSlots
+from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.load import ExpertLoad
+
+KV_TILE = 16  # attention walks tiles of so many positions
+MAILBOX_BYTES_MIN = 64 << 10
+MAILBOX_BYTES_MAX = 1 << 20  # a larger message goes in chunks
+
+
+class ModelRunner:
+    """Weights, cache and dispatch of one rank. Not thread-safe."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: DecoderSpec,
+        checkpoint: Checkpoint,
+        *,
+        rank: int,
+        world_size: int,
+        expert_map: ExpertMap | None = None,
+    ) -> None:
+        """`expert_map`: the one the first generation will likely have (default: contiguous). Its experts load here,
+        since `begin` runs while the other ranks wait for their first step."""
+        if config.block_size % KV_TILE:
+            raise ConfigError(f"block_size={config.block_size} must be a multiple of {KV_TILE}")
+        self.config = config
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.rank = rank
+        self.world_size = world_size
+        self.dtype = checkpoint.dtype(config.dtype)
+        self.num_kv_blocks = config.num_kv_blocks or num_blocks_in(
+            config.kv_cache_memory_bytes, spec, config.block_size, self.dtype
+        )
+        self.max_model_len = _max_model_len(config, spec, self.num_kv_blocks)
+        torch.set_num_threads(config.num_threads)  # torch only copies and adds here; the kernels have their own threads
+        ops.set_num_threads(config.num_threads)
+        self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
+        self.kv_cache = KVCache(spec, num_blocks=self.num_kv_blocks, block_size=config.block_size, dtype=self.dtype)
+        self._decoder = load_decoder(checkpoint, self.dtype, num_positions=self.max_model_len, load=self.load)
+        self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
+        self._transport: Transport | None = None
+        self._staged: dict[int, tuple[ExpertMap, list[ExpertSlots]]] = {}  # by epoch
+        self.expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
+        self._check(self.expert_map)
+        self._place(self.expert_map, self._load_slots(self.expert_map))
+
+    @property
+    def epoch(self) -> int:
+        """Of the experts in use."""
+        return self.expert_map.epoch
+
+    @property
+    def mailbox_bytes(self) -> int:
+        """For the transport: a step's largest message to one rank (the way back, a row per pair), within bounds."""
+        moe = self.spec.moe
+        row_bytes = self.spec.hidden_size * self.dtype.itemsize
+        num_rows = self.config.max_num_batched_tokens * moe.top_k
+        return min(MAILBOX_BYTES_MAX, max(MAILBOX_BYTES_MIN, _round_up(num_rows * (row_bytes + 8), 4096)))
+
+    def fingerprint(self) -> str:
+        """Ranks whose fingerprints differ could compute different bits, and may not join one generation."""
+        parts: Mapping[str, object] = {
+            "kernels": ops.kernel_version(),
+            "instruction_set": ops.instruction_set(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "block_size": self.config.block_size,
+            "checkpoint": self.checkpoint.identity(),
+            "model": hashlib.sha256(repr(self.spec).encode()).hexdigest()[:16],
+        }
+        return " ".join(f"{name}={value}" for name, value in parts.items())
+
+    def begin(self, transport: Transport, expert_map: ExpertMap) -> None:
+        """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays."""
+        if transport.rank != self.rank:
+            raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
+        self.world_size = transport.world_size
+        self._check(expert_map)
+        self._staged.clear()
+        self._place(expert_map, self._load_slots(expert_map))
+        self._connect(transport)
+
+    def stage(self, expert_map: ExpertMap) -> None:
+        """Load a later epoch's experts beside the current ones. `flip` puts them into use."""
+        self._check(expert_map)
+        if expert_map.epoch <= self.epoch:
+            raise ConfigError(
+                f"expert map of epoch {expert_map.epoch} is not later than the current epoch {self.epoch}"
+            )
+        self._staged[expert_map.epoch] = (expert_map, self._load_slots(expert_map))
+
+    def flip(self, epoch: int) -> None:
+        """Make a staged epoch current, between the same two steps on all ranks. Older staged ones are dropped."""
+        expert_map, slots = self._staged[epoch]
+        self._staged = {later: staged for later, staged in self._staged.items() if later > epoch}
+        self._place(expert_map, slots)
+        assert self._transport is not None
+        self._connect(self._transport)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """logits fp32 [sampling rows, vocabulary], in the order of the batch's sequences that sample. An empty batch
+        still takes part in every MoE layer. Errors of the transport pass through; the step then counts no load."""
+        if self._transport is None:
+            raise RuntimeError("forward before begin: the rank is in no generation")
+        flat = batch.flatten(self.config.block_size)
+        token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
+        sampling_rows = torch.tensor(flat.sampling_rows, dtype=torch.int64)
+        self.load.discard()  # what a broken step left
+        with torch.inference_mode():
+            logits = self._decoder.forward(
+                token_ids_T, AttentionMetadata.from_batch(flat), sampling_rows, self.kv_cache
+            )
+        self.load.commit()
+        return logits
+
+    def _check(self, expert_map: ExpertMap) -> None:
+        expected = (self.world_size, self.spec.num_moe_layers, self.spec.num_experts)
+        actual = (expert_map.num_ranks, expert_map.num_layers, expert_map.num_experts)
+        if actual != expected:
+            raise ConfigError(
+                f"expert map is for (ranks, layers, experts) = {actual}; this model and cluster have {expected}"
+            )
+
+    def _load_slots(self, expert_map: ExpertMap) -> list[ExpertSlots]:
+        slots = []
+        for index, layer in enumerate(self.moe_layers):
+            decoder_layer = self.spec.moe_layers[index]
+            slots.append(
+                ExpertSlots.load(
+                    expert_map.local_experts(index, self.rank),
+                    self.rank * expert_map.slots_per_rank,
+                    hidden=self.spec.hidden_size,
+                    ffn=self.spec.moe.ffn,
+                    dtype=self.dtype,
+                    read=partial(self.checkpoint.expert, decoder_layer),
+                    held=layer.experts,
+                )
+            )
+        self.checkpoint.release()
+        return slots
+
+    def _place(self, expert_map: ExpertMap, slots: list[ExpertSlots]) -> None:
+        for index, layer in enumerate(self.moe_layers):
+            layer.place(slots[index], torch.from_numpy(expert_map.slot_table(index, self.rank)))
+        self.expert_map = expert_map
+
+    def _connect(self, transport: Transport) -> None:
+        dispatcher = Dispatcher(
+            transport,
+            slots_per_rank=self.expert_map.slots_per_rank,
+            payload=self.dtype,
+            timeout_s=self.config.step_timeout_s,
+        )
+        for layer in self.moe_layers:
+            layer.connect(dispatcher)
+        self._transport = transport
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:
+    """The user's, which must fit; else the model's, or what the cache holds if that is less."""
+    capacity = num_kv_blocks * config.block_size
+    asked = config.max_model_len
+    if asked is None:
+        return min(spec.max_position_embeddings, capacity)
+    if asked > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={asked} is over the model's max_position_embeddings={spec.max_position_embeddings}"
+        )
+    if asked > capacity:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit the KV cache of {num_kv_blocks} blocks of {config.block_size} tokens; "
+            "raise kv_cache_memory_bytes (or num_kv_blocks), or lower max_model_len"
+        )
+    return asked

@@ -1,0 +1,63 @@
+"""A mixture-of-experts layer over all ranks: `MoELayer.forward` is its five verbs.
+
+Every rank calls it in every step, with no tokens if it has none: the others' dispatch waits for this one's message.
+
+Letters: T tokens, D hidden, K top-k, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime.moe.dispatcher import Dispatcher
+from switchgear_runtime.moe.experts import ExpertSlots
+from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.router import TopKRouter
+
+
+class MoELayer:
+    """Layer `index` among MoE layers. `place` and `connect` come before the first forward, later between steps.
+
+    `shared`: the expert that every token takes, which is no expert to the map: each rank has it for its own tokens.
+    """
+
+    def __init__(
+        self, index: int, router: TopKRouter, load: ExpertLoad, shared: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.index = index
+        self.router = router
+        self.load = load
+        self.shared = shared
+        self.experts: ExpertSlots | None = None
+        self._slot_table_E: Tensor | None = None
+        self._dispatcher: Dispatcher | None = None
+
+    def place(self, experts: ExpertSlots, slot_table_E: Tensor) -> None:
+        """The epoch's experts of this rank, and for each logical expert the slot this rank's tokens go to (int32)."""
+        self.experts = experts
+        self._slot_table_E = slot_table_E
+
+    def connect(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def remap(self, topk_ids_TK: Tensor) -> Tensor:
+        """Logical experts -> one physical replica each."""
+        assert self._slot_table_E is not None
+        return torch.index_select(self._slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        assert self.experts is not None
+        assert self._dispatcher is not None
+        topk_weights_TK, topk_ids_TK = self.router(x_TD)
+        slot_ids_TK = self.remap(topk_ids_TK)
+        recv, handle = self._dispatcher.dispatch(x_TD, slot_ids_TK)
+        rows = self.experts(recv)
+        y_TD = self._dispatcher.combine(rows, topk_weights_TK, handle)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)  # last, so that the order of the sum is one
+        self.load.record_routed(self.index, topk_ids_TK.numpy())
+        self.load.record_rows(self.index, self.experts.experts, rows.rows_per_slot_S.numpy())
+        return y_TD

@@ -1,0 +1,212 @@
+"""One rank's process: `RankWorker` connects to the server, loads the model, says Hello and runs the engine.
+
+`python -m switchgear_runtime.rank_worker` reads its configuration, one line of JSON, from stdin (so that the token shows
+in no process list) and dies with its parent; the Ray launcher runs the same `RankWorker` inside an actor. A rank that
+loses its link ends at once: nobody could use it, and nobody else would end it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+import msgspec
+
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.generation import GenerationDescriptor
+from switchgear_runtime.inbox import Inbox
+from switchgear_runtime.link import RankLink
+from switchgear_runtime.messages import Fault
+from switchgear_runtime.system import RealSystem
+
+CONFIG_BYTES_MAX = 1 << 20
+EXIT_FAILED, EXIT_LINK_LOST, EXIT_SIGTERM = 1, 3, 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger(__name__)
+
+
+class RankWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told at birth. `engine`: EngineConfig's fields. `token`: hexadecimal, for this process alone."""
+
+    rank: int
+    world_size: int
+    engine: dict[str, Any]
+    host: str
+    port: int
+    token: str
+    connect_timeout_s: float = 10.0
+    log_level: str = "info"
+    parent_pid: int = 0  # dies with it; 0: somebody else sees to that
+
+
+class RankWorker:
+    """Everything of one rank. `run` returns when all ranks have agreed to stop."""
+
+    def __init__(self, config: RankWorkerConfig) -> None:
+        self.config = config
+        self._system = RealSystem()
+        self._link: RankLink | None = None
+        self._meeting: str | None = None  # the channel whose rendezvous is under way
+        self._parent_bound = config.parent_pid != 0
+
+    def run(self) -> None:
+        """Raises what kept the rank from starting, after reporting it to the server."""
+        config = self.config
+        self._link = link = RankLink.connect(
+            (config.host, config.port),
+            bytes.fromhex(config.token),
+            config.rank,
+            timeout_s=config.connect_timeout_s,
+            system=self._system,
+        )
+        inbox: Inbox[Any] = Inbox(self._system)
+        link.start_reader(self._system, inbox.put, self.die)
+        try:
+            engine = self._load(inbox, link)
+        except Exception as error:
+            # Generation 0: before any. The server fails its start with this text, instead of waiting for a deadline.
+            link.send(
+                Fault(rank=config.rank, generation=0, step=0, kind=type(error).__name__, peers=[], message=str(error))
+            )
+            raise
+        link.send(engine.hello(os.getpid()))
+        engine.run()
+        link.close()
+
+    def die(self, reason: str, status: int = EXIT_LINK_LOST) -> None:
+        """End the process now, from any thread. The kernel unmaps a transport; only a rendezvous has a name to
+        remove."""
+        log.warning("ends at once: %s", reason)
+        channel = self._meeting
+        if channel is not None:
+            sweep_channel(channel)
+        _exit(status)
+
+    def _load(self, inbox: Inbox[Any], link: RankLink) -> Any:
+        # Imported here: they bring torch, and a rank should connect, and be able to report, before that.
+        from switchgear_runtime.comm.loopback import LoopbackHub
+        from switchgear_runtime.comm.rendezvous import open_transport
+        from switchgear_runtime.comm.transport import Transport
+        from switchgear_runtime.engine import Engine
+        from switchgear_runtime.model.checkpoint import Checkpoint
+        from switchgear_runtime.model.spec import load_spec
+        from switchgear_runtime.model_runner import ModelRunner
+
+        config = self.config
+        engine_config = EngineConfig(**config.engine)
+        if engine_config.transport == "loopback" and config.world_size > 1:
+            raise ConfigError("transport='loopback' joins ranks inside one process; processes need transport='shm'")
+        spec = load_spec(engine_config.model)
+        checkpoint = Checkpoint(engine_config.model, spec)
+        runner = ModelRunner(engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size)
+
+        def meet(descriptor: GenerationDescriptor) -> Transport:
+            self._meeting = descriptor.channel
+            if self._parent_bound:
+                set_parent_death_signal(signal.SIGTERM)  # `die` then removes the name; SIGKILL could not
+            try:
+                return open_transport(
+                    engine_config.transport,
+                    descriptor,
+                    config.rank,
+                    mailbox_bytes=runner.mailbox_bytes,
+                    timeout_s=engine_config.step_timeout_s,
+                    hub=LoopbackHub(1, self._system) if engine_config.transport == "loopback" else None,
+                )
+            finally:
+                self._meeting = None
+                if self._parent_bound:
+                    set_parent_death_signal(signal.SIGKILL)
+
+        return Engine(
+            engine_config,
+            runner,
+            rank=config.rank,
+            system=self._system,
+            inbox=inbox,
+            send=link.send,
+            open_transport=meet,
+        )
+
+
+def sweep_channel(channel: str) -> None:
+    """Remove the name that ranks may have left when they died while meeting; nobody of that generation may be alive."""
+    from switchgear_runtime.comm.segment import unlink_channel
+
+    unlink_channel(channel)
+
+
+def configure_logging(rank: int, level: str) -> None:
+    """To stderr, which the launcher keeps."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def set_parent_death_signal(number: signal.Signals) -> None:
+    """What the kernel sends when the thread that started this process ends. Call on the main thread, whose attribute
+    it is."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def _bind_to_parent(worker: RankWorker) -> None:
+    """Die with the parent: by the kernel's signal, by the end of stdin, and by asking once whether it is already
+    gone."""
+    set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != worker.config.parent_pid:
+        os._exit(EXIT_LINK_LOST)
+
+    def watch_stdin() -> None:
+        while os.read(0, 4096):
+            pass
+        worker.die("the parent closed stdin")
+
+    def watch_sigterm() -> None:
+        signal.sigwait({signal.SIGTERM})
+        worker.die("SIGTERM", EXIT_SIGTERM)
+
+    for watch in (watch_stdin, watch_sigterm):
+        threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+
+
+def _exit(status: int) -> NoReturn:
+    """At once: to take torch and the weights down in order costs a second and serves nobody."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def main() -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any thread; one thread waits for it
+    line = bytearray()
+    while not line.endswith(b"\n") and len(line) < CONFIG_BYTES_MAX:
+        part = os.read(0, 1 << 16)  # unbuffered: what follows the line is left to watch_stdin
+        if not part:
+            _exit(EXIT_LINK_LOST)  # the parent changed its mind, or died
+        line += part
+    config = msgspec.json.decode(bytes(line), type=RankWorkerConfig)
+    configure_logging(config.rank, config.log_level)
+    faulthandler.enable()  # a crash of native code leaves its stack in the log
+    worker = RankWorker(config)
+    if config.parent_pid:
+        _bind_to_parent(worker)
+    try:
+        worker.run()
+    except Exception:
+        log.exception("the rank failed")
+        _exit(EXIT_FAILED)
+    _exit(0)
+
+
+if __name__ == "__main__":
+    main()

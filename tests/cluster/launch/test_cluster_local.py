@@ -1,0 +1,119 @@
+"""Cluster with the bundled model on local processes: deaths, hangs, start errors, idleness, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster_rig import Leavings, idle_percent, play, rank_pids, real, submit, until
+
+from switchgear.cluster import Cluster
+from switchgear.config import bundled_model
+from switchgear_runtime.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.ranks
+PROMPTS = ["The sun rises in the", "def fibonacci(n):", "Once upon a time", "1 + 1 ="]
+STEP_TIMEOUT_S = 3.0
+
+
+def test_deaths_and_hangs_end_only_what_they_held() -> None:
+    """One cluster, three rounds: undisturbed, a rank killed, a rank stopped. Survivors' tokens never change."""
+    num_tokens = 200
+
+    async def round_of(cluster: Cluster, blow: signal.Signals | None, error_timeout_s: float) -> dict[int, list[int]]:
+        collector = submit(cluster, PROMPTS, max_tokens=num_tokens, ignore_eos=True)
+        if blow is None:
+            await collector.all_finished(len(PROMPTS), 60)
+            return collector.token_ids
+        await collector.until(lambda: len(collector.token_ids) == len(PROMPTS))  # all are under way, two on each rank
+        victim = rank_pids(cluster)[1]
+        start = time.monotonic()
+        os.kill(victim, blow)
+        await collector.until(lambda: collector.finishes, error_timeout_s)
+        assert time.monotonic() - start < error_timeout_s
+        finishes = await collector.all_finished(len(PROMPTS), 60)
+        failed = [index for index, finish in enumerate(finishes) if finish.reason == "error"]
+        assert len(failed) == 2
+        expected = "rank 1 was killed by SIGKILL" if blow == signal.SIGKILL else "rank 1 stopped answering"
+        assert all(expected in str(finishes[index].error) for index in failed)
+        assert psutil.pid_exists(victim) is False
+        await until(lambda: cluster.ready, 30)
+        return {index: ids for index, ids in collector.token_ids.items() if index not in failed}
+
+    async def scenario(cluster: Cluster) -> None:
+        whole = await round_of(cluster, None, 0)
+        assert all(len(ids) == num_tokens for ids in whole.values())
+        for blow, error_timeout_s in ((signal.SIGKILL, 2.0), (signal.SIGSTOP, STEP_TIMEOUT_S + 3.0)):
+            survived = await round_of(cluster, blow, error_timeout_s)
+            assert len(survived) == 2
+            for index, ids in survived.items():
+                assert ids == whole[index], blow.name
+        assert await round_of(cluster, None, 0) == whole
+        assert cluster.controller.descriptor.generation == 3
+
+    play(real("local", step_timeout_s=STEP_TIMEOUT_S), scenario)
+
+
+def test_start_errors_are_the_ranks_own(tmp_path: Path) -> None:
+    """What only a rank can see: a truncated file, a setting that the kernels refuse."""
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for path in bundled_model().iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (broken / path.name).write_bytes(path.read_bytes())
+    data = (bundled_model() / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+    async def run(error: type[Exception], match: str, **settings: object) -> None:
+        before = Leavings.now()
+        with pytest.raises(error, match=match):
+            await asyncio.wait_for(real("local", **settings).start(), 30)
+        before.check()
+
+    asyncio.run(run(CheckpointError, r"model\.safetensors", model=str(broken)))
+    asyncio.run(run(ConfigError, "block_size=24", block_size=24))
+
+
+def test_an_idle_cluster_is_idle() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await submit(cluster, PROMPTS * 2, max_tokens=8).all_finished(2 * len(PROMPTS))
+        assert await idle_percent(cluster, 6) < 2.0
+
+    play(real("local", ranks=4), scenario)
+
+
+OWNER = """
+import asyncio, sys
+sys.path.insert(0, {here!r})
+from cluster_rig import rank_pids, real
+
+async def main():
+    cluster = real("local")
+    await cluster.start()
+    print(*rank_pids(cluster), flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_server_that_is_killed_takes_its_ranks_along() -> None:
+    before = Leavings.now()
+    script = OWNER.format(here=str(Path(__file__).parent))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        owner.kill()
+    deadline = time.monotonic() + 5
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    before.check()

@@ -1,0 +1,144 @@
+"""Cluster with the bundled model on Ray actors. One local Ray, with token authentication, serves all tests in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster_rig import Leavings, idle_percent, rank_pids, real, submit, until
+
+from switchgear.cluster import Cluster
+from switchgear.loop_thread import LoopThread
+
+pytestmark = pytest.mark.ray
+PROMPTS = ["The sun rises in the", "def fibonacci(n):", "Once upon a time", "1 + 1 ="]
+NUM_TOKENS = 200
+
+
+class Served:
+    """A started cluster, the loop it lives on, and what its undisturbed tokens are."""
+
+    def __init__(self) -> None:
+        self.before = Leavings.now()
+        self.loop = LoopThread("test-cluster")
+        self.cluster = self.loop.call(self._create(), 20)
+        self.loop.call(self.cluster.start(), 150)
+        self.children = psutil.Process().children(recursive=True)
+        self.whole = self.loop.call(self.tokens(self.cluster), 60)
+
+    async def _create(self) -> Cluster:
+        return real("ray")
+
+    async def tokens(self, cluster: Cluster) -> dict[int, list[int]]:
+        collector = submit(cluster, PROMPTS, max_tokens=NUM_TOKENS, ignore_eos=True)
+        assert {finish.reason for finish in await collector.all_finished(len(PROMPTS), 60)} == {"length"}
+        return collector.token_ids
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    served = Served()
+    try:
+        yield served
+    finally:
+        served.loop.call(served.cluster.stop(1), 60)
+        served.loop.close()
+    assert len(served.children) > 5  # Ray's daemons among them
+    assert not [child for child in served.children if child.is_running()]
+    served.before.check()
+
+
+def test_ranks_are_actors_behind_a_token_on_the_loopback_interface(served: Served) -> None:
+    names = {psutil.Process(pid).name() for pid in rank_pids(served.cluster)}
+    assert all(name.startswith("ray::RankActor") for name in names), names
+    environment = psutil.Process(rank_pids(served.cluster)[0]).environ()
+    assert environment["RAY_AUTH_MODE"] == "token"
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+    assert served.cluster._address[0] == "127.0.0.1"
+
+
+def test_idle_actors_are_idle(served: Served) -> None:
+    assert served.loop.call(idle_percent(served.cluster, 6), 20) < 2.0
+
+
+def test_joins_a_running_ray_that_wants_its_token(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    token_path = psutil.Process(rank_pids(served.cluster)[0]).environ()["RAY_AUTH_TOKEN_PATH"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", token_path)
+
+    async def join() -> None:
+        cluster = real("ray", ranks=1, ray_address=served.cluster.launcher.ray_address)
+        await cluster.start()
+        pids = rank_pids(cluster)
+        try:
+            assert await served.tokens(cluster) == served.whole
+        finally:
+            await cluster.stop(1)
+        assert not psutil.pid_exists(pids[0])
+
+    asyncio.run(asyncio.wait_for(join(), 90))
+    assert served.loop.call(served.tokens(served.cluster), 60) == served.whole
+
+
+def test_killed_actor_ends_only_what_it_held(served: Served) -> None:
+    async def scenario() -> None:
+        cluster = served.cluster
+        collector = submit(cluster, PROMPTS, max_tokens=NUM_TOKENS, ignore_eos=True)
+        await collector.until(lambda: len(collector.token_ids) == len(PROMPTS))
+        victim = rank_pids(cluster)[0]
+        start = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        await collector.until(lambda: collector.finishes, 2)
+        assert time.monotonic() - start < 2
+        finishes = await collector.all_finished(len(PROMPTS), 60)
+        failed = {index for index, finish in enumerate(finishes) if finish.reason == "error"}
+        assert len(failed) == 2
+        assert {str(finishes[index].error) for index in failed} == {
+            f"rank 0 died: its process {victim} is gone (killed, or crashed)"
+        }
+        await until(lambda: cluster.ready, 60)
+        assert all(collector.token_ids[index] == served.whole[index] for index in set(range(4)) - failed)
+        assert await served.tokens(cluster) == served.whole
+
+    served.loop.call(scenario(), 150)
+
+
+OWNER = """
+import asyncio, sys
+sys.path.insert(0, {here!r})
+from cluster_rig import real
+
+async def main():
+    cluster = real("ray")
+    await cluster.start()
+    print("started", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_server_that_is_killed_takes_its_ray_along() -> None:
+    before = Leavings.now()
+    script = OWNER.format(here=str(Path(__file__).parent))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "started\n"
+        children = psutil.Process(owner.pid).children(recursive=True)
+        owner.kill()
+    assert len(children) > 5
+    _, left = psutil.wait_procs(children, timeout=20)
+    assert left == []
+    time.sleep(0.5)  # the driver, the last to go, removes the folder after its Ray is down
+    before.check()

@@ -1,0 +1,396 @@
+"""Controller: generations, verdicts, restarts, terms; by events and actions alone, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
+from switchgear.controller import Controller
+from switchgear.store import FileStore, MemoryStore, Store, Term
+from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
+from switchgear_runtime.system import RealSystem
+
+
+class HandSystem(RealSystem):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+
+class Rig:
+    """A controller, its clock, and what it did."""
+
+    def __init__(self, num_ranks: int = 3, *, store: Store | None = None, max_restarts: int = 3) -> None:
+        self.system = HandSystem()
+        self.controller = Controller(
+            num_ranks=num_ranks,
+            owner="test",
+            store=store or MemoryStore(),
+            system=self.system,
+            start_timeout_s=10,
+            max_restarts=max_restarts,
+            restart_window_s=60,
+        )
+        self.num_ranks = num_ranks
+
+    def hello(self, rank: int, fingerprint: str = "same") -> list[Action]:
+        return self.controller.on_hello(
+            Hello(
+                rank=rank,
+                pid=1000 + rank,
+                fingerprint=fingerprint,
+                num_kv_blocks=8,
+                block_size=16,
+                max_model_len=128,
+                num_layers=1,
+                num_experts=4,
+            )
+        )
+
+    def fault(self, rank: int, kind: str = "TransportTimeout", peers: tuple[int, ...] = ()) -> list[Action]:
+        generation = self.generation
+        return self.controller.on_fault(
+            Fault(rank=rank, generation=generation, step=5, kind=kind, peers=list(peers), message=f"{kind} of {peers}")
+        )
+
+    @property
+    def generation(self) -> int:
+        return self.controller._generation
+
+    def form(self) -> list[Action]:
+        """All ranks say Hello; returns the actions of the last."""
+        actions: list[Action] = []
+        for rank in range(self.num_ranks):
+            actions = self.hello(rank)
+        return actions
+
+    def serve(self) -> None:
+        self.controller.start()
+        self.form()
+        for rank in range(self.num_ranks):
+            actions = self.controller.on_parked(rank, self.generation, 0)
+        assert [type(action) for action in actions] == [Ready]
+
+    def wait(self, duration_s: float) -> list[Action]:
+        self.system.time += duration_s
+        return self.controller.tick()
+
+
+def of(kind: type, actions: list[Action]) -> list[Action]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def begun(actions: list[Action]) -> list[int]:
+    return [a.rank for a in actions if isinstance(a, SendTo) and isinstance(a.message, BeginGeneration)]
+
+
+def test_generation_begins_when_all_joined_and_is_ready_when_all_stepped() -> None:
+    rig = Rig()
+    assert rig.controller.start() == [StartRank(0), StartRank(1), StartRank(2)]
+    assert rig.hello(2) == []
+    assert rig.hello(0) == []
+    assert begun(rig.hello(1)) == [0, 1, 2]
+    assert rig.controller.on_parked(0, 1, 0) == []
+    assert rig.controller.on_frame(1, 1) == []
+    assert not rig.controller.ready
+    assert of(Ready, rig.controller.on_parked(2, 1, 0))
+    assert rig.controller.next_deadline() is None  # an idle, whole cluster needs no tick
+
+
+def test_channels_are_fresh_and_unguessable() -> None:
+    rig = Rig(1)
+    rig.controller.start()
+    channels = set()
+    for _ in range(3):
+        for action in rig.form():
+            assert isinstance(action, SendTo)
+            assert isinstance(action.message, BeginGeneration)
+            channels.add(action.message.descriptor.channel)
+        rig.controller.on_parked(0, rig.generation, 0)
+        rig.controller.on_exit(0, "was killed by SIGKILL")
+    assert len(channels) == 3
+    assert all(len(channel) == 32 for channel in channels)
+
+
+def test_different_fingerprint_is_refused_at_start() -> None:
+    rig = Rig()
+    rig.controller.start()
+    rig.hello(0)
+    (give_up,) = of(GiveUp, rig.hello(1, "other"))
+    assert "rank 1 may not join" in give_up.reason
+    assert "'other'" in give_up.reason
+
+
+def test_killed_rank_names_its_signal_and_the_next_generation_waits_until_it_is_replaced() -> None:
+    rig = Rig()
+    rig.serve()
+    first = rig.controller.on_lost_link(1, "the process closed it")
+    assert of(NotReady, first)
+    assert [(a.rank, type(a.message)) for a in of(SendTo, first)] == [
+        (0, EndGeneration),
+        (1, EndGeneration),
+        (2, EndGeneration),
+    ]
+    assert of(FailRank, first) == []  # its exit is still to say how
+    channel = rig.controller.descriptor.channel
+    second = rig.controller.on_exit(1, "was killed by SIGKILL")
+    assert of(FailRank, second) == [FailRank(1, "rank 1 was killed by SIGKILL")]
+    assert second.index(Sweep(channel)) < second.index(StartRank(1))
+    assert begun(rig.hello(1)) == [0, 1, 2]
+    assert rig.generation == 2
+
+
+def test_lost_link_of_a_living_process_has_it_killed() -> None:
+    rig = Rig()
+    rig.serve()
+    rig.controller.on_lost_link(2, "connection reset")
+    assert rig.wait(0.1) == []
+    actions = rig.wait(0.5)
+    assert of(KillRank, actions) == [KillRank(2)]
+    assert "rank 2 lost its link" in of(FailRank, actions)[0].reason
+    assert of(StartRank, actions) == []  # not before it is seen gone
+    assert StartRank(2) in rig.controller.on_exit(2, "was killed by SIGKILL")
+
+
+def test_blamed_rank_that_stays_silent_is_killed() -> None:
+    rig = Rig()
+    rig.serve()
+    actions = rig.fault(0, peers=(1,))
+    assert [a.rank for a in of(SendTo, actions)] == [0, 2]  # the blamed one must speak for itself
+    actions = rig.fault(2, peers=(1,))
+    assert actions == []
+    actions = rig.wait(1.1)
+    assert of(KillRank, actions) == [KillRank(1)]
+    assert "rank 1 stopped answering" in of(FailRank, actions)[0].reason
+
+
+def test_blamed_rank_that_lives_keeps_its_sequences() -> None:
+    rig = Rig()
+    rig.serve()
+    rig.fault(0, peers=(1,))
+    rig.fault(2, peers=(1,))
+    actions = rig.fault(1, "TransportAborted")
+    assert of(KillRank, actions) == []
+    assert of(FailRank, actions) == []
+    assert begun(actions) == [0, 1, 2]
+
+
+def test_rank_that_breaks_by_itself_is_killed() -> None:
+    rig = Rig()
+    rig.serve()
+    actions = rig.fault(2, "MemoryError")
+    assert of(KillRank, actions) == [KillRank(2)]
+    assert "MemoryError" in of(FailRank, actions)[0].reason
+
+
+def test_two_deaths_and_a_death_while_replacing() -> None:
+    rig = Rig(4, max_restarts=8)
+    rig.serve()
+    rig.controller.on_exit(1, "was killed by SIGKILL")
+    actions = rig.controller.on_exit(3, "was killed by SIGSEGV")
+    assert of(FailRank, actions) == [FailRank(3, "rank 3 was killed by SIGSEGV")]
+    assert StartRank(3) in actions
+    assert begun(rig.hello(1)) == []
+    actions = rig.controller.on_exit(1, "was killed by SIGKILL")  # the replacement dies too
+    assert StartRank(1) in actions
+    rig.hello(1)
+    assert begun(rig.hello(3)) == [0, 1, 2, 3]
+    assert rig.generation == 2
+
+
+def test_gives_up_after_too_many_restarts() -> None:
+    rig = Rig(2, max_restarts=3)
+    rig.serve()
+    for _ in range(3):
+        assert StartRank(0) in rig.controller.on_exit(0, "was killed by SIGKILL")
+        rig.hello(0)
+        for rank in range(2):
+            rig.controller.on_parked(rank, rig.generation, 0)
+        rig.system.time += 1
+    (give_up,) = of(GiveUp, rig.controller.on_exit(0, "was killed by SIGKILL"))
+    assert "3 restarts within 60 s" in give_up.reason
+    assert "SIGKILL" in give_up.reason
+
+
+def test_old_restarts_are_forgiven() -> None:
+    rig = Rig(1, max_restarts=1)
+    rig.serve()
+    for _ in range(4):
+        assert StartRank(0) in rig.controller.on_exit(0, "was killed by SIGKILL")
+        rig.hello(0)
+        rig.controller.on_parked(0, rig.generation, 0)
+        rig.system.time += 61
+
+
+def test_start_fails_with_the_ranks_own_words() -> None:
+    rig = Rig(2)
+    rig.controller.start()
+    actions = rig.controller.on_fault(
+        Fault(rank=1, generation=0, step=0, kind="CheckpointError", peers=[], message="tensor x is missing")
+    )
+    (give_up,) = of(GiveUp, actions)
+    assert give_up.reason == "rank 1 cannot start: tensor x is missing"
+
+
+def test_start_deadline() -> None:
+    rig = Rig(2)
+    rig.controller.start()
+    rig.hello(0)
+    (give_up,) = of(GiveUp, rig.wait(10.5))
+    assert give_up.reason == "rank 1 did not join within 10 s and was ended"
+
+
+def test_rank_that_does_not_enter_its_generation_is_killed() -> None:
+    rig = Rig(2)
+    rig.serve()
+    rig.controller.on_exit(0, "was killed by SIGKILL")
+    rig.hello(0)
+    rig.controller.on_parked(0, 2, 0)
+    actions = rig.wait(10.5)
+    assert of(KillRank, actions) == [KillRank(1)]
+
+
+def test_frames_and_faults_of_an_old_generation_change_nothing() -> None:
+    rig = Rig(2)
+    rig.serve()
+    rig.controller.on_exit(0, "was killed by SIGKILL")
+    rig.hello(0)
+    assert rig.generation == 2
+    assert rig.controller.on_parked(0, 1, 7) == []
+    assert rig.controller.on_frame(1, 1) == []
+    stale = Fault(rank=1, generation=1, step=7, kind="PeerLost", peers=[0], message="late")
+    assert rig.controller.on_fault(stale) == []
+    assert rig.controller.on_waking(Waking(1, 1, 7)) == []
+
+
+def test_wake_goes_to_the_others_once_a_step() -> None:
+    rig = Rig()
+    rig.serve()
+    assert rig.controller.on_waking(Waking(1, 1, 0)) == [SendTo(0, Wake(1, 0)), SendTo(2, Wake(1, 0))]
+    assert rig.controller.on_waking(Waking(2, 1, 0)) == []
+    assert rig.controller.on_submit(0) == []  # not parked any more, as far as is known
+    for rank in range(3):
+        rig.controller.on_parked(rank, 1, 9)
+    assert rig.controller.on_submit(2) == [SendTo(0, Wake(1, 9)), SendTo(1, Wake(1, 9))]
+    assert rig.controller.on_waking(Waking(2, 1, 9)) == []
+
+
+def test_stop_reaches_the_joined_and_ends_the_controller() -> None:
+    rig = Rig(2)
+    rig.serve()
+    assert rig.controller.stop() == [SendTo(0, Stop()), SendTo(1, Stop())]
+    assert rig.controller.on_exit(0, "ended with status 0") == []
+    assert not rig.controller.all_gone
+    rig.controller.on_exit(1, "ended with status 0")
+    assert rig.controller.all_gone
+    assert rig.controller.stop() == []
+
+
+def test_controller_that_lost_its_term_steps_down() -> None:
+    store = MemoryStore()
+    rig = Rig(1, store=store)
+    rig.serve()
+    later = Rig(1, store=store)
+    later.controller.start()
+    assert rig.controller.on_exit(0, "was killed by SIGKILL")
+    (give_up,) = of(GiveUp, rig.hello(0))
+    assert "another controller took over from term 1" in give_up.reason
+    assert begun(later.form()) == [0]
+    assert later.controller.descriptor.term == 2
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_histories_keep_the_rules(seed: int) -> None:
+    """Whatever happens in whatever order: no rank is started before it is seen gone, no generation begins without all
+    of its ranks,
+    and when the trouble ends the cluster is ready again."""
+    draw = random.Random(seed)
+    rig = Rig(draw.randint(1, 4), max_restarts=1000)
+    alive: set[int] = set()
+    joined: set[int] = set()
+    inside: dict[int, int] = {}
+
+    def apply(actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case StartRank():
+                    assert action.rank not in alive, f"seed {seed}: rank {action.rank} was started while it lives"
+                    alive.add(action.rank)
+                    joined.discard(action.rank)
+                case KillRank():
+                    dying.add(action.rank)
+                case SendTo() if isinstance(action.message, BeginGeneration):
+                    assert joined == alive == set(range(rig.num_ranks)), f"seed {seed}"
+                    inside[action.rank] = action.message.descriptor.generation
+                case GiveUp():
+                    pytest.fail(f"seed {seed}: gave up: {action.reason}")
+
+    dying: set[int] = set()
+    rig.serve()
+    alive.update(range(rig.num_ranks))
+    joined.update(alive)
+    for _ in range(60):
+        rank = draw.randrange(rig.num_ranks)
+        rig.system.time += draw.random()
+        match draw.choice(["exit", "lost", "fault", "hello", "frame", "tick", "break", "waking"]):
+            case "exit":
+                if rank in alive:
+                    alive.discard(rank)
+                    dying.discard(rank)
+                    joined.discard(rank)
+                    apply(rig.controller.on_exit(rank, "was killed by SIGKILL"))
+            case "lost" if rank in joined:
+                apply(rig.controller.on_lost_link(rank, "it closed"))
+            case "fault" if rank in joined:
+                apply(rig.fault(rank, peers=(draw.randrange(rig.num_ranks),)))
+            case "break" if rank in joined:
+                apply(rig.fault(rank, kind="MemoryError"))
+            case "hello" if rank in alive - joined - dying:
+                joined.add(rank)
+                apply(rig.hello(rank))
+            case "frame" if rank in inside:
+                apply(rig.controller.on_parked(rank, inside[rank], 0))
+            case "waking" if rank in inside:
+                apply(rig.controller.on_waking(Waking(rank, inside[rank], draw.randrange(5))))
+            case "tick":
+                apply(rig.controller.tick())
+    for _ in range(200):  # the trouble is over: the world answers promptly
+        if rig.controller.ready:
+            break
+        rig.system.time += 0.2
+        apply(rig.controller.tick())
+        for rank in list(dying):
+            alive.discard(rank)
+            dying.discard(rank)
+            joined.discard(rank)
+            apply(rig.controller.on_exit(rank, "was killed by SIGKILL"))
+        for rank in sorted(alive - joined - dying):
+            joined.add(rank)
+            apply(rig.hello(rank))
+        for rank, generation in sorted(inside.items()):
+            apply(rig.controller.on_parked(rank, generation, 0))
+    assert rig.controller.ready, f"seed {seed}: stuck in {rig.controller._phase}"
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_store_compares_and_swaps(kind: str, tmp_path: Path) -> None:
+    store: Store = MemoryStore() if kind == "memory" else FileStore(tmp_path / "store")
+    assert store.get("term") is None
+    assert not store.compare_and_swap("term", b"1", b"2")
+    assert store.compare_and_swap("term", None, b"1")
+    assert not store.compare_and_swap("term", None, b"2")
+    assert store.compare_and_swap("term", b"1", b"2")
+    assert store.get("term") == b"2"
+
+
+def test_terms_rise_and_the_earlier_one_is_lost(tmp_path: Path) -> None:
+    first, second = Term(FileStore(tmp_path), "a"), Term(FileStore(tmp_path), "b")
+    assert (first.take(), first.held()) == (1, True)
+    assert (second.take(), second.held()) == (2, True)
+    assert not first.held()

@@ -1,0 +1,173 @@
+// A stress of Channel without Python, for the sanitizers: the ranks are threads over one mapping.
+//
+// Usage: channel_stress SEED WORLD_SIZE NUM_CALLS. Every byte received is checked, views also after the next call
+// (their lifetime), and the run ends in an abort from a second thread or in a close under a pending call. Exit status
+// 0: all held.
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "comm/channel.h"
+
+namespace {
+
+using sg::comm::Channel;
+using sg::comm::Exchange;
+using sg::comm::Status;
+
+constexpr double kTimeoutS = 60;
+
+void require(bool held, const char* what, uint32_t rank, const Channel& channel) {
+  if (held) return;
+  std::fprintf(stderr, "rank %u: %s: %s\n", rank, what, channel.failure().text.c_str());
+  std::_Exit(1);
+}
+
+// All ranks draw the same plan from one generator: the length of each message, and the byte it is made from.
+struct Plan {
+  explicit Plan(uint64_t seed) : random(seed) {}
+  uint64_t length(uint64_t mailbox_bytes) {
+    switch (random() % 4) {
+      case 0:
+        return 0;
+      case 1:
+        return random() % 5 * mailbox_bytes + random() % 3;
+      default:
+        return random() % (mailbox_bytes + 1);
+    }
+  }
+  std::mt19937_64 random;
+};
+
+unsigned char byte_at(uint64_t call, uint32_t src, uint32_t dst, uint64_t i) {
+  return static_cast<unsigned char>(call * 31 + src * 7 + dst * 3 + i * 11 + (i >> 8));
+}
+
+struct View {
+  const unsigned char* data = nullptr;
+  uint64_t length = 0;
+};
+
+void check(const std::vector<View>& views, uint64_t call, uint32_t rank, const Channel& channel) {
+  for (uint32_t src = 0; src < views.size(); ++src) {
+    if (src == rank) continue;
+    for (uint64_t i = 0; i < views[src].length; ++i) {
+      require(views[src].data[i] == byte_at(call, src, rank, i), "a received byte is wrong", rank, channel);
+    }
+  }
+}
+
+void run_rank(unsigned char* base, uint32_t rank, uint32_t world_size, uint64_t mailbox_bytes, uint64_t seed,
+              uint64_t num_calls) {
+  Channel channel(base, rank, world_size, mailbox_bytes);
+  require(channel.join("/nonexistent", kTimeoutS) == Status::kOk, "join", rank, channel);
+  Plan plan(seed);
+  std::mt19937_64 own_random(seed * 1000 + rank);
+  std::vector<View> views[2];
+  std::vector<std::vector<unsigned char>> rooms[2];
+  rooms[0].resize(world_size);
+  rooms[1].resize(world_size);
+  for (uint64_t call = 1; call <= num_calls; ++call) {
+    std::vector<std::vector<uint64_t>> lengths(world_size, std::vector<uint64_t>(world_size));
+    for (auto& row : lengths) {
+      for (auto& length : row) length = plan.length(mailbox_bytes);
+    }
+    if (own_random() % 16 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own_random() % 300));
+    std::vector<std::vector<unsigned char>> messages(world_size);
+    std::vector<const void*> send(world_size);
+    std::vector<uint64_t> send_bytes(world_size), offsets(world_size), received(world_size), room_bytes(world_size);
+    std::vector<void*> room(world_size);
+    for (uint32_t dst = 0; dst < world_size; ++dst) {
+      messages[dst].resize(lengths[rank][dst]);
+      for (uint64_t i = 0; i < messages[dst].size(); ++i) messages[dst][i] = byte_at(call, rank, dst, i);
+      send[dst] = messages[dst].data();
+      send_bytes[dst] = messages[dst].size();
+    }
+    auto& own_rooms = rooms[call % 2];
+    Status status;
+    do {
+      for (uint32_t src = 0; src < world_size; ++src) {
+        if (received[src] > own_rooms[src].size()) own_rooms[src].resize(received[src]);
+        room[src] = own_rooms[src].data();
+        room_bytes[src] = own_rooms[src].size();
+      }
+      const Exchange exchange{send.data(),     send_bytes.data(), offsets.data(),
+                              received.data(), room.data(),       room_bytes.data()};
+      status = channel.all_to_all_v(exchange, kTimeoutS);
+    } while (status == Status::kNeedsRoom);
+    require(status == Status::kOk, "all_to_all_v", rank, channel);
+    auto& latest = views[call % 2];
+    latest.assign(world_size, {});
+    for (uint32_t src = 0; src < world_size; ++src) {
+      if (src == rank) continue;
+      require(received[src] == lengths[src][rank], "a length is wrong", rank, channel);
+      const bool in_room = offsets[src] == sg::comm::kInRoom;
+      latest[src] = {in_room ? own_rooms[src].data() : base + offsets[src], received[src]};
+    }
+    check(latest, call, rank, channel);
+    if (call > 1) check(views[(call - 1) % 2], call - 1, rank, channel);  // valid until the second-next call
+    if (plan.random() % 3 == 0) {
+      const uint64_t longest = plan.random() % (sg::comm::kHeaderBytesMax + 1);
+      std::vector<unsigned char> header(longest > rank ? longest - rank : 0, static_cast<unsigned char>(call + rank));
+      std::vector<unsigned char> headers(world_size * sg::comm::kHeaderBytesMax);
+      std::vector<uint32_t> header_bytes(world_size);
+      status = channel.all_gather(header.data(), static_cast<uint32_t>(header.size()), kTimeoutS, headers.data(),
+                                  header_bytes.data());
+      require(status == Status::kOk, "all_gather", rank, channel);
+      for (uint32_t src = 0; src < world_size; ++src) {
+        require(header_bytes[src] == (longest > src ? longest - src : 0), "a header's length is wrong", rank, channel);
+        for (uint32_t i = 0; i < header_bytes[src]; ++i) {
+          require(headers[src * sg::comm::kHeaderBytesMax + i] == static_cast<unsigned char>(call + src),
+                  "a header is wrong", rank, channel);
+        }
+      }
+    }
+    if (plan.random() % 8 == 0) require(channel.barrier(kTimeoutS) == Status::kOk, "barrier", rank, channel);
+  }
+  if (world_size == 1) return channel.close();
+  // The end: rank 0 never comes to this barrier; the others are released by an abort, or close under their own call.
+  // When rank 0 is through two barriers, all have left the first, but one may still be inside the second.
+  const bool by_abort = seed % 2 == 0;
+  require(channel.barrier(kTimeoutS) == Status::kOk, "barrier", rank, channel);
+  channel.barrier(kTimeoutS);
+  if (rank == 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    if (by_abort) channel.abort("the end");
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  } else {
+    std::thread second([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      if (!by_abort) channel.close();
+    });
+    const Status status = channel.barrier(kTimeoutS);
+    require(status == Status::kAborted || status == Status::kPeerLost, "the last barrier should not pass", rank,
+            channel);
+    second.join();
+  }
+  channel.close();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
+  const auto world_size = static_cast<uint32_t>(std::strtoul(argv[2], nullptr, 10));
+  const uint64_t num_calls = std::strtoull(argv[3], nullptr, 10);
+  const uint64_t mailbox_bytes = 1024;
+  const uint64_t num_bytes = sg::comm::Layout(nullptr, world_size, mailbox_bytes).segment_bytes();
+  void* base = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return 2;
+  std::vector<std::thread> ranks;
+  for (uint32_t rank = 0; rank < world_size; ++rank) {
+    ranks.emplace_back(run_rank, static_cast<unsigned char*>(base), rank, world_size, mailbox_bytes, seed, num_calls);
+  }
+  for (auto& rank : ranks) rank.join();
+  munmap(base, num_bytes);
+  return 0;
+}

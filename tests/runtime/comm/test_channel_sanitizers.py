@@ -1,0 +1,38 @@
+"""The native channel under ThreadSanitizer and AddressSanitizer: ranks as threads, no Python (tests/native_comm)."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = [
+    "tests/native_comm/channel_stress.cpp",
+    *(f"csrc/comm/{name}.cpp" for name in ("channel", "channel_failure", "liveness")),
+]
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_channel_is_clean(tmp_path: Path, sanitizers: str) -> None:
+    program = tmp_path / "channel_stress"
+    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-Icsrc", "-pthread"]
+    assert COMPILER is not None
+    build = subprocess.run(
+        [COMPILER, *flags, *SOURCES, "-o", str(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    if build.returncode and "cannot find -l" in build.stderr:
+        pytest.skip(f"this compiler has no -fsanitize={sanitizers}")
+    assert build.returncode == 0, build.stderr
+    for world_size in (1, 2, 3, 5, 8):
+        seed = secrets.randbits(32)
+        run = subprocess.run(
+            [str(program), str(seed), str(world_size), "200"], capture_output=True, text=True, timeout=120
+        )
+        assert (run.returncode, run.stderr) == (0, ""), f"seed={seed} world_size={world_size}\n{run.stderr}"

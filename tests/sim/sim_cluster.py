@@ -1,0 +1,380 @@
+"""A whole cluster in one simulated process: the real engines, transports, Controller and ServerCore.
+
+What is simulated is threads, time, the links, the launcher and the clients.
+Each rank's life is a process of SimSystem, so it can be killed (frozen for ever) or hung (frozen) at any moment.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from sim_network import SimNetwork
+from sim_system import SimSystem
+from tiny_cluster import make_runner
+
+from switchgear.controller import (
+    Action,
+    Controller,
+    FailRank,
+    GiveUp,
+    KillRank,
+    NotReady,
+    Ready,
+    SendTo,
+    StartRank,
+)
+from switchgear.server.core import Request, ServerCore
+from switchgear.server.events import SequenceEvent
+from switchgear.server.limits import ModelFacts
+from switchgear.store import MemoryStore
+from switchgear_runtime.comm.loopback import LoopbackHub
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.engine import Engine, EngineMessage
+from switchgear_runtime.errors import RequestError
+from switchgear_runtime.inbox import Inbox
+from switchgear_runtime.messages import (
+    Fault,
+    FromRank,
+    Hello,
+    Parked,
+    StepFrame,
+    Submit,
+    ToRank,
+    Waking,
+    decode_from_rank,
+    decode_to_rank,
+    encode,
+)
+from switchgear_runtime.model.spec import load_spec
+from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.sampling_params import SamplingParams
+
+RETRY_S = 0.1
+STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(eq=False)
+class Life:
+    """One process of one rank."""
+
+    rank: int
+    number: int
+    inbox: Inbox[EngineMessage] | None = None
+    engine: Engine | None = None
+    killed: bool = False
+    gone: bool = False  # and the controller knows
+
+    @property
+    def process(self) -> str:
+        return f"rank-{self.rank}.{self.number}"
+
+
+@dataclass(eq=False)
+class Call:
+    """What one client asked for and got."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tenant: str
+    events: list[SequenceEvent] = field(default_factory=list)
+    submits: list[Submit] = field(default_factory=list)
+    request: Request | None = None
+    aborted: bool = False
+    num_refused: int = 0
+
+    @property
+    def done(self) -> bool:
+        return sum(event.finish is not None for event in self.events) == self.params.n
+
+
+class ComputingRunner:
+    """The real runner, with virtual time spent in each step."""
+
+    def __init__(self, runner: Any, system: SimSystem, flipped_epochs: set[int]) -> None:
+        self._runner = runner
+        self._system = system
+        self._flipped_epochs = flipped_epochs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def forward(self, batch: Any) -> Any:
+        self._system.sleep(self._system.random.random() * 0.01)
+        return self._runner.forward(batch)
+
+    def flip(self, epoch: int) -> None:
+        self._flipped_epochs.add(epoch)
+        self._runner.flip(epoch)
+
+
+class SimCluster:
+    """Methods without underscore are for the scenario's thread."""
+
+    def __init__(self, system: SimSystem, world_size: int, config: EngineConfig) -> None:
+        self.system = system
+        self.world_size = world_size
+        self.config = config
+        self.calls: list[Call] = []
+        self.faults: list[Fault] = []
+        self.num_parked = 0
+        self.num_generations = 0
+        self.num_lost = 0  # lives that were killed or hung
+        self.flipped_epochs: set[int] = set()
+        self._spec = load_spec(config.model)
+        self._hub = LoopbackHub(world_size, system)
+        self._network = SimNetwork(system)
+        self._todo: Inbox[Callable[[], None]] = Inbox(system)  # of the server's one thread
+        self._changed = system.condition()
+        self._lives: dict[int, Life] = {}
+        self._num_lives = 0
+        self._epoch = 0
+        self._maps = np.random.default_rng(system.randbits(32))
+        self._current: Call | None = None
+        self.controller = Controller(
+            num_ranks=world_size,
+            owner="sim",
+            store=MemoryStore(),
+            system=system,
+            start_timeout_s=30.0,
+            max_restarts=999,
+        )
+        self.core = ServerCore(
+            system=system,
+            tokenizer=None,
+            facts=ModelFacts(
+                vocab_size=self._spec.vocab_size,
+                max_model_len=config.max_model_len or self._spec.max_position_embeddings,
+                eos_token_ids=self._spec.eos_token_ids,
+                num_layers=self._spec.num_moe_layers,
+                num_experts=self._spec.num_experts,
+                max_num_seqs=config.max_num_seqs,
+            ),
+            send=self._core_sends,
+        )
+
+    # --- for the scenario -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._network.start()
+        with self.system.process("server"):
+            self.system.spawn("server", self._serve)
+        self._todo.put(lambda: self._perform(self.controller.start()))
+        self.wait_until(lambda: self.core.ready, 60.0)
+
+    def submit(self, prompt: list[int], params: SamplingParams, tenant: str = "") -> Call:
+        call = Call(prompt, params, tenant)
+        self.calls.append(call)
+        self._todo.put(lambda: self._submit(call))
+        return call
+
+    def abort(self, call: Call) -> None:
+        def act() -> None:
+            call.aborted = True
+            if call.request is not None:
+                self.core.abort(call.request.request_id)
+
+        self._todo.put(act)
+
+    def stage(self) -> None:
+        """A new placement for all ranks, each told at a time of its own."""
+        self._epoch += 1
+        expert_map = ExpertMap.random(
+            self._maps,
+            self._spec.num_moe_layers,
+            self._spec.num_experts,
+            self.world_size,
+            num_redundant=int(self._maps.integers(4)),
+            epoch=self._epoch,
+        )
+        for life in list(self._lives.values()):
+            if life.engine is not None:
+                self._network.after(
+                    self.system.random.random() * 0.05, "stage", lambda e=life.engine: e.stage(expert_map)
+                )  # type: ignore[misc]
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL; the launcher learns of it a little later."""
+        life = self._lives[rank]
+        if life.killed or life.gone:
+            return
+        self.num_lost += 1
+        self._end(life)
+        delay_s = self.system.random.random() * 0.05
+        self._network.after(delay_s, "lost link", lambda: self._todo.put(lambda: self._lost_link(life)))
+        self._network.after(delay_s * 2, "exit", lambda: self._gone(life, "was killed by SIGKILL"))
+
+    def hang(self, rank: int, duration_s: float | None) -> None:
+        """SIGSTOP, and SIGCONT after `duration_s`."""
+        life = self._lives[rank]
+        if life.killed or life.gone:
+            return
+        self.num_lost += 1
+        self.system.freeze(life.process)
+        if duration_s is not None:
+            self._network.after(duration_s, "thaw", lambda: None if life.killed else self.system.thaw(life.process))
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        with self._changed:
+            assert self._changed.wait_for(ready, timeout_s), f"not within {timeout_s} virtual s\n{self.system.dump()}"
+
+    def stop(self) -> None:
+        """As Cluster.stop: ask all to end, then kill who does not (a hung rank that nobody waited for, say)."""
+        self._todo.put(lambda: self._perform(self.controller.stop()))
+        with self._changed:
+            self._changed.wait_for(lambda: self.controller.all_gone, STOP_TIMEOUT_S)
+        for life in list(self._lives.values()):
+            if not life.gone:
+                assert life.process in self.system.frozen, f"{life.process} did not stop\n{self.system.dump()}"
+                self._end(life)
+                self._gone(life, "was ended")
+        self.wait_until(lambda: self.controller.all_gone, 1.0)
+
+    # --- the server's thread ----------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        todo: deque[Callable[[], None]] = deque()
+        while True:
+            deadline_s = self.controller.next_deadline()
+            self._todo.wait(60.0 if deadline_s is None else max(0.0, deadline_s - self.system.now()))
+            self._todo.drain_into(todo)
+            while todo:
+                todo.popleft()()
+            self._perform(self.controller.tick())
+            with self._changed:
+                self._changed.notify_all()
+
+    def _submit(self, call: Call) -> None:
+        if call.aborted:
+            return
+        self._current = call
+        try:
+            call.request = self.core.submit([call.prompt], call.params, sink=call.events.append, tenant=call.tenant)
+        except RequestError as error:
+            assert error.status == 503, error
+            call.num_refused += 1
+            self._network.after(RETRY_S, "retry", lambda: self._todo.put(lambda: self._submit(call)))
+        self._current = None
+
+    def _core_sends(self, rank: int, message: ToRank) -> None:
+        self._send(rank, message)
+        if isinstance(message, Submit):
+            assert self._current is not None
+            self._current.submits.append(message)
+            self._perform(self.controller.on_submit(rank))
+
+    def _on_message(self, life: Life, message: FromRank) -> None:
+        if self._lives.get(life.rank) is not life or life.gone:
+            return
+        rank, controller = life.rank, self.controller
+        match message:
+            case StepFrame():
+                if not controller.ready:
+                    self._perform(controller.on_frame(rank, message.generation))
+                self.core.on_message(rank, message)
+            case Parked():
+                self.num_parked += 1
+                self.core.on_message(rank, message)
+                self._perform(controller.on_parked(rank, message.generation, message.step))
+            case Waking():
+                self._perform(controller.on_waking(message))
+            case Hello():
+                self.core.on_message(rank, message)
+                self._perform(controller.on_hello(message))
+            case Fault():
+                self.faults.append(message)
+                self._perform(controller.on_fault(message))
+            case _:
+                self.core.on_message(rank, message)
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case SendTo():
+                    self._send(action.rank, action.message)
+                case StartRank():
+                    self._start_rank(action.rank)
+                case KillRank():
+                    life = self._lives[action.rank]
+                    self._end(life)
+                    self._network.after(
+                        self.system.random.random() * 0.1,
+                        "exit",
+                        lambda life=life: self._gone(life, "was ended"),  # type: ignore[misc]
+                    )
+                case Ready():
+                    self.num_generations += 1
+                    self.core.set_ready(range(self.world_size), generation=action.descriptor.generation)
+                case NotReady():
+                    self.core.set_ready(None)
+                case FailRank():
+                    self.core.fail_rank(action.rank, action.reason)
+                case GiveUp():
+                    raise AssertionError(f"the controller gave up: {action.reason}")
+
+    # --- ranks ------------------------------------------------------------------------------------------------------
+
+    def _send(self, rank: int, message: ToRank) -> None:
+        life = self._lives[rank]
+
+        def deliver(data: bytes) -> None:
+            if life.inbox is not None and not life.killed:
+                life.inbox.put(decode_to_rank(data))
+
+        self._network.send(f"server>{life.process}", encode(message), deliver)
+
+    def _start_rank(self, rank: int) -> None:
+        self._num_lives += 1
+        life = self._lives[rank] = Life(rank, self._num_lives)
+        with self.system.process(life.process):
+            self.system.spawn(life.process, lambda: self._live(life))
+
+    def _live(self, life: Life) -> None:
+        system, rank = self.system, life.rank
+        system.sleep(0.05 + system.random.random() * 0.5)
+        life.inbox = Inbox(system)
+
+        def send(message: FromRank) -> None:
+            self._network.send(
+                f"{life.process}>server",
+                encode(message),
+                lambda data: self._todo.put(lambda: self._on_message(life, decode_from_rank(data))),
+            )
+
+        life.engine = Engine(
+            self.config,
+            ComputingRunner(make_runner(self.config, rank, self.world_size), system, self.flipped_epochs),
+            rank=rank,
+            system=system,
+            inbox=life.inbox,
+            send=send,
+            open_transport=lambda descriptor: self._hub.open(
+                rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=self.config.step_timeout_s
+            ),
+        )
+        send(life.engine.hello(pid=1000 + life.number))
+        life.engine.run()
+        life.engine.scheduler.blocks.check()
+        assert not life.engine.scheduler.has_work
+        assert life.engine.scheduler.blocks.num_free_blocks == life.engine.scheduler.blocks.num_blocks
+        self._network.after(0.001, "exit", lambda: self._gone(life, "ended"))
+
+    def _end(self, life: Life) -> None:
+        life.killed = True
+        self.system.freeze(life.process)
+        self._hub.kill(life.rank)
+
+    def _lost_link(self, life: Life) -> None:
+        if self._lives.get(life.rank) is life and not life.gone:
+            self._perform(self.controller.on_lost_link(life.rank, "the rank closed the link"))
+
+    def _gone(self, life: Life, reason: str) -> None:
+        def act() -> None:
+            if not life.gone:
+                life.gone = True
+                self._perform(self.controller.on_exit(life.rank, reason))
+
+        self._todo.put(act)

@@ -1,0 +1,185 @@
+"""The seeded whole-cluster simulation: real engines, transports, Controller and ServerCore; a failure is a seed.
+
+Oracle: every accepted sequence ends exactly once, with the tokens and logprobs of one rank serving it alone; one that
+ended by an error or an abort has a prefix of them. The same seed gives the same trace.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sim_cluster import Call, SimCluster
+from sim_system import SimSystem
+from tiny_cluster import VOCAB_SIZE, Alone, make_config, make_tiny_checkpoint
+
+from switchgear_runtime.errors import RankFailed
+from switchgear_runtime.sampling_params import SamplingParams
+
+STEP_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Weights of what the scenario does next."""
+
+    num_actions: int = 30
+    submit: int = 10
+    pause: int = 4
+    idle: int = 2  # long enough to park
+    abort: int = 1
+    stage: int = 0
+    kill: int = 0
+    hang: int = 0
+
+
+TRAFFIC = Scenario()
+PLACEMENT = Scenario(stage=5)
+FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Alone]:
+    model_dir = make_tiny_checkpoint(tmp_path_factory.mktemp("sim"), seed=1)
+    return model_dir, Alone(model_dir)
+
+
+def draw_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        n=rng.choice([1, 1, 1, 2]),
+        temperature=rng.choice([0.0, 0.8]),
+        top_p=rng.choice([1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        max_tokens=rng.randrange(1, 16),
+        logprobs=rng.choice([None, 1]),
+        seed=rng.getrandbits(32),
+    )
+
+
+def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tuple[SimCluster, SimSystem]:
+    system = SimSystem(seed)
+    rng = random.Random(f"scenario {seed}")
+    config = make_config(
+        model_dir,
+        max_model_len=128,
+        num_kv_blocks=rng.choice([9, 12, 40]),  # preemption, sometimes
+        max_num_seqs=rng.choice([4, 8]),
+        max_num_batched_tokens=rng.choice([24, 64]),
+        enable_prefix_caching=rng.random() < 0.8,
+        step_timeout_s=STEP_TIMEOUT_S,
+    )
+    cluster = SimCluster(system, world_size, config)
+    common = [rng.randrange(1, VOCAB_SIZE) for _ in range(40)]
+
+    def main() -> None:
+        cluster.start()
+        weights = {
+            name: getattr(scenario, name) for name in ("submit", "pause", "idle", "abort", "stage", "kill", "hang")
+        }
+        for _ in range(scenario.num_actions):
+            action = rng.choices(list(weights), list(weights.values()))[0]
+            system.note(f"scenario: {action}")
+            if action == "submit":
+                for _ in range(rng.choice([1, 1, 2, 5])):
+                    prompt = common[: rng.randrange(40)] if rng.random() < 0.5 else []
+                    prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 40))]
+                    cluster.submit(prompt, draw_params(rng), tenant=rng.choice(["", "a"]))
+            elif action == "pause":
+                system.sleep(rng.random() * 0.05)
+            elif action == "idle":
+                system.sleep(1.0 + rng.random() * 3.0)
+            elif action == "abort" and cluster.calls:
+                cluster.abort(rng.choice(cluster.calls))
+            elif action == "stage":
+                cluster.stage()
+            elif action == "kill":
+                cluster.kill(rng.randrange(world_size))
+            elif action == "hang":
+                cluster.hang(rng.randrange(world_size), rng.choice([None, 0.5, 1.5, 3.0]))
+        cluster.wait_until(lambda: all(call.done or call.aborted for call in cluster.calls), 120.0)
+        cluster.wait_until(lambda: cluster.core.ready, 120.0)
+        cluster.stop()
+
+    system.run(main)
+    return cluster, system
+
+
+def check(cluster: SimCluster, alone: Alone) -> None:
+    for call in cluster.calls:
+        if call.request is None:
+            assert call.aborted
+            assert not call.events
+            continue
+        for index, submit in enumerate(call.submits):
+            check_sequence(
+                cluster, call, index, [(o.token_id, o.logprob, o.finish_reason) for o in alone.outputs(submit)]
+            )
+    assert cluster.core.num_live == 0
+
+
+def check_sequence(
+    cluster: SimCluster, call: Call, index: int, expected: list[tuple[int, float | None, str | None]]
+) -> None:
+    events = [event for event in call.events if event.index == index]
+    assert [event.finish is not None for event in events] == [False] * (len(events) - 1) + [True], "not one end"
+    token_ids = [token_id for event in events for token_id in event.token_ids]
+    logprobs = [logprob.logprob for event in events for logprob in event.logprobs or ()]
+    assert token_ids == [token_id for token_id, _, _ in expected][: len(token_ids)]
+    if call.params.logprobs is not None:
+        assert logprobs == [logprob for _, logprob, _ in expected][: len(token_ids)]
+    finish = events[-1].finish
+    assert finish is not None
+    if finish.reason == "abort":
+        assert call.aborted
+    elif finish.reason == "error":
+        assert cluster.num_lost > 0, finish.error
+        assert isinstance(finish.error, RankFailed), finish.error
+    else:
+        assert len(token_ids) == len(expected)
+        assert finish.reason == expected[-1][2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_traffic_parks_and_wakes(model: tuple[Path, Alone], world_size: int, seed: int) -> None:
+    cluster, _ = play(model[0], seed, TRAFFIC, world_size)
+    check(cluster, model[1])
+    assert not cluster.faults
+    assert cluster.num_generations == 1
+    assert cluster.num_parked >= 2 * world_size
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_epochs_flip_under_traffic(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, PLACEMENT, 3)
+    check(cluster, model[1])
+    assert not cluster.faults
+    assert cluster.flipped_epochs
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_and_hung_ranks(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, FAULTS, 3)
+    check(cluster, model[1])
+    assert cluster.num_generations > 1
+
+
+@pytest.mark.parametrize("scenario", [PLACEMENT, FAULTS], ids=["placement", "faults"])
+def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -> None:
+    traces = []
+    for seed in (11, 12, 11):
+        cluster, system = play(model[0], seed, scenario, 4)
+        events = [[(event.index, event.token_ids, event.finish) for event in call.events] for call in cluster.calls]
+        traces.append((system.trace_hash, system.num_turns, system.now(), repr(events)))
+    assert traces[0] == traces[2]
+    assert traces[0][0] != traces[1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_many_seeds(model: tuple[Path, Alone], world_size: int, seed: int) -> None:
+    cluster, _ = play(model[0], seed, FAULTS, world_size)
+    check(cluster, model[1])
