@@ -144,7 +144,7 @@ def test_every_module_says_its_purpose() -> None:
     for _, _, path in python_files():
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert doc and len(doc.splitlines()[0]) >= 15, f"{path} has no one-line purpose"
-        assert doc.splitlines()[0].rstrip().endswith((".", ":")), f"{path}: the purpose is not one line"
+        assert doc.splitlines()[0].rstrip().endswith((".", ":", "?")), f"{path}: the purpose is not one line"
 
 
 @pytest.mark.parametrize("suffixes", [(".py",), (".cpp", ".h", ".cu", ".cuh")])
