@@ -84,9 +84,12 @@ def test_idle_workers_use_no_cpu() -> None:
     ops.set_num_threads(3)
     ops.linear(torch.randn(9, 64), packed, 600)
     time.sleep(0.05)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.02
+    used_s = []
+    for _ in range(5):  # a worker that spins is busy in every window; this process's other threads are not
+        before_s = time.process_time()
+        time.sleep(0.3)
+        used_s.append(time.process_time() - before_s)
+    assert min(used_s) < 0.012, used_s
 
 
 def test_forked_child_computes_alone() -> None:

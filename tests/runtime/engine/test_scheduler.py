@@ -241,8 +241,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.holds()
 
     def step(self) -> None:
+        num_preemptions = self.scheduler.num_preemptions
         batch = self.scheduler.schedule()
-        self.check_batch(batch)
+        self.check_batch(batch, preempted=self.scheduler.num_preemptions > num_preemptions)
         self.oracle.write(batch)
         for output in self.scheduler.postprocess(batch, self.oracle.sample(batch)):
             sequence_id, tokens = output.sequence_id, self.tokens[output.sequence_id]
@@ -270,7 +271,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if scheduler.num_preemptions == num_preemptions:
             assert scheduler.blocks.num_free_blocks == free_before
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch, *, preempted: bool) -> None:
         scheduler = self.scheduler
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
         assert len(batch) <= scheduler.max_num_seqs
@@ -282,7 +283,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert entry.samples == (entry.end == len(self.tokens[entry.sequence.sequence_id]))
             if not scheduler.enable_chunked_prefill and not entry.samples:
                 assert entry.sequence.num_tokens > scheduler.max_num_batched_tokens
-        if scheduler.enable_chunked_prefill and len(ids) < min(len(self.order), scheduler.max_num_seqs):
+        if (
+            scheduler.enable_chunked_prefill
+            and not preempted
+            and len(ids) < min(len(self.order), scheduler.max_num_seqs)
+        ):
             waiting = scheduler.waiting[0]  # passed over: only for want of tokens or blocks
             assert batch.num_tokens == scheduler.max_num_batched_tokens or not scheduler.blocks.fits(
                 waiting, scheduler.blocks.match(waiting)
