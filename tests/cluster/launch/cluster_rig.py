@@ -98,15 +98,15 @@ def rank_pids(cluster: Cluster) -> list[int]:
 
 
 async def idle_percent(cluster: Cluster, duration_s: float, *, num_windows: int = 4) -> float:
-    """CPU of this process and of all ranks, together, while nobody asks for anything; in percent of one core.
+    """CPU of the cluster's loop and of all ranks, together, while nobody asks for anything; in percent of one core.
 
-    The lowest of a few windows: on a busy host each wake-up costs cold caches, and this process may still be tidying up
-    after other tests. A cluster that polls or spins is busy in every window.
+    Runs on that loop, whose thread alone is counted: the tests' process has others. The lowest of a few windows, for on
+    a busy host each wake-up costs cold caches; a cluster that polls or spins is busy in every window.
     """
-    processes = [psutil.Process(), *map(psutil.Process, rank_pids(cluster))]
+    ranks = [psutil.Process(pid) for pid in rank_pids(cluster)]
 
     def cpu_s() -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
+        return time.thread_time() + sum(sum(rank.cpu_times()[:2]) for rank in ranks)
 
     await asyncio.sleep(1)  # let the last steps and their frames settle
     lowest = 100.0
