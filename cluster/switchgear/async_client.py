@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
+from typing import Any
 
 import httpx
 
 from switchgear import http_calls
 from switchgear.assembler import public_delta
-from switchgear.batch_call import PROMPTS_PER_CALL, BatchCall
+from switchgear.batch_call import BatchCall, parts
 from switchgear.client import POLL_S
 from switchgear.client_errors import ServerBusy, ServerUnreachable
 from switchgear.outputs import Delta, ExpertLoad, ModelCard, RequestOutput
 from switchgear.progress import Progress
-from switchgear.prompts import PromptLike, normalize_params, normalize_prompts
+from switchgear.prompts import Message, PromptLike, normalize_conversations, normalize_params, normalize_prompts
 from switchgear.server.schema import WireDelta
 from switchgear_runtime.sampling_params import SamplingParams
 
@@ -40,11 +41,35 @@ class AsyncClient:
         """Complete all prompts; outputs in their order."""
         items = normalize_prompts(prompts)
         params = normalize_params(sampling_params, len(items))
+        calls = (BatchCall(items[part], params[part]) for part in parts(len(items)))
+        return await self._generate(calls, len(items), use_tqdm)
+
+    async def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, by the server's chat template; outputs in their order, `prompt` None."""
+        items = normalize_conversations(messages)
+        params = normalize_params(sampling_params, len(items))
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        calls = (BatchCall.of_conversations(items[part], params[part], options) for part in parts(len(items)))
+        return await self._generate(calls, len(items), use_tqdm)
+
+    async def _generate(self, calls: Iterable[BatchCall], num_prompts: int, use_tqdm: bool) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         num_tokens = 0
-        with Progress(len(items), enabled=use_tqdm) as progress:
-            for i in range(0, len(items), PROMPTS_PER_CALL):
-                call = BatchCall(items[i : i + PROMPTS_PER_CALL], params[i : i + PROMPTS_PER_CALL])
+        with Progress(num_prompts, enabled=use_tqdm) as progress:
+            for call in calls:
                 async with aclosing(self._run(call)) as chunks:
                     async for _ in chunks:
                         done = call.assembler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 from switchgear.assembler import Assembler
 from switchgear.client_errors import ServerError, ServerUnreachable, error_of
 from switchgear.outputs import RequestOutput
-from switchgear.prompts import Prompt
+from switchgear.prompts import Message, Prompt
 from switchgear.server.schema import FrameReader, WireDelta
 from switchgear_runtime.errors import WireError
 from switchgear_runtime.sampling_params import SamplingParams
@@ -23,14 +23,28 @@ _DEFAULTS = asdict(SamplingParams())
 class BatchCall:
     """Post `body`, `feed` the answer's chunks, then take `outputs`."""
 
-    def __init__(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        conversations: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`conversations` (see schema.Conversations): instead of the prompts, which then only count."""
         same = all(one is params[0] for one in params)
+        what = {"prompts": list(prompts)} if conversations is None else {"conversations": conversations}
         self.body = msgspec.msgpack.encode(
-            {"prompts": list(prompts), "sampling": _fields(params[0]) if same else [_fields(one) for one in params]}
+            {**what, "sampling": _fields(params[0]) if same else [_fields(one) for one in params]}
         )
         self.assembler = Assembler(prompts, params)
         self._reader = FrameReader()
         self._done = False
+
+    @classmethod
+    def of_conversations(
+        cls, messages: Sequence[Sequence[Message]], params: Sequence[SamplingParams], options: Mapping[str, Any]
+    ) -> BatchCall:
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls([[] for _ in messages], params, {"messages": [list(one) for one in messages], **given})
 
     def feed(self, chunk: bytes) -> list[WireDelta]:
         """The deltas of a chunk, already added to the outputs."""
@@ -59,6 +73,11 @@ class BatchCall:
         if self.assembler.error is not None:
             raise self.assembler.error
         return self.assembler.outputs
+
+
+def parts(num_prompts: int) -> list[slice]:
+    """The calls that many prompts take."""
+    return [slice(i, i + PROMPTS_PER_CALL) for i in range(0, num_prompts, PROMPTS_PER_CALL)]
 
 
 def _fields(params: SamplingParams) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import httpx
 
 from switchgear import http_calls
 from switchgear.assembler import public_delta
-from switchgear.batch_call import PROMPTS_PER_CALL, BatchCall
+from switchgear.batch_call import BatchCall, parts
 from switchgear.client_errors import ServerBusy, ServerUnreachable
 from switchgear.outputs import Delta, ExpertLoad, ModelCard, RequestOutput
 from switchgear.progress import Progress
-from switchgear.prompts import PromptLike, normalize_params, normalize_prompts
+from switchgear.prompts import Message, PromptLike, normalize_conversations, normalize_params, normalize_prompts
 from switchgear.server.schema import WireDelta
 from switchgear_runtime.sampling_params import SamplingParams
 
@@ -43,11 +44,35 @@ class Client:
         """Complete all prompts; outputs in their order."""
         items = normalize_prompts(prompts)
         params = normalize_params(sampling_params, len(items))
+        calls = (BatchCall(items[part], params[part]) for part in parts(len(items)))
+        return self._generate(calls, len(items), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, by the server's chat template; outputs in their order, `prompt` None."""
+        items = normalize_conversations(messages)
+        params = normalize_params(sampling_params, len(items))
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        calls = (BatchCall.of_conversations(items[part], params[part], options) for part in parts(len(items)))
+        return self._generate(calls, len(items), use_tqdm)
+
+    def _generate(self, calls: Iterable[BatchCall], num_prompts: int, use_tqdm: bool) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         num_tokens = 0
-        with Progress(len(items), enabled=use_tqdm) as progress:
-            for i in range(0, len(items), PROMPTS_PER_CALL):
-                call = BatchCall(items[i : i + PROMPTS_PER_CALL], params[i : i + PROMPTS_PER_CALL])
+        with Progress(num_prompts, enabled=use_tqdm) as progress:
+            for call in calls:
                 for _ in self._run(call):
                     progress.update(len(outputs) + call.assembler.num_finished, num_tokens + call.assembler.num_tokens)
                 outputs += call.outputs()

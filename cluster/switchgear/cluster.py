@@ -21,13 +21,27 @@ from switchgear.config import ServeConfig, resolve_model
 from switchgear.controller import Controller
 from switchgear.launcher.base import Launcher, LaunchError, OnExit
 from switchgear.link_server import LinkServer
+from switchgear.rendezvous_store import RendezvousStore
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.store import MemoryStore, Store
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import CheckpointError, ConfigError, RankFailed, SwitchgearError
-from switchgear_runtime.messages import Fault, FromRank, Hello, Parked, StepFrame, Stopped, Submit, ToRank, Waking
+from switchgear_runtime.messages import (
+    BeginGeneration,
+    Fault,
+    FromRank,
+    Hello,
+    Parked,
+    StepFrame,
+    Stopped,
+    StoreGet,
+    StorePut,
+    Submit,
+    ToRank,
+    Waking,
+)
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
 from switchgear_runtime.rank_worker import RankWorkerConfig
 from switchgear_runtime.system import RealSystem, System
@@ -59,7 +73,11 @@ class Cluster:
         self.engine = resolve_model(engine)
         if self.engine.transport == "loopback" and config.ranks > 1:
             raise ConfigError(
-                "transport='loopback' joins ranks inside one process; rank processes need transport='shm'"
+                "transport='loopback' joins ranks inside one process; rank processes need transport='auto'"
+            )
+        if self.engine.transport == "mpi" and config.launcher != "mpi":
+            raise ConfigError(
+                f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job"
             )
         self.spec = load_spec(self.engine.model)
         self.model_name = config.served_model_name or Path(self.engine.model).name
@@ -67,7 +85,9 @@ class Cluster:
         self.name = f"{self._system.randbits(48):012x}"
         self.core = ServerCore(
             system=self._system,
-            tokenizer=Tokenizer.load(Path(self.engine.model)),
+            tokenizer=Tokenizer.load(
+                Path(self.engine.model), Path(config.chat_template).expanduser() if config.chat_template else None
+            ),
             facts=_facts(self.spec, self.engine),
             send=self._send,
             limits=ServerLimits(
@@ -91,6 +111,7 @@ class Cluster:
             on_lost=lambda rank, reason: self._perform(self.controller.on_lost_link(rank, reason)),
             on_malformed=lambda rank, reason: self._perform(self.controller.on_malformed(rank, reason)),
         )
+        self._store = RendezvousStore(self._links.send)
         self.launcher = (launcher or self._make_launcher)(self._on_exit)
         self._address = ("", 0)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,6 +119,8 @@ class Cluster:
         self._changed = asyncio.Event()  # ready, failed, or a rank gone
         self._load_fault: Fault | None = None
         self._closed = False
+        self._stopping: asyncio.Task[None] | None = None
+        self._drain_until = float("inf")
         self.not_ready_reason: str | None = "the ranks are starting"
 
     @property
@@ -129,13 +152,22 @@ class Cluster:
             raise
 
     async def stop(self, drain_timeout_s: float | None = None) -> None:
-        """Take no more requests, let running ones finish, then end every rank. Idempotent; leaves nothing behind."""
-        if self._closed:
-            return
+        """Take no more requests, let running ones finish, then end every rank; leaves nothing behind.
+
+        There is one stop: a further caller waits for its end, and may shorten its drain. It goes on if a caller is
+        cancelled.
+        """
         self._closed = True
+        timeout_s = self.config.drain_timeout_s if drain_timeout_s is None else drain_timeout_s
+        self._drain_until = min(self._drain_until, self._system.now() + timeout_s)
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         self.core.draining = True
         self.not_ready_reason = "the server is shutting down"
-        await self._drain(self.config.drain_timeout_s if drain_timeout_s is None else drain_timeout_s)
+        await self._drain()
         self.core.abort_all()
         graceful = self.controller.ready
         self._perform(self.controller.stop())
@@ -156,6 +188,10 @@ class Cluster:
             from switchgear.launcher.local import LocalLauncher
 
             return LocalLauncher(on_exit)
+        if config.launcher == "mpi":
+            from switchgear.launcher.mpi import MpiLauncher
+
+            return MpiLauncher(on_exit, num_ranks=config.ranks, command=config.mpi_command, address=config.mpi_address)
         from switchgear.launcher.ray import RayLauncher
 
         return RayLauncher(
@@ -163,7 +199,7 @@ class Cluster:
             name=self.name,
             num_ranks=config.ranks,
             cpus_per_rank=config.ray_cpus_per_rank,
-            one_host=self.engine.transport == "shm",
+            one_host=self.engine.transport == "shm",  # the others may spread, if one node has no room for all
             address=config.ray_address,
             timeout_s=config.start_timeout_s,
         )
@@ -193,15 +229,21 @@ class Cluster:
                     message.step,
                     message.message,
                 )
-                if message.generation == 0 and self._load_fault is None:
+                of_the_user = message.kind == "ConfigError" and not controller.was_ready  # seen when the ranks met
+                if (message.generation == 0 or of_the_user) and self._load_fault is None:
                     self._load_fault = message
                 self._perform(controller.on_fault(message))
+            case StorePut():
+                self._store.on_put(message)
+            case StoreGet():
+                self._store.on_get(rank, message)
             case Stopped():
                 log.debug("rank %d stopped", rank)
             case _:
                 self.core.on_message(rank, message)
 
     def _on_exit(self, rank: int, reason: str) -> None:
+        self._links.drop(rank)  # its end of file, should that come later, is not to be taken for a replacement's
         if not self._closed and self.failure is None:
             log.warning("rank %d %s", rank, reason)
             if self.controller.was_ready:  # at the start, the error that is raised tells
@@ -217,7 +259,7 @@ class Cluster:
         """The core's way to the ranks."""
         self._links.send(rank, message)
         if isinstance(message, Submit):
-            self._perform(self.controller.on_submit(rank))
+            self._perform(self.controller.on_submit())
 
     # --- actions ----------------------------------------------------------------------------------------------------
 
@@ -225,6 +267,8 @@ class Cluster:
         for action in actions:
             match action:
                 case SendTo():
+                    if isinstance(action.message, BeginGeneration) and action.rank == 0:  # the first to be told
+                        self._store.enter(action.message.descriptor.channel)
                     self._links.send(action.rank, action.message)
                 case StartRank():
                     self._spawn(self._start_rank(action.rank))
@@ -314,9 +358,8 @@ class Cluster:
         except TimeoutError:
             log.warning("not every rank stopped within %g s; they are killed", timeout_s)
 
-    async def _drain(self, timeout_s: float) -> None:
-        deadline = self._system.now() + timeout_s
-        while self.core.num_live and self.failure is None and self._system.now() < deadline:
+    async def _drain(self) -> None:
+        while self.core.num_live and self.failure is None and self._system.now() < self._drain_until:
             await asyncio.sleep(_DRAIN_LOOK_S)
 
     async def _log_tail(self, rank: int) -> str:
@@ -350,4 +393,5 @@ def _facts(spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
         max_num_seqs=engine.max_num_seqs,
+        prefix_caching=engine.enable_prefix_caching,
     )

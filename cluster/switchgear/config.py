@@ -15,9 +15,11 @@ from typing import Any
 from switchgear_runtime.config import EngineConfig, setting
 from switchgear_runtime.errors import ConfigError
 
-LAUNCHERS = ("ray", "local")
+LAUNCHERS = ("ray", "local", "mpi")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 RANKS_MAX = 64
+# Settings of the HTTP front door: they mean nothing to an embedded cluster, so commands without one do not offer them.
+FRONT_DOOR = frozenset({"host", "port", "api_key", "drain_timeout_s", "max_body_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +33,17 @@ class ServeConfig:
         None, "Ray cluster to join; auto: the one running here. Default: start a local one."
     )
     ray_cpus_per_rank: float = setting(0.1, "CPUs that a rank's Ray bundle reserves; a fraction is fine.")
+    mpi_command: str = setting(
+        "mpiexec -n {ranks}", "How launcher mpi starts its processes, e.g. srun --input 0 -n {ranks}."
+    )
+    mpi_address: str = setting("127.0.0.1", "This host's address as the ranks of launcher mpi reach it.")
     host: str = setting("127.0.0.1", "Address the HTTP server listens on.")
     port: int = setting(8000, "Port the HTTP server listens on; 0: any free one.")
     api_key: str | None = setting(None, "Key that requests must bear; covers every route but /health.")
     served_model_name: str | None = setting(None, "The model's name in the API. Default: its directory's name.")
+    chat_template: str | None = setting(
+        None, "File with the Jinja template for conversations. Default: the checkpoint's own."
+    )
     start_timeout_s: float = setting(120.0, "Deadline for all ranks to load the model and join, in seconds.")
     drain_timeout_s: float = setting(30.0, "How long a shutdown lets running requests finish, in seconds.")
     max_restarts: int = setting(8, "Rank restarts within --restart-window-s before the cluster gives up.")
@@ -60,6 +69,10 @@ class ServeConfig:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s!r} must be zero or more seconds")
         if self.ray_address is not None and self.launcher != "ray":
             raise ConfigError(f"ray_address={self.ray_address!r} needs launcher='ray', not {self.launcher!r}")
+        if self.launcher == "mpi" and not self.mpi_command.strip():
+            raise ConfigError("mpi_command='' starts nothing; the default is 'mpiexec -n {ranks}'")
+        if self.mpi_address in ("", "0.0.0.0", "::"):
+            raise ConfigError(f"mpi_address={self.mpi_address!r} must be one address; ranks connect to it")
         if self.api_key == "":
             raise ConfigError("api_key='' would let everybody in; give a key, or leave it out")
 

@@ -14,7 +14,6 @@ and seen gone, before the next generation begins.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,12 +139,16 @@ class Controller:
             return []
         return self._wake(waking.step, but=waking.rank)
 
-    def on_submit(self, rank_id: int) -> list[Action]:
-        """Work is on its way to `rank_id`: if all are parked, wake the others now instead of after its Waking."""
+    def on_submit(self) -> list[Action]:
+        """Work is on its way to a rank: if all are parked, wake all now instead of the others after its Waking.
+
+        The target too: it may find the sequence refused, or aborted already, and would then stay parked while the
+        others wait for it.
+        """
         step = self._ranks[0].parked_step
         if self._phase != "ready" or step is None or any(rank.parked_step != step for rank in self._ranks):
             return []
-        return self._wake(step, but=rank_id)
+        return self._wake(step)
 
     def on_fault(self, fault: Fault) -> list[Action]:
         rank = self._ranks[fault.rank]
@@ -163,9 +166,8 @@ class Controller:
         rank.faulted = True
         self._faults.append(fault)
         sign = f"rank {fault.rank} left generation {fault.generation}: {fault.message}"
-        # Whom it blames gets no EndGeneration: a living rank finds the transport aborted, and shows by its own Fault
-        # that it lives.
-        actions = self._break(sign, but=fault.peers)
+        # Whom it blames is told too: a living rank, parked ones included, shows by its own Fault that it lives.
+        actions = self._break(sign)
         if self._verdict is None and self._deadline_s is None:
             self._deadline_s = self._system.now() + BLAME_GRACE_S
         return actions + self._advance()
@@ -261,17 +263,15 @@ class Controller:
         self._verdict = self._verdict or cause
         return [*actions, FailRank(rank_id, cause)]
 
-    def _break(self, sign: str, *, but: Sequence[int] = ()) -> list[Action]:
+    def _break(self, sign: str) -> list[Action]:
         """The current generation is over; survivors are told at once."""
         if self._phase not in ("begun", "ready"):
             return []
         assert self._descriptor is not None
         self._phase, self._verdict, self._deadline_s = "broken", None, None
         end = EndGeneration(self._descriptor.term, self._descriptor.generation, sign)
-        survivors = [
-            rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "joined" and rank_id not in but
-        ]
-        return [NotReady(sign), *(SendTo(rank_id, end) for rank_id in survivors)]
+        joined = [rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "joined"]
+        return [NotReady(sign), *(SendTo(rank_id, end) for rank_id in joined)]
 
     def _judge(self) -> list[Action]:
         """Dead is whom the faults blame and who has not shown since that it lives. If nobody: a rank was late, and the
@@ -344,10 +344,11 @@ class Controller:
             world_size=len(self._ranks),
             epoch=self.epoch,
             channel=f"{self._system.randbits(128):032x}",
+            hosts=tuple(hello.host for hello in self.hellos),
         )
         return [SendTo(rank_id, BeginGeneration(self._descriptor)) for rank_id in range(len(self._ranks))]
 
-    def _wake(self, step: int, *, but: int) -> list[Action]:
+    def _wake(self, step: int, *, but: int | None = None) -> list[Action]:
         if self._woken_step is not None and step <= self._woken_step:
             return []
         self._woken_step = step

@@ -11,6 +11,9 @@ from dataclasses import Field, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from switchgear.byte_size import parse_bytes
+from switchgear_runtime.errors import ConfigError
+
 
 def flag_name(field_name: str) -> str:
     """`max_num_seqs` -> `--max-num-seqs`."""
@@ -40,6 +43,14 @@ def _default_text(field: Field[Any]) -> str:
     return str(field.default)
 
 
+def _byte_count(text: str) -> int:
+    """For flags like --max-body-bytes: `8MiB` too."""
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_flags(parser: argparse.ArgumentParser, config_type: type[Any], *, skip: frozenset[str] = frozenset()) -> None:
     """One flag a field; booleans get --x and --no-x.
 
@@ -55,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type[Any], *, skip: 
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = hint
+            options["type"] = _byte_count if field.name.endswith("_bytes") else hint
             options["choices"] = field.metadata.get("choices")
             options["metavar"] = None if options["choices"] else field.name.rsplit("_", 1)[-1].upper()
         group.add_argument(flag_name(field.name), **options)

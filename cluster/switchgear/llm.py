@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from switchgear.assembler import Assembler, public_delta
 from switchgear.cluster import CLOSE_TIMEOUT_S, STOP_TIMEOUT_S, Cluster
 from switchgear.config import split_settings
+from switchgear.conversation import chat_prompt
 from switchgear.loop_thread import LoopThread
 from switchgear.outputs import Delta, ExpertLoad, RequestOutput
 from switchgear.progress import Progress
-from switchgear.prompts import Prompt, PromptLike, normalize_params, normalize_prompts
+from switchgear.prompts import (
+    Message,
+    Prompt,
+    PromptLike,
+    normalize_conversations,
+    normalize_params,
+    normalize_prompts,
+)
 from switchgear.server.admission import Admission
 from switchgear.server.delta_stream import DeltaStream
 from switchgear.server.frontend import Run
@@ -55,10 +63,43 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete all prompts; outputs in their order. A prompt is text or token ids."""
         items = normalize_prompts(prompts)
-        params = normalize_params(sampling_params, len(items))
+        return self._generate(items, normalize_params(sampling_params, len(items)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, by the model's chat template; outputs in their order, `prompt` as rendered.
+
+        A conversation is a list of {"role": "user", "content": "..."}.
+        """
+        prompts: list[Prompt] = [
+            chat_prompt(
+                self.get_tokenizer(),
+                conversation,
+                add_generation_prompt=not continue_final_message
+                if add_generation_prompt is None
+                else add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in normalize_conversations(messages)
+        ]
+        params = normalize_params(sampling_params, len(prompts))
+        return self._generate(prompts, params, use_tqdm, add_special=False)
+
+    def _generate(
+        self, items: list[Prompt], params: list[SamplingParams], use_tqdm: bool, *, add_special: bool = True
+    ) -> list[RequestOutput]:
         assembler = Assembler(items, params)
         with Progress(len(items), enabled=use_tqdm) as progress:
-            for deltas in self._run(items, params, assembler):
+            for deltas in self._run(items, params, assembler, add_special=add_special):
                 for delta in deltas:
                     assembler.add(delta)
                 progress.update(assembler.num_finished, assembler.num_tokens)
@@ -97,7 +138,12 @@ class LLM:
         self.close()
 
     def _run(
-        self, prompts: list[Prompt], params: list[SamplingParams], assembler: Assembler
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        assembler: Assembler,
+        *,
+        add_special: bool = True,
     ) -> Iterator[list[WireDelta]]:
         """Start a request and pull its news, coalesced while the caller is busy; abort it when the caller stops."""
         if not prompts:
@@ -105,7 +151,9 @@ class LLM:
         if not self._close.alive:
             raise RankFailed("this LLM is closed")
         core = self._cluster.core
-        admissions = core.check(prompts, params)  # on this thread: tokenizing holds up no one's tokens
+        admissions = core.check(
+            prompts, params, add_special=add_special
+        )  # on this thread: tokenizing holds up no one's tokens
         for output, admission in zip(assembler.outputs, admissions, strict=True):
             output.prompt_token_ids = admission.prompt_token_ids
         run = self._loop.call(_start(self._cluster, admissions), _CALL_TIMEOUT_S)

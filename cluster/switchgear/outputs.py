@@ -46,6 +46,7 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token, None for the first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from switchgear_runtime.sampling_params import SamplingParams
 
 Prompt = str | list[int]
 PromptLike = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
 
 
 def normalize_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
@@ -20,6 +21,16 @@ def normalize_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt
     if items and all(isinstance(item, int) for item in items):
         return [_prompt(items)]  # type: ignore[arg-type]
     return [_prompt(item) for item in items]  # type: ignore[arg-type]
+
+
+def normalize_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+    """One conversation or a list of them; a conversation is a list of {"role", "content"}."""
+    items: list[Any] = list(messages)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return [items]
+    if not all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
+        raise RequestError("messages must be one conversation or a list of them", param="messages")
+    return [list(item) for item in items]
 
 
 def normalize_params(

@@ -6,7 +6,7 @@ Letters: T tokens of the batch, S sequences, B the widest block table.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from switchgear_runtime.sequence import Sequence
@@ -24,6 +24,11 @@ class ScheduledSequence:
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def unscored(self) -> range:
+        """Positions whose logits give prompt logprobs."""
+        return self.sequence.unscored(self.start, self.end)
 
 
 class SampledToken(NamedTuple):
@@ -47,6 +52,7 @@ class FlatBatch:
     slots_T: list[int]  # block * block_size + offset
     block_tables_SB: list[list[int]]  # right-padded with 0 to the widest
     sampling_rows: list[int]  # index into T of each sampling sequence's last token
+    prompt_rows: list[int] = field(default_factory=list)  # index into T of each token that scores the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,11 @@ class Batch:
         """The sequences that get a token, in the order of the logits' rows."""
         return [entry.sequence for entry in self.scheduled if entry.samples]
 
+    @property
+    def unscored(self) -> list[ScheduledSequence]:
+        """The entries with prompt logprobs to give, in the order of FlatBatch.prompt_rows."""
+        return [entry for entry in self.scheduled if entry.unscored]
+
     def __iter__(self) -> Iterator[ScheduledSequence]:
         return iter(self.scheduled)
 
@@ -76,10 +87,12 @@ class Batch:
         seq_ids_T: list[int] = []
         slots_T: list[int] = []
         sampling_rows: list[int] = []
+        prompt_rows: list[int] = []
         width = max((len(entry.sequence.block_table) for entry in self.scheduled), default=0)
         block_tables_SB: list[list[int]] = []
         for seq_id, entry in enumerate(self.scheduled):
             table = entry.sequence.block_table
+            prompt_rows += [len(token_ids_T) + position - entry.start for position in entry.unscored]
             token_ids_T += entry.sequence.token_ids[entry.start : entry.end]
             positions_T += range(entry.start, entry.end)
             seq_ids_T += [seq_id] * entry.num_tokens
@@ -94,4 +107,5 @@ class Batch:
             slots_T=slots_T,
             block_tables_SB=block_tables_SB,
             sampling_rows=sampling_rows,
+            prompt_rows=prompt_rows,
         )

@@ -18,7 +18,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 
 DTYPES = ("auto", "bfloat16", "float32")
-TRANSPORTS = ("loopback", "shm")
+TRANSPORTS = ("auto", "shm", "gloo", "mpi", "loopback")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,12 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(512, "Most tokens a rank computes in one step.")
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
-    transport: str = setting("shm", "How ranks exchange tokens.", choices=TRANSPORTS)
+    transport: str = setting(
+        "auto", "How ranks exchange tokens; auto: shm, and gloo between hosts.", choices=TRANSPORTS
+    )
+    trusted_network: bool = setting(
+        False, "Only this cluster reaches the network between its hosts; gloo sends in the clear."
+    )
     step_timeout_s: float = setting(10.0, "Deadline of one wait for the other ranks, in seconds.")
     num_threads: int = setting(1, "Compute threads per rank.")
 

@@ -19,14 +19,15 @@ from switchgear_runtime import messages
 from switchgear_runtime.block_manager import BlockManager
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.errors import RequestError, TransportError
+from switchgear_runtime.errors import RequestError, TransportAborted, TransportError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision, StepHeader, decide
 from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.membership import Group, Membership
-from switchgear_runtime.messages import FromRank, Submit, TokenOutput, ToRank
+from switchgear_runtime.messages import FromRank, PromptLogprobs, Submit, TokenOutput, ToRank
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.prompt_scorer import frames_of, score_prompts
 from switchgear_runtime.sampler import Sampler
 from switchgear_runtime.scheduler import Scheduler
 from switchgear_runtime.sequence import Sequence
@@ -123,10 +124,15 @@ class Engine:
         try:
             logits_BV = self.runner.forward(batch)
             sampled = self.sampler(logits_BV, batch)
+            scored = score_prompts(self.runner.prompt_logits(), batch) if batch.unscored else []
         except BaseException:
             self.scheduler.rollback(batch)
             raise
-        self._emit(self.scheduler.postprocess(batch, sampled))
+        outputs = self.scheduler.postprocess(batch, sampled)
+        *early, last = frames_of(scored)
+        for parts in early:
+            self._emit([], parts)
+        self._emit(outputs, last)
         return decision
 
     def _turn(self) -> None:
@@ -169,12 +175,14 @@ class Engine:
             self.membership.flip(decision.epoch)
         return decision
 
-    def _emit(self, outputs: list[TokenOutput], *, report_load: bool = False) -> None:
+    def _emit(
+        self, outputs: list[TokenOutput], scored: list[PromptLogprobs] | None = None, *, report_load: bool = False
+    ) -> None:
         """One frame with all that the step produced; none when that is nothing, unless it is a generation's first."""
         group = self._group()
         now = self._system.now()
         report_load = report_load or now - self._load_reported_at >= LOAD_PERIOD_S
-        if not outputs and not report_load and group.step > 0:
+        if not outputs and not scored and not report_load and group.step > 0:
             return
         if report_load:
             self._load_reported_at = now
@@ -187,6 +195,7 @@ class Engine:
                 stats=self.scheduler.stats(),
                 expert_load=self.runner.load.take_routed() if report_load else None,
                 expert_rows=self.runner.load.take_rows() if report_load else None,
+                prompt_logprobs=scored or [],
             )
         )
 
@@ -245,7 +254,9 @@ class Engine:
             case messages.BeginGeneration():
                 self.membership.begin(message.descriptor)
             case messages.EndGeneration():
-                self.membership.end(message)
+                if self.membership.ends(message):  # answered, also from a park: so the controller sees who lives
+                    reason = f"the controller ended this generation: {message.reason}"
+                    self._fault(TransportAborted(reason, rank=self.rank))
             case messages.Stop():
                 self._stop_requested = True
             case StageExpertMap():

@@ -12,6 +12,7 @@ class GenerationDescriptor(msgspec.Struct, frozen=True, kw_only=True):
 
     `term` is the controller's (won by compare-and-swap in a store), `generation` rises by one for each new group, `channel` is a
     fresh, unguessable name for the transport's rendezvous, so that a late rank of an old generation finds nothing to write to.
+    `hosts`: where each rank is, by a name that ranks of one host share; empty: all on one host.
     """
 
     term: int
@@ -19,6 +20,7 @@ class GenerationDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     epoch: int
     channel: str
+    hosts: tuple[str, ...] = ()
 
 
 class Fence:

@@ -73,6 +73,7 @@ class RankLink:
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
         self.rank = rank
+        self.own_address: str = connection.getsockname()[0]  # this host's, on the server's network
         self._socket = connection
         self._send_lock = threading.Lock()
         self._closed = False

@@ -81,9 +81,9 @@ class Membership:
             self.stage(later)
         log.info("rank %d: in generation %d of %d ranks", self._rank, descriptor.generation, descriptor.world_size)
 
-    def end(self, message: EndGeneration) -> None:
-        if self._concerns_group(message.term, message.generation):
-            self.leave(f"the controller ended this generation: {message.reason}")
+    def ends(self, message: EndGeneration) -> bool:
+        """Is it the end of the generation this rank is in?"""
+        return self._concerns_group(message.term, message.generation)
 
     def leave(self, abort_reason: str | None) -> None:
         """Close the transport, if any; with a reason, abort it first so that no peer waits for this rank."""

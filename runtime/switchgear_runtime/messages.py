@@ -1,7 +1,7 @@
 """What server and rank say to each other, and how it is written: one msgpack frame a message, never pickle.
 
-Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop.
-Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped.
+Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop, StoreValue.
+Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped, StorePut, StoreGet.
 `encode`/`decode` are total: a frame that breaks a limit or the schema raises WireError and names the field.
 """
 
@@ -49,6 +49,7 @@ class WireSampling(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int
     logprobs: int | None
     seed: int  # 64 bits, unsigned
+    prompt_logprobs: int | None = None  # alternatives beside each prompt token; None: the prompt is not scored
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
@@ -78,7 +79,15 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     """End the process once all ranks agree in their headers. The server has drained before."""
 
 
-ToRank = BeginGeneration | EndGeneration | Submit | Abort | Wake | Stop
+class StoreValue(msgspec.Struct, tag="store_value", frozen=True):
+    """What a StoreGet asked for, once it is there: one message a key."""
+
+    channel: str
+    key: str
+    value: bytes
+
+
+ToRank = BeginGeneration | EndGeneration | Submit | Abort | Wake | Stop | StoreValue
 
 # --- rank -> server -----------------------------------------------------------------------------------------------
 
@@ -94,6 +103,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     max_model_len: int
     num_layers: int  # MoE layers
     num_experts: int  # logical
+    host: str = ""  # where it runs: ranks that share it share memory
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
@@ -107,6 +117,19 @@ class TokenOutput(msgspec.Struct, array_like=True, frozen=True):
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
     num_cached_tokens: int | None = None  # on index 0: prompt tokens found in the prefix cache
+
+
+class PromptLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Logprobs of prompt tokens start, start + 1, ... of one sequence, each given all before it (token 0 has none).
+
+    A step sends those it computed, in order and before the sequence's first token. `top_logprobs`: as TokenOutput's.
+    """
+
+    sequence_id: int
+    incarnation: int
+    start: int
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
 
 
 class RankStats(msgspec.Struct, array_like=True, frozen=True):
@@ -134,6 +157,7 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     stats: RankStats
     expert_load: list[int] | None = None
     expert_rows: list[int] | None = None
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class Waking(msgspec.Struct, tag="waking", frozen=True):
@@ -173,7 +197,20 @@ class Stopped(msgspec.Struct, tag="stopped", frozen=True):
     rank: int
 
 
-FromRank = Hello | StepFrame | Waking | Parked | Fault | Rejected | Stopped
+class StorePut(msgspec.Struct, tag="store_put", frozen=True):
+    """Leave a value for the other ranks of a generation: how a network transport's ranks meet."""
+
+    channel: str
+    key: str
+    value: bytes
+
+
+class StoreGet(msgspec.Struct, tag="store_get", frozen=True):
+    channel: str
+    keys: list[str]
+
+
+FromRank = Hello | StepFrame | Waking | Parked | Fault | Rejected | Stopped | StorePut | StoreGet
 
 
 def encode(message: ToRank | FromRank) -> bytes:

@@ -8,7 +8,7 @@ here are never read again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ from switchgear_runtime.moe.load import ExpertLoad
 KV_TILE = 16  # attention walks tiles of so many positions
 MAILBOX_BYTES_MIN = 64 << 10
 MAILBOX_BYTES_MAX = 1 << 20  # a larger message goes in chunks
+PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
 
 
 class ModelRunner:
@@ -69,6 +70,7 @@ class ModelRunner:
         self._decoder = load_decoder(checkpoint, self.dtype, num_positions=self.max_model_len, load=self.load)
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._transport: Transport | None = None
+        self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self._staged: dict[int, tuple[ExpertMap, list[ExpertSlots]]] = {}  # by epoch
         self.expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(self.expert_map)
@@ -136,11 +138,24 @@ class ModelRunner:
         sampling_rows = torch.tensor(flat.sampling_rows, dtype=torch.int64)
         self.load.discard()  # what a broken step left
         with torch.inference_mode():
-            logits = self._decoder.forward(
-                token_ids_T, AttentionMetadata.from_batch(flat), sampling_rows, self.kv_cache
-            )
+            x_TD = self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
+            logits = self._decoder.logits(x_TD, sampling_rows)
         self.load.commit()
+        self._prompt_states = (x_TD, torch.tensor(flat.prompt_rows)) if flat.prompt_rows else None
         return logits
+
+    def prompt_logits(self) -> Iterator[Tensor]:
+        """Logits of the last batch's prompt rows (FlatBatch.prompt_rows), in order, a bounded number of rows at a
+        time: a prompt has many more rows than sequences sample."""
+        if self._prompt_states is None:
+            return
+        x_TD, rows = self._prompt_states
+        self._prompt_states = None
+        num_rows = max(1, PROMPT_LOGITS_BYTES_MAX // (4 * self.spec.vocab_size))
+        for chunk in torch.split(rows, num_rows):
+            with torch.inference_mode():
+                logits = self._decoder.logits(x_TD, chunk)
+            yield logits
 
     def _check(self, expert_map: ExpertMap) -> None:
         expected = (self.world_size, self.spec.num_moe_layers, self.spec.num_experts)

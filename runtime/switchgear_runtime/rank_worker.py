@@ -23,7 +23,8 @@ from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.link import RankLink
-from switchgear_runtime.messages import Fault
+from switchgear_runtime.link_store import LinkStore
+from switchgear_runtime.messages import Fault, StoreValue, ToRank
 from switchgear_runtime.system import RealSystem
 
 CONFIG_BYTES_MAX = 1 << 20
@@ -42,6 +43,7 @@ class RankWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     token: str
+    host_name: str = ""  # ranks that share it share memory
     connect_timeout_s: float = 10.0
     log_level: str = "info"
     parent_pid: int = 0  # dies with it; 0: somebody else sees to that
@@ -68,16 +70,24 @@ class RankWorker:
             system=self._system,
         )
         inbox: Inbox[Any] = Inbox(self._system)
-        link.start_reader(self._system, inbox.put, self.die)
+        store = LinkStore(link.send, self._system)
+
+        def deliver(message: ToRank) -> None:
+            if isinstance(message, StoreValue):
+                store.take(message)
+            else:
+                inbox.put(message)
+
+        link.start_reader(self._system, deliver, self.die)
         try:
-            engine = self._load(inbox, link)
+            engine = self._load(inbox, link, store)
         except Exception as error:
             # Generation 0: before any. The server fails its start with this text, instead of waiting for a deadline.
             link.send(
                 Fault(rank=config.rank, generation=0, step=0, kind=type(error).__name__, peers=[], message=str(error))
             )
             raise
-        link.send(engine.hello(os.getpid()))
+        link.send(msgspec.structs.replace(engine.hello(os.getpid()), host=config.host_name))
         engine.run()
         link.close()
 
@@ -90,9 +100,10 @@ class RankWorker:
             sweep_channel(channel)
         _exit(status)
 
-    def _load(self, inbox: Inbox[Any], link: RankLink) -> Any:
+    def _load(self, inbox: Inbox[Any], link: RankLink, store: LinkStore) -> Any:
         # Imported here: they bring torch, and a rank should connect, and be able to report, before that.
         from switchgear_runtime.comm.loopback import LoopbackHub
+        from switchgear_runtime.comm.network import Network, check_network
         from switchgear_runtime.comm.rendezvous import open_transport
         from switchgear_runtime.comm.transport import Transport
         from switchgear_runtime.engine import Engine
@@ -103,7 +114,9 @@ class RankWorker:
         config = self.config
         engine_config = EngineConfig(**config.engine)
         if engine_config.transport == "loopback" and config.world_size > 1:
-            raise ConfigError("transport='loopback' joins ranks inside one process; processes need transport='shm'")
+            raise ConfigError("transport='loopback' joins ranks inside one process; processes need transport='auto'")
+        if engine_config.transport == "gloo" and config.world_size > 1:
+            check_network(link.own_address, trusted=engine_config.trusted_network)
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         runner = ModelRunner(engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size)
@@ -120,6 +133,11 @@ class RankWorker:
                     mailbox_bytes=runner.mailbox_bytes,
                     timeout_s=engine_config.step_timeout_s,
                     hub=LoopbackHub(1, self._system) if engine_config.transport == "loopback" else None,
+                    network=Network(
+                        store=store.enter(descriptor.channel),
+                        address=link.own_address,  # reaches the server, and so the other ranks
+                        trusted=engine_config.trusted_network,
+                    ),
                 )
             finally:
                 self._meeting = None
@@ -138,10 +156,11 @@ class RankWorker:
 
 
 def sweep_channel(channel: str) -> None:
-    """Remove the name that ranks may have left when they died while meeting; nobody of that generation may be alive."""
-    from switchgear_runtime.comm.segment import unlink_channel
+    """Remove the names that ranks may have left when they died while meeting; nobody of that generation may be
+    alive."""
+    from switchgear_runtime.comm.segment import unlink_channels
 
-    unlink_channel(channel)
+    unlink_channels(channel)
 
 
 def configure_logging(rank: int, level: str) -> None:

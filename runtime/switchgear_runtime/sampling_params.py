@@ -39,6 +39,7 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: up to max_model_len
     min_tokens: int = 0
     logprobs: int | None = None  # how many alternatives beside the chosen token
+    prompt_logprobs: int | None = None  # likewise for each prompt token but the first; such a prompt is computed anew
     seed: int | None = None  # None: drawn by the server and returned
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 1 << 31)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, NUM_LOGPROBS_MAX)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, NUM_LOGPROBS_MAX)
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if len(self.stop) > NUM_STOPS_MAX:

@@ -132,6 +132,8 @@ class Scheduler:
         tokens = iter(sampled)
         for entry in batch:
             sequence = entry.sequence
+            if unscored := entry.unscored:
+                sequence.num_prompt_logprobs = unscored.stop
             sequence.num_computed_tokens = entry.end
             self.num_computed_tokens += entry.num_tokens
             self.blocks.publish(sequence, entry.start)
@@ -178,7 +180,7 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             sequence = self.waiting[0]
-            hits = self.blocks.match(sequence)
+            hits = self.blocks.match(sequence)[: sequence.num_reusable_tokens // self.blocks.block_size]
             num_cached = len(hits) * self.blocks.block_size
             num_missing = sequence.num_tokens - num_cached
             if num_missing > budget and self._must_be_whole(num_missing):

@@ -32,6 +32,7 @@ class Sequence:
     arrival: int = 0  # rises with each sequence added; the last arrived is preempted first
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache when first admitted
+    num_prompt_logprobs: int = 0  # prompt tokens after the first whose logprob was given
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks of token_ids; grows on demand
@@ -60,6 +61,17 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens may come from the prefix cache: a position whose logits are wanted must be computed."""
+        return self.num_tokens if not self.unscored(0, self.num_tokens) else self.num_prompt_logprobs
+
+    def unscored(self, start: int, end: int) -> range:
+        """The positions of [start, end) whose logits give the next token's logprob, asked for and not given yet."""
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1))
 
     def num_tokens_max(self, max_model_len: int) -> int:
         """The longest this sequence can get, prompt and outputs."""

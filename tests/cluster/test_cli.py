@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("command", ["serve", "run", "bench", "collect-env"])
+@pytest.mark.parametrize("command", ["serve", "run", "run-batch", "bench", "collect-env"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -49,6 +49,7 @@ def test_bad_settings_are_one_line() -> None:
         (("serve", "--ranks", "0"), "ranks=0"),
         (("serve", "/no/such/model", "--launcher", "local"), "/no/such/model"),
         (("run", "--launcher", "local", "--block-size", "7", "x"), "block_size=7"),
+        (("run", "hello", "world"), "quote a prompt"),
     ):
         done = run(*arguments)
         assert done.returncode == 2, done.stderr

@@ -7,7 +7,7 @@ Each rank's life is a process of SimSystem, so it can be killed (frozen for ever
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,9 @@ class ComputingRunner:
     def forward(self, batch: Any) -> Any:
         self._system.sleep(self._system.random.random() * 0.01)
         return self._runner.forward(batch)
+
+    def prompt_logits(self) -> Iterator[Any]:
+        return self._runner.prompt_logits()
 
     def flip(self, epoch: int) -> None:
         self._flipped_epochs.add(epoch)
@@ -262,9 +265,12 @@ class SimCluster:
     def _core_sends(self, rank: int, message: ToRank) -> None:
         self._send(rank, message)
         if isinstance(message, Submit):
-            assert self._current is not None
-            self._current.submits.append(message)
-            self._perform(self.controller.on_submit(rank))
+            call = self._current  # or a choice that waited for its prompt's first one
+            if call is None:
+                request = self.core._sequences[message.sequence_id].request
+                (call,) = (one for one in self.calls if one.request is request)
+            call.submits.append(message)
+            self._perform(self.controller.on_submit())
 
     def _on_message(self, life: Life, message: FromRank) -> None:
         if self._lives.get(life.rank) is not life or life.gone:

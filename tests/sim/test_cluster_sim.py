@@ -54,6 +54,7 @@ def draw_params(rng: random.Random) -> SamplingParams:
         repetition_penalty=rng.choice([1.0, 1.2]),
         max_tokens=rng.randrange(1, 16),
         logprobs=rng.choice([None, 1]),
+        prompt_logprobs=rng.choice([None, None, None, 0, 2]),
         seed=rng.getrandbits(32),
     )
 
@@ -116,6 +117,11 @@ def check(cluster: SimCluster, alone: Alone) -> None:
             check_sequence(
                 cluster, call, index, [(o.token_id, o.logprob, o.finish_reason) for o in alone.outputs(submit)]
             )
+        if call.params.prompt_logprobs is not None and any(
+            event.token_ids for event in call.events if event.index == 0
+        ):
+            scored = [one for event in call.events for one in event.prompt_logprobs or ()]
+            assert [(one.logprob, one.top) for one in scored] == alone.scored(call.submits[0])
     assert cluster.core.num_live == 0
 
 

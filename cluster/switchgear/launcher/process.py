@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -11,6 +12,8 @@ from typing import IO
 import psutil
 
 LOG_TAIL_BYTES = 8192
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +70,18 @@ def read_tail(output: IO[bytes]) -> str:
     size = os.fstat(output.fileno()).st_size
     start = max(0, size - LOG_TAIL_BYTES)
     return os.pread(output.fileno(), size - start, start).decode(errors="replace").strip()
+
+
+def end_session(session_id: int) -> None:
+    """SIGKILL what is left of a launcher's session: processes that whoever leads it could not end itself."""
+    left: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session_id:
+                process.send_signal(signal.SIGKILL)
+                left.append(process)
+        except (ProcessLookupError, PermissionError, psutil.Error):
+            continue
+    _, alive = psutil.wait_procs(left, timeout=5.0)
+    if alive:
+        log.error("processes %s are still there after SIGKILL", [process.pid for process in alive])

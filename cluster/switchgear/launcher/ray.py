@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import psutil
 
 from switchgear.launcher.base import LaunchError, OnExit
-from switchgear.launcher.process import describe_exit, read_tail
+from switchgear.launcher.process import describe_exit, end_session, read_tail
 from switchgear.launcher.ray_protocol import (
     LINE_BYTES_MAX,
     Command,
@@ -137,7 +135,7 @@ class RayLauncher:
             except TimeoutError:
                 log.warning("the Ray driver did not end within %g s and is killed", timeout_s)
         if process is not None:
-            await asyncio.to_thread(_end_session, process.pid)
+            await asyncio.to_thread(end_session, process.pid)
         if self._reader is not None:
             await asyncio.wait([self._reader], timeout=1.0)
             self._reader.cancel()
@@ -227,18 +225,3 @@ def _local_ray_environment(folder: Path) -> dict[str, str]:
     with os.fdopen(os.open(token_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def _end_session(session_id: int) -> None:
-    """SIGKILL what is left of the driver's session: Ray's processes and the actors, if it could not end them itself."""
-    left: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session_id:
-                process.send_signal(signal.SIGKILL)
-                left.append(process)
-        except (ProcessLookupError, PermissionError, psutil.Error):
-            continue
-    _, alive = psutil.wait_procs(left, timeout=5.0)
-    if alive:
-        log.error("processes %s are still there after SIGKILL", [process.pid for process in alive])

@@ -27,5 +27,8 @@ class RankActor:
     def run(self, config_json: bytes) -> None:
         """Returns when all ranks have agreed to stop."""
         config = msgspec.json.decode(config_json, type=RankWorkerConfig)
+        import ray
+
         configure_logging(config.rank, config.log_level)
-        RankWorker(config).run()
+        node_id = ray.get_runtime_context().get_node_id()  # two raylets on one machine are two hosts
+        RankWorker(msgspec.structs.replace(config, host_name=node_id)).run()

@@ -53,6 +53,17 @@ def parse_prompts(prompts: object) -> list[Prompt]:
     return parsed
 
 
+def encode_text(tokenizer: Tokenizer, text: str, *, add_special: bool) -> list[int]:
+    """Tokenize what a request holds; RequestError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"prompt is not valid Unicode text: {error.reason} at {error.start}", param="prompt"
+        ) from None
+    return tokenizer.encode(text, add_special=add_special)
+
+
 class Admitter:
     """Turns prompts and sampling parameters into Admissions, or raises RequestError naming field, value and limit."""
 
@@ -62,9 +73,14 @@ class Admitter:
         self._limits = limits
 
     def check(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], max_model_len: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        max_model_len: int,
+        *,
+        add_special: bool = True,
     ) -> list[Admission]:
-        """`params`: one for all prompts, or one each."""
+        """`params`: one for all prompts, or one each. `add_special`: as the tokenizer's `encode`."""
         if len(prompts) > self._limits.max_prompts_per_request:
             raise RequestError(
                 f"prompt holds {len(prompts)} prompts; the limit is {self._limits.max_prompts_per_request} per request",
@@ -83,7 +99,7 @@ class Admitter:
             )
         for one in each:
             self._check_params(one)
-        return [self._admit(prompt, one, max_model_len) for prompt, one in zip(prompts, each, strict=True)]
+        return [self._admit(prompt, one, max_model_len, add_special) for prompt, one in zip(prompts, each, strict=True)]
 
     def wire_sampling(self, admission: Admission, seed: int, index: int) -> WireSampling:
         """What a rank needs to know for choice `index`."""
@@ -104,6 +120,7 @@ class Admitter:
             min_tokens=params.min_tokens,
             logprobs=params.logprobs,
             seed=derive_seed(seed, index),
+            prompt_logprobs=params.prompt_logprobs if index == 0 else None,  # the choices have one prompt
         )
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -121,9 +138,9 @@ class Admitter:
         if params.stop and self._tokenizer is None:
             raise RequestError("stop needs a tokenizer, which this checkpoint lacks; use stop_token_ids", param="stop")
 
-    def _admit(self, prompt: Prompt, params: SamplingParams, max_model_len: int) -> Admission:
+    def _admit(self, prompt: Prompt, params: SamplingParams, max_model_len: int, add_special: bool) -> Admission:
         if isinstance(prompt, str):
-            token_ids = self._encode(prompt, params, max_model_len)
+            token_ids = self._encode(prompt, params, max_model_len, add_special)
         else:
             token_ids = list(prompt)
             for token_id in token_ids:
@@ -142,20 +159,14 @@ class Admitter:
             raise RequestError(f"min_tokens={params.min_tokens} is above max_tokens={max_tokens}", param="min_tokens")
         return Admission(prompt_token_ids=token_ids, params=params, max_tokens=max_tokens)
 
-    def _encode(self, text: str, params: SamplingParams, max_model_len: int) -> list[int]:
+    def _encode(self, text: str, params: SamplingParams, max_model_len: int, add_special: bool) -> list[int]:
         if self._tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer; send the prompt as token ids", param="prompt")
         num_least = -(-len(text) // self._tokenizer.token_chars_max)
         if num_least > max_model_len:  # certain without tokenizing, which would cost time in proportion
             max_tokens = params.max_tokens or 1
             raise _too_long(max_model_len, f"at least {num_least}", num_least + max_tokens, max_tokens)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"prompt is not valid Unicode text: {error.reason} at {error.start}", param="prompt"
-            ) from None
-        return self._tokenizer.encode(text)
+        return encode_text(self._tokenizer, text, add_special=add_special)
 
 
 def _too_long(max_model_len: int, num_prompt: str, num_total: int, max_tokens: int) -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -17,11 +18,13 @@ from starlette.routing import Route
 
 from switchgear.server.auth import RequireKey
 from switchgear.server.batch_route import BatchRoute
+from switchgear.server.chat import Chat
 from switchgear.server.completions import Completions
 from switchgear.server.core import ServerCore
 from switchgear.server.errors import ErrorResponse, error_body, on_bug, on_http_exception, on_switchgear_error
 from switchgear.server.frontend import Frontend
 from switchgear.server.metrics import Metrics
+from switchgear.server.tokenization_routes import TokenizationRoutes
 from switchgear_runtime.errors import SwitchgearError
 
 
@@ -37,6 +40,7 @@ def create_app(
     core.observer = metrics
     frontend = Frontend(core=core, model_name=model_name, created_s=int(time.time()))
     small = _SmallRoutes(frontend, metrics, why_not_ready)
+    tokenization = TokenizationRoutes(frontend)
     return Starlette(
         routes=[
             Route("/health", small.health),
@@ -46,6 +50,11 @@ def create_app(
             Route("/v1/models/{name:path}", small.model),
             Route("/v1/expert_load", small.expert_load),
             Route("/v1/completions", Completions(frontend).post, methods=["POST"]),
+            Route("/v1/chat/completions", Chat(frontend).post, methods=["POST"]),
+            Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+            Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", tokenization.info),
+            Route("/version", small.version),
             Route("/v1/batch", BatchRoute(frontend).post, methods=["POST"]),
         ],
         middleware=[Middleware(RequireKey, api_key=api_key)] if api_key is not None else [],
@@ -75,6 +84,9 @@ class _SmallRoutes:
         return _json(
             {"status": "ready", "ranks": core.ranks.num_serving, "generation": core.generation, "epoch": core.epoch}
         )
+
+    async def version(self, _: Request) -> Response:
+        return _json({"version": version("switchgear")})
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,6 +13,7 @@ from switchgear.server.frontend import Frontend, Run
 from switchgear.server.push_response import PushResponse
 from switchgear.server.schema import BatchFrame, BatchRequest, decode_msgpack, encode_frame, sampling_of
 from switchgear.server.wire import wire_delta
+from switchgear_runtime.errors import RequestError
 
 KEEP_ALIVE_S = 10.0
 MEDIA_TYPE = "application/x-switchgear-frames"
@@ -27,10 +28,26 @@ class BatchRoute:
     async def post(self, http: Request) -> Response:
         body = decode_msgpack(await read_body(http, self._frontend.core.limits.max_body_bytes), BatchRequest)
         self._frontend.check_model(body.model)
-        admissions = await self._frontend.check(body.prompts, sampling_of(body))
+        prompts, add_special = await self._prompts(body)
+        admissions = await self._frontend.check(prompts, sampling_of(body), add_special=add_special)
         run = self._frontend.start(admissions, body.cache_salt)
-        prompts = [admission.prompt_token_ids for admission in admissions] if body.return_prompt_token_ids else []
-        return PushResponse(_frames(run, prompts), media_type=MEDIA_TYPE, on_end=run.abort)
+        token_ids = [admission.prompt_token_ids for admission in admissions] if body.return_prompt_token_ids else []
+        return PushResponse(_frames(run, token_ids), media_type=MEDIA_TYPE, on_end=run.abort)
+
+    async def _prompts(self, body: BatchRequest) -> tuple[Sequence[str | list[int]], bool]:
+        """The prompts, and whether texts among them are plain (a chat template puts special tokens in itself)."""
+        if (body.prompts is None) == (body.conversations is None):
+            raise RequestError("give either prompts or conversations", param="prompts")
+        if body.prompts is not None:
+            return body.prompts, True
+        assert body.conversations is not None
+        limit = self._frontend.core.limits.max_prompts_per_request
+        if len(body.conversations.messages) > limit:
+            raise RequestError(
+                f"conversations holds {len(body.conversations.messages)}; the limit is {limit} per request",
+                param="conversations",
+            )
+        return [await self._frontend.chat_prompt(one, body.conversations) for one in body.conversations.messages], False
 
 
 async def _frames(run: Run, prompts: list[list[int]]) -> AsyncGenerator[bytes, None]:

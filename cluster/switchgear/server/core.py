@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 from switchgear.outputs import ExpertLoad
@@ -87,6 +88,7 @@ class ServerCore:
         self._requests: dict[str, Request] = {}
         self._sequences: dict[int, LiveSequence] = {}
         self._num_submitted = 0
+        self._fingerprint: str | None = None
 
     # --- callers ------------------------------------------------------------------------------------------------
 
@@ -98,10 +100,20 @@ class ServerCore:
     def num_live(self) -> int:
         return len(self._sequences)
 
-    def check(self, prompts: object, params: SamplingParams | Sequence[SamplingParams]) -> list[Admission]:
-        """Validate and tokenize; RequestError if refused. Changes nothing and may run on another thread."""
+    @property
+    def system_fingerprint(self) -> str | None:
+        """OpenAI's word for what a seed's tokens depend on beside the request: the ranks' numeric fingerprint."""
+        return self._fingerprint
+
+    def check(
+        self, prompts: object, params: SamplingParams | Sequence[SamplingParams], *, add_special: bool = True
+    ) -> list[Admission]:
+        """Validate and tokenize; RequestError if refused. Changes nothing and may run on another thread.
+
+        `add_special`: whether texts get the tokenizer's own special tokens; a chat template has put them in already.
+        """
         parsed: list[Prompt] = parse_prompts(prompts)
-        return self._admitter.check(parsed, params, self.max_model_len)
+        return self._admitter.check(parsed, params, self.max_model_len, add_special=add_special)
 
     def admit(self, admissions: Sequence[Admission], *, sink: Sink, tenant: str = "", cache_salt: str = "") -> Request:
         """Start what `check` passed, all or nothing: RequestError 503 while not ready, 429 when the queue is full."""
@@ -125,10 +137,7 @@ class ServerCore:
             seed = admission.params.seed if admission.params.seed is not None else draw_seed(self._system)
             if self.observer:
                 self.observer.accepted(len(admission.prompt_token_ids))
-            started += [
-                self._expand(request, prompt_index, index, admission, seed, tenant, cache_salt)
-                for index in range(admission.params.n)
-            ]
+            started += self._expand(request, prompt_index, admission, seed, tenant, cache_salt)
         for sequence in started:
             self._send(sequence.rank, sequence.submit())
         return request
@@ -185,14 +194,20 @@ class ServerCore:
         if isinstance(message, StepFrame):
             self.ranks.step(message)
             self.load.step(message)
+            for part in message.prompt_logprobs:
+                scored = self._sequences.get(part.sequence_id)
+                if scored is not None and (scored.rank, scored.incarnation) == (rank, part.incarnation):
+                    scored.take_prompt_logprobs(part)
             for token in message.tokens:
                 self._take(rank, token)
         elif isinstance(message, Hello):
             self.ranks.hello(message)
+            self._fingerprint = f"fp_{blake2b(message.fingerprint.encode(), digest_size=5).hexdigest()}"
             self.max_model_len = min(self.max_model_len, message.max_model_len)
         elif isinstance(message, Rejected):
             sequence = self._sequences.get(message.sequence_id)
             if sequence is not None and (sequence.rank, sequence.incarnation) == (rank, message.incarnation):
+                self._release(sequence)  # each is refused for itself
                 self._finish(sequence, "error", error=RequestError(message.message, param="prompt"))
         elif isinstance(message, Parked):
             self.ranks[rank].parked = True
@@ -215,6 +230,29 @@ class ServerCore:
     # --- one sequence -------------------------------------------------------------------------------------------
 
     def _expand(
+        self, request: Request, prompt_index: int, admission: Admission, seed: int, tenant: str, cache_salt: str
+    ) -> list[LiveSequence]:
+        """The choices of one prompt; those that may start now.
+
+        Where a prompt fills a KV block, the first choice computes it and the others wait for that, on the same rank, to
+        find it in the prefix cache. They also wait for prompt logprobs, which only the first one gives.
+        """
+        num_choices = admission.params.n
+        leader_rank = self.ranks.choose()
+        shared = self.facts.prefix_caching and len(admission.prompt_token_ids) > self.ranks[leader_rank].block_size
+        follows = shared or admission.params.prompt_logprobs is not None
+        leader, *others = (
+            self._make(
+                request, prompt_index, index, admission, seed, tenant, cache_salt, leader_rank if follows else None
+            )
+            for index in range(num_choices)
+        )
+        if not follows:
+            return [leader, *others]
+        leader.followers = others
+        return [leader]
+
+    def _make(
         self,
         request: Request,
         prompt_index: int,
@@ -223,6 +261,7 @@ class ServerCore:
         seed: int,
         tenant: str,
         cache_salt: str,
+        rank: int | None,
     ) -> LiveSequence:
         params = admission.params
         sequence = LiveSequence(
@@ -230,7 +269,7 @@ class ServerCore:
             request=request,
             prompt_index=prompt_index,
             index=index,
-            rank=self.ranks.choose(),
+            rank=self.ranks.choose() if rank is None else rank,
             incarnation=1,
             prompt_token_ids=admission.prompt_token_ids,
             sampling=self._admitter.wire_sampling(admission, seed, index),
@@ -247,11 +286,19 @@ class ServerCore:
         request.sequences[sequence.sequence_id] = sequence
         return sequence
 
+    def _release(self, leader: LiveSequence) -> None:
+        """Start the choices that waited for this one."""
+        followers, leader.followers = leader.followers, []
+        for sequence in followers:
+            if sequence.sequence_id in self._sequences:
+                self._send(sequence.rank, sequence.submit())
+
     def _take(self, rank: int, token: TokenOutput) -> None:
         sequence = self._sequences.get(token.sequence_id)
         if sequence is None or not sequence.accepts(rank, token):
             self.num_discarded_tokens += 1
             return
+        self._release(sequence)
         now_s = self._system.now()
         if self.observer:
             since_token_s = None if sequence.last_token_s is None else now_s - sequence.last_token_s
@@ -261,6 +308,8 @@ class ServerCore:
         text, reason, stop_reason = sequence.take(token)
         logprob = token_logprob(token)
         logprobs = [logprob] if logprob is not None else None
+        if token.index == 0 and sequence.sampling.prompt_logprobs is not None:
+            self._emit(sequence, [], "", None, prompt_logprobs=sequence.prompt_logprobs or [])
         if reason is None:
             self._emit(sequence, [token.token_id], text, logprobs)
             return
@@ -275,6 +324,7 @@ class ServerCore:
         text: str,
         logprobs: list[TokenLogprob] | None,
         finish: Finish | None = None,
+        prompt_logprobs: list[TokenLogprob] | None = None,
     ) -> None:
         sequence.request.sink(
             SequenceEvent(
@@ -284,6 +334,7 @@ class ServerCore:
                 text=text,
                 logprobs=logprobs,
                 finish=finish,
+                prompt_logprobs=prompt_logprobs,
             )
         )
 

@@ -19,6 +19,7 @@ class _Pending:
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish: Finish | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class DeltaStream:
@@ -40,6 +41,8 @@ class DeltaStream:
         pending.texts.append(event.text)
         if event.logprobs is not None:
             pending.logprobs = (pending.logprobs or []) + event.logprobs
+        if event.prompt_logprobs is not None:
+            pending.prompt_logprobs = (pending.prompt_logprobs or []) + event.prompt_logprobs
         if event.finish is not None:
             pending.finish = event.finish
             self._num_open -= 1
@@ -63,6 +66,16 @@ class DeltaStream:
             if room <= 0:
                 break
             pending = self._pending[key]
+            scored = pending.prompt_logprobs
+            if scored is not None:
+                pending.prompt_logprobs = scored[room:] or None
+                scored = scored[:room]
+                room -= len(scored)
+                if pending.prompt_logprobs is not None:
+                    deltas.append(
+                        SequenceEvent(prompt_index=key[0], index=key[1], token_ids=[], text="", prompt_logprobs=scored)
+                    )
+                    break
             rest = pending.token_ids[room:]
             delta = SequenceEvent(
                 prompt_index=key[0],
@@ -71,6 +84,7 @@ class DeltaStream:
                 text="" if rest else "".join(pending.texts),
                 logprobs=None if pending.logprobs is None else pending.logprobs[:room],
                 finish=None if rest else pending.finish,
+                prompt_logprobs=scored,
             )
             if rest:
                 pending.token_ids = rest

@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
-    """The chosen token's logprob and the alternatives, (token id, logprob), best first."""
+    """One token's logprob (the chosen one's, or a prompt's own) and the alternatives, (token id, logprob), best first."""
 
     token_id: int
     logprob: float
@@ -33,7 +33,10 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """New output of one sequence, choice `index` of prompt `prompt_index`. `text` may lag behind (stop strings)."""
+    """New output of one sequence, choice `index` of prompt `prompt_index`. `text` may lag behind (stop strings).
+
+    Only choice 0 has prompt logprobs, all of them before its first token and before anything of the other choices.
+    """
 
     prompt_index: int
     index: int
@@ -41,6 +44,7 @@ class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     logprobs: list[TokenLogprob] | None = None  # one per token id, if asked for
     finish: Finish | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # if asked for: of the next prompt tokens, from the second on
 
 
 Sink = Callable[[SequenceEvent], None]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from switchgear.conversation import chat_prompt
 from switchgear.server.admission import Admission
 from switchgear.server.core import Request, ServerCore
 from switchgear.server.delta_stream import DeltaStream
 from switchgear.server.events import SequenceEvent
+from switchgear.server.openai_schema import ChatRequest
+from switchgear.server.schema import ChatFields
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.sampling_params import SamplingParams
+
+Result = TypeVar("Result")
 
 _THREAD_FROM_CHARS = 1 << 14  # about 5 ms of tokenizing; more would hold up everybody's tokens
 
@@ -29,13 +35,29 @@ class Frontend:
                 f"the model {name!r} does not exist; this server has {self.model_name!r}", param="model", status=404
             )
 
-    async def check(self, prompts: object, params: SamplingParams | Sequence[SamplingParams]) -> list[Admission]:
+    async def check(
+        self, prompts: object, params: SamplingParams | Sequence[SamplingParams], *, add_special: bool = True
+    ) -> list[Admission]:
         """The core's `check`, on a thread if the text is long."""
         self.core.require_ready()
         items = prompts if isinstance(prompts, list) else [prompts]
-        if sum(len(item) for item in items if isinstance(item, str)) < _THREAD_FROM_CHARS:
-            return self.core.check(prompts, params)
-        return await asyncio.to_thread(self.core.check, prompts, params)
+        num_chars = sum(len(item) for item in items if isinstance(item, str))
+        return await aside(num_chars, lambda: self.core.check(prompts, params, add_special=add_special))
+
+    async def chat_prompt(self, messages: list[dict[str, Any]], fields: ChatFields | ChatRequest) -> str:
+        """The text a conversation makes, on a thread if that is long."""
+        return await aside(_num_chars(messages), lambda: self.render(messages, fields))
+
+    def render(self, messages: list[dict[str, Any]], fields: ChatFields | ChatRequest) -> str:
+        goes_on = bool(fields.continue_final_message)
+        adds = fields.add_generation_prompt
+        return chat_prompt(
+            self.core.tokenizer,
+            messages,
+            add_generation_prompt=not goes_on if adds is None else adds,
+            continue_final_message=goes_on,
+            chat_template_kwargs=fields.chat_template_kwargs,
+        )
 
     def start(self, admissions: list[Admission], cache_salt: str | None) -> Run:
         """Admit; what comes of it is in the Run."""
@@ -48,6 +70,16 @@ class Frontend:
         stream = DeltaStream(sum(admission.params.n for admission in admissions))
         request = self.core.admit(admissions, sink=stream.put, cache_salt=salt)
         return Run(core=self.core, request=request, stream=stream)
+
+
+async def aside(num_chars: int, work: Callable[[], Result]) -> Result:
+    """Work that grows with a text, here or on a thread."""
+    return work() if num_chars < _THREAD_FROM_CHARS else await asyncio.to_thread(work)
+
+
+def _num_chars(messages: list[dict[str, Any]]) -> int:
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return sum(len(content if isinstance(content, str) else str(content)) for content in contents)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

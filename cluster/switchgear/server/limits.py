@@ -15,6 +15,7 @@ class ModelFacts:
     num_layers: int = 0  # MoE layers
     num_experts: int = 0  # logical, per layer
     max_num_seqs: int = 64  # what a rank runs at once
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from switchgear.server.detokenizer import Detokenizer
 from switchgear.server.events import FinishReason, TokenLogprob
 from switchgear.server.stop_strings import StopStrings
-from switchgear_runtime.messages import Submit, TokenOutput, WireSampling
+from switchgear_runtime.messages import PromptLogprobs, Submit, TokenOutput, WireSampling
 
 if TYPE_CHECKING:
     from switchgear.server.core import Request
@@ -36,17 +38,22 @@ class LiveSequence:
     tenant: str
     cache_salt: str
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None  # grows from the second prompt token on, if asked for
+    followers: list[LiveSequence] = field(default_factory=list)  # other choices, to start after its first token
     num_cached_tokens: int = 0
     last_token_s: float | None = None
 
     def submit(self) -> Submit:
         """What a rank needs to start this sequence, or to go on with it."""
+        sampling = self.sampling
+        if self.prompt_logprobs is not None and len(self.prompt_logprobs) == len(self.prompt_token_ids) - 1:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)  # the rank before gave them all
         return Submit(
             sequence_id=self.sequence_id,
             incarnation=self.incarnation,
             prompt_token_ids=self.prompt_token_ids,
             output_token_ids=list(self.output_token_ids),
-            sampling=self.sampling,
+            sampling=sampling,
             tenant=self.tenant,
             cache_salt=self.cache_salt,
         )
@@ -54,6 +61,17 @@ class LiveSequence:
     def accepts(self, rank: int, token: TokenOutput) -> bool:
         """Only the next token of the current owner; a rank declared dead may still have something in flight."""
         return rank == self.rank and token.incarnation == self.incarnation and token.index == len(self.output_token_ids)
+
+    def take_prompt_logprobs(self, part: PromptLogprobs) -> None:
+        """Keep what is new; a prompt that is computed again gives the same again."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = []
+        num_known = len(self.prompt_logprobs)
+        assert part.start <= num_known + 1, (part.start, num_known)
+        for i in range(num_known + 1 - part.start, len(part.logprobs)):
+            token_id = self.prompt_token_ids[part.start + i]
+            one = TokenLogprob(token_id=token_id, logprob=part.logprobs[i], top=part.top_logprobs[i])
+            self.prompt_logprobs.append(one)
 
     def take(self, token: TokenOutput) -> tuple[str, FinishReason | None, str | int | None]:
         """(text to emit, finish reason, stop reason) of an accepted token."""

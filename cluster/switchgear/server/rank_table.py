@@ -21,6 +21,7 @@ class RankState:
     rank: int
     serving: bool = False
     num_kv_tokens: int = 1 << 16  # capacity, from its Hello
+    block_size: int = 16  # likewise
     num_sequences: int = 0
     num_tokens: int = 0
     stats: RankStats = _NO_STATS
@@ -53,6 +54,7 @@ class RankTable:
     def hello(self, message: Hello) -> None:
         state = self[message.rank]
         state.num_kv_tokens = max(1, message.num_kv_blocks * message.block_size)
+        state.block_size = message.block_size
         state.stats = _NO_STATS
 
     def step(self, frame: StepFrame) -> None:

@@ -1,4 +1,4 @@
-"""What crosses HTTP: the request bodies and the frames of the native batch route, as msgspec types.
+"""What crosses HTTP: sampling fields, and the body and the frames of the native batch route, as msgspec types.
 
 POST /v1/batch takes a msgpack `BatchRequest` and answers with frames: a u32 length (little endian), then that many
 bytes of msgpack, a `BatchFrame`. The last frame has `done` or `error`; a stream that ends without one was cut.
@@ -23,8 +23,8 @@ PROMPTS_MAX = 1 << 16  # what can be decoded at all; the configured limit is low
 Request = TypeVar("Request", bound=msgspec.Struct)
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
-    """SamplingParams as a user may write them; absent fields take its defaults."""
+class CommonSampling(msgspec.Struct, kw_only=True):
+    """SamplingParams as a user may write them; absent fields take its defaults. `logprobs` differs by route."""
 
     n: int | UnsetType | None = UNSET
     temperature: float | UnsetType | None = UNSET
@@ -41,45 +41,47 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | UnsetType | None = UNSET
     max_tokens: int | UnsetType | None = UNSET
     min_tokens: int | UnsetType | None = UNSET
-    logprobs: int | UnsetType | None = UNSET
+    prompt_logprobs: int | UnsetType | None = UNSET
     seed: int | UnsetType | None = UNSET
 
-    def to_params(self, *, null_max_tokens: bool) -> SamplingParams:
-        """`null_max_tokens`: whether null means "as many as fit" (native) or is as good as absent (OpenAI)."""
-        given = {name: getattr(self, name) for name in SamplingFields.__struct_fields__}
+    def sampling(self, **changes: Any) -> SamplingParams:
+        """The fields that were given, null being as good as absent, with `changes`."""
+        given = {name: getattr(self, name) for name in CommonSampling.__struct_fields__}
         kept = {name: value for name, value in given.items() if value is not UNSET and value is not None}
-        if null_max_tokens and self.max_tokens is None:
-            kept["max_tokens"] = None
-        return SamplingParams(**kept)
+        return SamplingParams(**kept | changes)
 
 
-class StreamOptions(msgspec.Struct, kw_only=True):
-    include_usage: bool | None = None
+class NativeSampling(CommonSampling, kw_only=True, forbid_unknown_fields=True):
+    """In our own route a misspelt field is an error, and max_tokens null means as many as fit."""
+
+    logprobs: int | UnsetType | None = UNSET
+
+    def to_params(self) -> SamplingParams:
+        changes: dict[str, Any] = {} if isinstance(self.logprobs, UnsetType) else {"logprobs": self.logprobs}
+        if self.max_tokens is None:
+            changes["max_tokens"] = None
+        return self.sampling(**changes)
 
 
-class CompletionRequest(SamplingFields, kw_only=True):
-    """OpenAI's POST /v1/completions, with vLLM's extra fields. Unknown fields are ignored, as OpenAI's server does."""
+class ChatFields(msgspec.Struct, kw_only=True):
+    """How a conversation becomes a prompt; names and defaults are vLLM's."""
 
-    prompt: str | list[str | int | list[int]]
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
-    user: str | None = None
-    cache_salt: str | None = None
-    return_token_ids: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
-class NativeSampling(SamplingFields, forbid_unknown_fields=True):
-    """In our own route a misspelt field is an error."""
+class Conversations(ChatFields, kw_only=True, forbid_unknown_fields=True):
+    """Messages instead of prompts, for each its list of {"role", "content"}."""
+
+    messages: Annotated[list[list[dict[str, Any]]], msgspec.Meta(max_length=PROMPTS_MAX)]
 
 
 class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of POST /v1/batch. `sampling`: one for all prompts, or one each."""
+    """Body of POST /v1/batch. `sampling`: one for all prompts, or one each. `prompts` or `conversations`."""
 
-    prompts: Annotated[list[str | list[int]], msgspec.Meta(max_length=PROMPTS_MAX)]
+    prompts: Annotated[list[str | list[int]], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
+    conversations: Conversations | None = None
     sampling: NativeSampling | Annotated[list[NativeSampling], msgspec.Meta(max_length=PROMPTS_MAX)] = msgspec.field(
         default_factory=NativeSampling
     )
@@ -108,6 +110,7 @@ class WireDelta(msgspec.Struct, array_like=True, frozen=True):
     text: str
     logprobs: list[TokenLogprob] | None = None
     finish: WireFinish | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -120,15 +123,6 @@ class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: dict[str, Any] | None = None  # as in an error response; ends the stream
 
 
-def decode_json(body: bytes, kind: type[Request]) -> Request:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _schema_error(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
-
-
 def decode_msgpack(body: bytes, kind: type[Request]) -> Request:
     """Typed decoding: what the schema does not want (extension types, deep nesting) is never built."""
     if len(body) > FRAME_BYTES_MAX:
@@ -136,15 +130,15 @@ def decode_msgpack(body: bytes, kind: type[Request]) -> Request:
     try:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _schema_error(error) from None
+        raise schema_error(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid msgpack: {error}") from None
 
 
 def sampling_of(request: BatchRequest) -> SamplingParams | list[SamplingParams]:
     if isinstance(request.sampling, NativeSampling):
-        return request.sampling.to_params(null_max_tokens=True)
-    return [one.to_params(null_max_tokens=True) for one in request.sampling]
+        return request.sampling.to_params()
+    return [one.to_params() for one in request.sampling]
 
 
 def encode_frame(frame: BatchFrame) -> bytes:
@@ -179,7 +173,7 @@ class FrameReader:
         return frames
 
 
-def _schema_error(error: msgspec.ValidationError) -> RequestError:
+def schema_error(error: msgspec.ValidationError) -> RequestError:
     """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" with the field in front and as `param`."""
     message = str(error).replace("`", "").replace(" | unset", "")
     found = re.search(r" - at (?:\w+ in )?\$\.([\w.\[\]]+)$", message)

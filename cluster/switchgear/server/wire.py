@@ -22,6 +22,7 @@ def wire_delta(event: SequenceEvent) -> WireDelta:
         text=event.text,
         logprobs=event.logprobs,
         finish=_wire_finish(event.finish) if event.finish else None,
+        prompt_logprobs=event.prompt_logprobs,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
@@ -20,17 +21,40 @@ def open_transport(
     mailbox_bytes: int,
     timeout_s: float,
     hub: LoopbackHub | None = None,
+    network: Network | None = None,
 ) -> Transport:
     """Join `descriptor.channel` as `rank`; returns once all ranks have. `hub` is where loopback ranks meet.
 
-    Raises TransportTimeout naming the ranks that did not come within `timeout_s`.
+    `auto`: shm, or on several hosts shm inside and gloo between. Raises TransportTimeout naming the ranks that did not
+    come within `timeout_s`.
     """
+    world_size = descriptor.world_size
+    num_hosts = len(set(descriptor.hosts))
     if kind == "loopback":
         if hub is None:
             raise ConfigError("transport='loopback' needs its ranks in one process; use transport='shm'")
-        return hub.open(rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=timeout_s)
-    if kind == "shm":
-        from switchgear_runtime.comm.shm import ShmTransport  # loads the native library
+        return hub.open(rank, descriptor.channel, world_size=world_size, timeout_s=timeout_s)
+    if kind == "shm" and num_hosts > 1:
+        raise ConfigError(f"transport='shm' needs one host, but the ranks are on {num_hosts}; use transport='auto'")
+    # Each import loads a library that the others do not need.
+    if kind == "shm" or (kind == "auto" and num_hosts <= 1):
+        from switchgear_runtime.comm.shm import ShmTransport
 
-        return ShmTransport(descriptor.channel, rank, descriptor.world_size, mailbox_bytes, timeout_s)
-    raise ConfigError(f"transport={kind!r} is unknown; choose one of loopback, shm")
+        return ShmTransport(descriptor.channel, rank, world_size, mailbox_bytes, timeout_s)
+    if kind not in ("auto", "gloo", "mpi"):
+        raise ConfigError(f"transport={kind!r} is unknown; choose one of auto, loopback, shm, gloo, mpi")
+    if kind == "mpi":
+        from switchgear_runtime.comm.mpi import MpiTransport
+
+        return MpiTransport(descriptor.channel, rank, world_size, timeout_s=timeout_s)
+    if network is None:
+        raise ConfigError(f"transport={kind!r} needs a store in which its ranks meet")
+    if kind == "gloo":
+        from switchgear_runtime.comm.gloo import GlooTransport
+
+        return GlooTransport(network, rank, world_size, mailbox_bytes=mailbox_bytes, timeout_s=timeout_s)
+    from switchgear_runtime.comm.hierarchical import HierarchicalTransport
+
+    return HierarchicalTransport(
+        descriptor.channel, network, rank, descriptor.hosts, mailbox_bytes=mailbox_bytes, timeout_s=timeout_s
+    )

@@ -83,6 +83,13 @@ def unlink_channel(channel: str) -> bool:
     return True
 
 
+def unlink_channels(channel: str) -> None:
+    """`unlink_channel`, also of the channels that a generation on several hosts has on each ("<channel>-<host>")."""
+    unlink_channel(channel)
+    for path in FOLDER.glob(f"{channel_path(channel).name}-*"):
+        unlink_channel(path.name.removeprefix(PREFIX))
+
+
 def sweep_abandoned() -> list[str]:
     """Remove every channel name of this user whose creator is dead; the channels so removed."""
     swept = []

@@ -80,6 +80,10 @@ class Decoder:
         self, token_ids_T: Tensor, metadata: AttentionMetadata, sampling_rows: Tensor, kv_cache: KVCache
     ) -> Tensor:
         """logits_SV, fp32, of `sampling_rows` (indices into T) only."""
+        return self.logits(self.hidden_states(token_ids_T, metadata, kv_cache), sampling_rows)
+
+    def hidden_states(self, token_ids_T: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> Tensor:
+        """x_TD, fp32, after the last layer: what `logits` takes rows of."""
         if token_ids_T.numel() == 0:
             return self._take_part()
         x_TD = self._embedding_VD.index_select(0, token_ids_T).float()
@@ -87,9 +91,13 @@ class Decoder:
             x_TD = x_TD * self._embedding_multiplier
         for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
             x_TD = layer.forward(x_TD, metadata, k_cache, v_cache)
-        if sampling_rows.numel() == 0:
+        return x_TD
+
+    def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        """logits_SV, fp32, of rows of `hidden_states`; a row's bits do not depend on the others."""
+        if rows_S.numel() == 0:
             return self.no_logits()
-        logits_SV = self._lm_head(self._norm(x_TD.index_select(0, sampling_rows)))
+        logits_SV = self._lm_head(self._norm(x_TD.index_select(0, rows_S)))
         return logits_SV if self._logits_scaling == 1.0 else logits_SV / self._logits_scaling
 
     def _take_part(self) -> Tensor:
@@ -97,7 +105,7 @@ class Decoder:
         x_TD = torch.empty((0, self._embedding_VD.shape[1]), dtype=torch.float32)
         for layer in self.layers:
             layer.ffn.forward(x_TD)
-        return self.no_logits()
+        return x_TD
 
     def no_logits(self) -> Tensor:
         return torch.empty((0, self._lm_head.num_out), dtype=torch.float32)

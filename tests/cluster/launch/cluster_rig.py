@@ -56,6 +56,52 @@ def submit(cluster: Cluster, prompts: object, **params: Any) -> Collector:
     return collector
 
 
+class LogprobCollector(Collector):
+    """Tokens with their logprobs, as hexadecimal floats: equal bits or not equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logprobs: dict[int, list[str]] = {}
+
+    def __call__(self, event: SequenceEvent) -> None:
+        logprobs = [float(entry.logprob).hex() for entry in event.logprobs or ()]
+        self.logprobs.setdefault(event.prompt_index, []).extend(logprobs)
+        super().__call__(event)
+
+
+PROMPTS = ["The sun rises in the", "def fibonacci(n):", "Once upon a time", "1 + 1 ="]
+
+
+Answers = dict[int, tuple[list[int], list[str]]]
+
+
+async def answers(cluster: Cluster) -> Answers:
+    """What a cluster makes of PROMPTS, once greedy and once sampled."""
+    found = {}
+    for half, temperature in enumerate((0.0, 1.0)):
+        collector = LogprobCollector()
+        params = SamplingParams(temperature=temperature, seed=7, max_tokens=25, ignore_eos=True, logprobs=2)
+        cluster.core.submit(PROMPTS, params, sink=collector)
+        finishes = await collector.all_finished(len(PROMPTS), 60)
+        assert {finish.reason for finish in finishes} == {"length"}, finishes
+        for index in range(len(PROMPTS)):
+            found[2 * index + half] = collector.token_ids[index], collector.logprobs[index]
+    return found
+
+
+async def tokens_and_logprobs(
+    cluster: Cluster, scenario: Callable[[Cluster], Awaitable[None]] | None = None
+) -> Answers:
+    """A cluster's answers, after the scenario, if any. Starts it, and stops it."""
+    await asyncio.wait_for(cluster.start(), 120)
+    try:
+        if scenario is not None:
+            await scenario(cluster)
+        return await answers(cluster)
+    finally:
+        await cluster.stop(0.5)
+
+
 async def until(condition: Callable[[], object], timeout_s: float) -> float:
     """Seconds until it holds."""
     loop = asyncio.get_running_loop()

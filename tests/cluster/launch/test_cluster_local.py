@@ -17,6 +17,7 @@ from cluster_rig import Leavings, idle_percent, play, rank_pids, real, submit, u
 from switchgear.cluster import Cluster
 from switchgear.config import bundled_model
 from switchgear_runtime.errors import CheckpointError, ConfigError
+from switchgear_runtime.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.ranks
 PROMPTS = ["The sun rises in the", "def fibonacci(n):", "Once upon a time", "1 + 1 ="]
@@ -59,6 +60,41 @@ def test_deaths_and_hangs_end_only_what_they_held() -> None:
         assert cluster.controller.descriptor.generation == 3
 
     play(real("local", step_timeout_s=STEP_TIMEOUT_S), scenario)
+
+
+def test_work_that_is_gone_when_it_arrives_leaves_a_parked_cluster_whole() -> None:
+    """The target of a Submit may have nothing to do: aborted in the same breath, or refused. The others must not wait."""
+
+    async def scenario(cluster: Cluster) -> None:
+        too_long = [5] * 400  # over the step's budget, which without chunked prefill only the rank can say
+        for _ in range(4):
+            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks), 10)
+            request = cluster.core.submit([[5] * 20], SamplingParams(max_tokens=200), sink=lambda _: None)
+            await asyncio.sleep(0)
+            cluster.core.abort(request.request_id)
+            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks), 10)
+            (finish,) = await submit(cluster, [too_long], max_tokens=4).all_finished(1)
+            assert finish.reason == "error"
+        await submit(cluster, PROMPTS, max_tokens=8).all_finished(len(PROMPTS))
+        assert cluster.controller.descriptor.generation == 1
+
+    settings = {"enable_chunked_prefill": False, "max_num_batched_tokens": 300, "step_timeout_s": STEP_TIMEOUT_S}
+    play(real("local", **settings), scenario)
+
+
+def test_the_end_of_a_dead_ranks_link_is_not_its_replacements() -> None:
+    """The loop is busy while a rank dies, so its end of file and its exit are seen in one turn."""
+
+    async def scenario(cluster: Cluster) -> None:
+        for generation in (2, 3):
+            os.kill(rank_pids(cluster)[1], signal.SIGKILL)
+            time.sleep(0.1)
+            await until(lambda: not cluster.ready, 10)
+            await until(lambda: cluster.ready, 60)
+            assert cluster.controller.descriptor.generation == generation
+        assert len(cluster.controller._setbacks) == 2
+
+    play(real("local"), scenario)
 
 
 def test_start_errors_are_the_ranks_own(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def stream(toy: ToyServer, **body: Any) -> list[dict[str, Any]]:
 def test_the_shape(toy: ToyServer) -> None:
     prompt = toy.tokenizer.encode("hello")
     body = post(toy, model="toy", prompt="hello", max_tokens=5, seed=3)
-    assert body.keys() == {"id", "object", "created", "model", "choices", "usage"}
+    assert body.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert (body["object"], body["model"]) == ("text_completion", "toy")
     assert body["id"].startswith("cmpl-")
     text = toy.tokenizer.decode(toy_tokens(prompt, 3, 5))

@@ -1,12 +1,14 @@
-"""Runs a scenario on some ranks: `ThreadRanks` over loopback, `ProcessRanks` over shm."""
+"""Runs a scenario on some ranks: `ThreadRanks` over loopback, `ProcessRanks` over shm, `ForkedRanks` over networks."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import comm_scenarios
+import pytest
+from mpi_sites import MpiSite
 
 import switchgear_runtime
 from switchgear_runtime.comm.loopback import LoopbackHub
@@ -83,13 +87,12 @@ class ThreadRanks:
 class RankProcess:
     """A process that waits for jobs; kept from test to test, since starting Python is what costs."""
 
-    def __init__(self) -> None:
-        folders = [str(Path(package).parent) for package in switchgear_runtime.__path__]
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, comm_scenarios.__file__],
+            [*prefix, sys.executable, comm_scenarios.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])},
+            env=environment(),
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -126,21 +129,75 @@ class RankProcess:
             pipe.close()
 
 
+class ForkedRank:
+    """As RankProcess, but forked from one that has imported torch, which costs more than all else."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("r")
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        up = self.answer()
+        assert up is not None
+        self.pid: int = up["pid"]
+        self._answers.put(up)
+
+    def _read(self) -> None:
+        try:
+            for line in self._lines:
+                self._answers.put(json.loads(line))
+        except OSError:
+            pass
+        self._answers.put(None)
+
+    def start(self, job: dict[str, Any]) -> None:
+        self._connection.sendall(json.dumps(job).encode() + b"\n")
+
+    def answer(self) -> dict[str, Any] | None:
+        return self._answers.get(timeout=ANSWER_TIMEOUT_S)
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._connection.fileno() < 0:
+            return
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._lines.close()
+        self._connection.close()
+
+
 class ProcessRanks:
     """Ranks as processes over shm."""
 
-    def __init__(self) -> None:
-        self._idle: list[RankProcess] = []
+    kind = "shm"
 
-    def acquire(self, num_processes: int) -> list[RankProcess]:
-        fresh = [RankProcess() for _ in range(num_processes - len(self._idle))]
+    def __init__(self) -> None:
+        self._idle: list[Any] = []
+
+    def fresh(self) -> Any:
+        return RankProcess()
+
+    def place(self, _world_size: int) -> dict[str, Any]:
+        """What a job says beside the scenario."""
+        return {}
+
+    def acquire(self, num_processes: int) -> list[Any]:
+        fresh = [self.fresh() for _ in range(num_processes - len(self._idle))]
         for process in fresh:
-            assert process.answer() == {"told": "up"}
+            answer = process.answer()
+            assert answer is not None
+            assert answer["told"] == "up"
         self._idle += fresh
         taken, self._idle = self._idle[:num_processes], self._idle[num_processes:]
         return taken
 
-    def release(self, processes: Sequence[RankProcess]) -> None:
+    def release(self, processes: Sequence[Any]) -> None:
         self._idle += processes
 
     def close(self) -> None:
@@ -164,7 +221,8 @@ class ProcessRanks:
         try:
             for rank, process in enumerate(processes):
                 stay = fault is not None and rank == victim
-                process.start(job(scenario, channels, rank, world_size, stay=stay, arguments=arguments))
+                what = job(scenario, channels, rank, world_size, stay=stay, arguments=arguments)
+                process.start({**what, "transport": self.kind, **self.place(world_size)})
             if fault is not None:
                 assert processes[victim].answer() == {"told": "ready"}
                 processes[victim].signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
@@ -184,6 +242,108 @@ class ProcessRanks:
         return outcomes
 
 
+class ForkedRanks(ProcessRanks):
+    """Ranks over gloo, or over shm on each of two pretended hosts and gloo between."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        super().__init__()
+        self.kind = kind
+        self._folder = folder
+        self._path = str(folder / f"{kind}.socket")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._path)
+        self._listener.listen()
+        self._listener.settimeout(ANSWER_TIMEOUT_S)
+        self._parent = subprocess.Popen(
+            [sys.executable, comm_scenarios.__file__, "--fork"], stdin=subprocess.PIPE, env=environment()
+        )
+
+    def fresh(self) -> ForkedRank:
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(f"{self._path}\n".encode())
+        self._parent.stdin.flush()
+        return ForkedRank(self._listener.accept()[0])
+
+    def place(self, world_size: int) -> dict[str, Any]:
+        hosts = [f"host-{2 * rank // world_size}" for rank in range(world_size)] if self.kind == "hierarchical" else []
+        return {"folder": str(self._folder), "address": comm_scenarios.LOCAL, "hosts": hosts}
+
+    def close(self) -> None:
+        super().close()
+        assert self._parent.stdin is not None
+        self._parent.stdin.close()
+        self._parent.wait(ANSWER_TIMEOUT_S)
+        self._listener.close()
+
+
+class MpiRanks(ProcessRanks):
+    """Ranks of one MPI job, which ends, and is started anew, with any of them. Smaller worlds use its first ranks."""
+
+    kind = "mpi"
+    size = 4
+
+    def __init__(self, site: MpiSite, folder: Path, *, survives: bool = False) -> None:
+        super().__init__()
+        self._site = site
+        self._survives = survives  # user-level failure mitigation: the job goes on without its dead
+        self._path = str(folder / "socket")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._path)
+        self._listener.listen()
+        self._listener.settimeout(ANSWER_TIMEOUT_S)
+        self._job: subprocess.Popen[bytes] | None = None
+        self._ranks: list[ForkedRank] = []
+
+    def acquire(self, num_processes: int) -> list[Any]:
+        if num_processes > self.size:
+            pytest.skip(f"the MPI job of the tests has {self.size} ranks")
+        if self._job is None:
+            program = [sys.executable, comm_scenarios.__file__, "--connect", self._path]
+            self._job = subprocess.Popen(
+                [self._site.mpiexec, *(["--with-ft", "ulfm"] * self._survives), "-n", str(self.size), *program],
+                env=self._site.environment(environment()),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # mpiexec's complaint about a rank that the tests ended
+            )
+            ranks = [ForkedRank(self._listener.accept()[0]) for _ in range(self.size)]
+            ups = [rank.answer() for rank in ranks]
+            self._ranks = [rank for _, rank in sorted(zip(ups, ranks, strict=True), key=lambda pair: pair[0]["rank"])]
+        return self._ranks[:num_processes]
+
+    def release(self, processes: Sequence[Any]) -> None:
+        """They stay with the job."""
+
+    def run(self, scenario: str, world_size: int, **arguments: Any) -> list[dict[str, Any]]:
+        if arguments.get("fault") == "kill" and not self._survives:
+            pytest.skip("fail-stop: MPI ends the whole job with one dead rank (test_cluster_mpi.py)")
+        try:
+            outcomes = super().run(scenario, world_size, **arguments)
+        except AssertionError:
+            self.end()
+            raise
+        if arguments.get("fault") is not None:
+            self.end()
+        return outcomes
+
+    def end(self) -> None:
+        for rank in self._ranks:
+            rank.close()
+        self._ranks = []
+        if self._job is not None:
+            self._job.kill()
+            self._job.wait(ANSWER_TIMEOUT_S)
+            self._job = None
+
+    def close(self) -> None:
+        self.end()
+        self._listener.close()
+
+
+def environment() -> dict[str, str]:
+    folders = [str(Path(package).parent) for package in switchgear_runtime.__path__]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+
+
 def job(
     scenario: str,
     channels: list[str],
@@ -197,6 +357,7 @@ def job(
     arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
+        "transport": "shm",
         "scenario": scenario,
         "channels": channels,
         "rank": rank,

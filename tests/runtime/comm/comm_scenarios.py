@@ -2,25 +2,33 @@
 
 A scenario is a function of (transport, tell, **arguments): it asserts, and returns something JSON can hold.
 `tell(text)` reports a moment to the test. As a program (`python comm_scenarios.py`) this reads one JSON job a line and
-answers in kind.
+answers in kind; with `--fork`, each line it reads is a Unix socket's path, for a forked child to serve; `--connect`: a rank of an MPI job.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
 
+from switchgear_runtime.comm.network import Network
+from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.transport import HEADER_BYTES_MAX, Transport
 from switchgear_runtime.errors import TransportError
+from switchgear_runtime.generation import GenerationDescriptor
 
 Tell = Callable[[str], None]
 TIMEOUT_S = 30.0
+LOCAL = "127.0.0.1"
 
 
 def content(seed: int, call: int, src: int, dst: int, num_bytes: int) -> bytes:
@@ -262,20 +270,63 @@ def outcome(run: Callable[[], Any]) -> dict[str, Any]:
         return {"error": type(error).__name__, "peers": [], "text": str(error)}
 
 
-def _serve() -> None:
+class FolderStore:
+    """A `KeyValueStore` of files, for ranks without a server."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(exist_ok=True, parents=True)
+
+    def put(self, key: str, value: bytes) -> None:
+        draft = self._folder / f"draft-{os.getpid()}-{threading.get_ident()}"
+        draft.write_bytes(value)
+        draft.rename(self._path(key))  # whole, or not there
+
+    def get(self, keys: Sequence[str], *, timeout_s: float) -> dict[str, bytes]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = {key: self._path(key).read_bytes() for key in keys if self._path(key).exists()}
+            if len(found) == len(keys) or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.001)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key.replace("/", "-")
+
+
+def _network(job: dict[str, Any], channel: str) -> Network:
+    address = job["address"]
+    return Network(store=FolderStore(f"{job['folder']}/{channel}"), address=address, trusted=address != LOCAL)
+
+
+def _open(job: dict[str, Any], channel: str) -> Transport:
+    kind, rank, world_size = job["transport"], job["rank"], job["world_size"]
+    if kind == "shm":
+        return ShmTransport(channel, rank, world_size, job["mailbox_bytes"], job["join_timeout_s"])
+    return open_transport(
+        {"hierarchical": "auto"}.get(kind, kind),
+        GenerationDescriptor(
+            term=1, generation=1, world_size=world_size, epoch=0, channel=channel, hosts=tuple(job.get("hosts", ()))
+        ),
+        rank,
+        mailbox_bytes=job["mailbox_bytes"],
+        timeout_s=job["join_timeout_s"],
+        network=None if kind == "mpi" else _network(job, channel),
+    )
+
+
+def _serve(lines: Iterable[str], out: IO[str], **facts: Any) -> None:
     """One job a line: join `channels` (a transport each, used in turn), run the scenario, answer, stay if asked to."""
 
     def answer(message: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(message) + "\n")
-        sys.stdout.flush()
+        out.write(json.dumps(message) + "\n")
+        out.flush()
 
     def do(job: dict[str, Any]) -> list[Any]:
         transports: list[Transport] = []
         try:
             for channel in job["channels"]:
-                transports.append(  # noqa: PERF401 - those that opened are closed when the next does not
-                    ShmTransport(channel, job["rank"], job["world_size"], job["mailbox_bytes"], job["join_timeout_s"])
-                )
+                transports.append(_open(job, channel))  # noqa: PERF401 - those that opened are closed when the next does not
             scenario = SCENARIOS[job["scenario"]]
             results = [
                 scenario(transport, lambda text: answer({"told": text}), **job["arguments"])
@@ -289,12 +340,37 @@ def _serve() -> None:
             for transport in transports:
                 transport.close()
 
-    assert "torch" not in sys.modules
-    answer({"told": "up"})
-    for line in sys.stdin:
+    answer({"told": "up", "pid": os.getpid(), **facts})
+    for line in lines:
         job = json.loads(line)
+        assert job["transport"] != "shm" or "torch" not in sys.modules
         answer(outcome(lambda job=job: do(job)))
 
 
+def serve_socket(path: str, **facts: Any) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        with connection.makefile("r") as lines, connection.makefile("w") as out:
+            _serve(lines, out, **facts)
+
+
+def _fork() -> None:
+    """Pay for the import of torch once."""
+    import switchgear_runtime.comm.gloo  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            serve_socket(line.rstrip("\n"))
+            os._exit(0)
+
+
 if __name__ == "__main__":
-    _serve()
+    if sys.argv[1:2] == ["--fork"]:
+        _fork()
+    elif sys.argv[1:2] == ["--connect"]:
+        from switchgear_runtime.comm.mpi import load_mpi
+
+        serve_socket(sys.argv[2], rank=load_mpi().COMM_WORLD.rank)
+    else:
+        _serve(sys.stdin, sys.stdout)

@@ -1,4 +1,5 @@
-"""What every transport must do, over loopback (threads) and shm (processes), on 1 to 8 ranks. See comm_scenarios.py."""
+"""What every transport must do: loopback (threads), shm, gloo, both at once, and MPI (processes), on 1 to 8
+ranks. See comm_scenarios.py."""
 
 from __future__ import annotations
 
@@ -8,23 +9,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from comm_ranks import MAILBOX_BYTES, ProcessRanks, Ranks, ThreadRanks, results
+from comm_ranks import MAILBOX_BYTES, ForkedRanks, MpiRanks, ProcessRanks, Ranks, ThreadRanks, results
+from mpi_sites import mpi_site
 
 pytestmark = pytest.mark.ranks
 WORLD_SIZES = (1, 2, 3, 4, 8)
 SHAPES = ["random", "empty", "one_talks", "one_hears", "borders", "long"]
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessRanks]:
-    ranks = ProcessRanks()
+@pytest.fixture(scope="module", params=["loopback", "shm", "gloo", "hierarchical", "mpich", "openmpi", "openmpi-ulfm"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    kind = request.param
+    if kind == "loopback":
+        yield ThreadRanks()
+        return
+    ranks: ProcessRanks
+    if kind == "shm":
+        ranks = ProcessRanks()
+    elif kind in ("gloo", "hierarchical"):
+        ranks = ForkedRanks(kind, tmp_path_factory.mktemp(kind))
+    else:
+        name, _, survives = kind.partition("-")
+        ranks = MpiRanks(mpi_site(name), tmp_path_factory.mktemp(kind), survives=bool(survives))
     yield ranks
     ranks.close()
-
-
-@pytest.fixture(params=["loopback", "shm"])
-def ranks(request: pytest.FixtureRequest, processes: ProcessRanks) -> Ranks:
-    return ThreadRanks() if request.param == "loopback" else processes
 
 
 @pytest.fixture

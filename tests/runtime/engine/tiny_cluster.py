@@ -28,6 +28,7 @@ from switchgear_runtime.messages import (
     Fault,
     FromRank,
     Parked,
+    PromptLogprobs,
     RankStats,
     Rejected,
     StepFrame,
@@ -43,6 +44,7 @@ from switchgear_runtime.model.names import expected_shapes, expert_names
 from switchgear_runtime.model.spec import load_spec
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.prompt_scorer import score_prompts
 from switchgear_runtime.sampler import Sampler
 from switchgear_runtime.scheduler import Scheduler
 from switchgear_runtime.sequence import Sequence as TokenSequence
@@ -98,6 +100,7 @@ def make_runner(config: EngineConfig, rank: int, world_size: int) -> ModelRunner
 @dataclass
 class ClusterRun:
     outputs: dict[int, list[TokenOutput]] = field(default_factory=lambda: defaultdict(list))
+    scored: dict[int, list[PromptLogprobs]] = field(default_factory=lambda: defaultdict(list))
     stats: dict[int, RankStats] = field(default_factory=dict)  # the last of each rank
     rejected: list[Rejected] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -177,6 +180,9 @@ class Cluster:
                 run.stats[message.rank] = message.stats
                 run.expert_load += sum(message.expert_load or ())
                 run.expert_rows += sum(message.expert_rows or ())
+                for part in message.prompt_logprobs:
+                    assert not run.outputs[part.sequence_id], "a prompt logprob after the first token"
+                    run.scored[part.sequence_id].append(part)
                 for token in message.tokens:
                     outputs = run.outputs[token.sequence_id]
                     assert token.index == (outputs[-1].index + 1 if outputs else token.index), "lost or reordered"
@@ -234,6 +240,19 @@ class Alone:
                 outputs += scheduler.postprocess(batch, Sampler()(self._runner.forward(batch), batch))
             self._known[key] = outputs
         return self._known[key]
+
+    def scored(self, submit: Submit) -> list[tuple[float, list[tuple[int, float]]]]:
+        """The prompt logprobs."""
+        scheduler = self._scheduler()
+        scheduler.add(TokenSequence.from_submit(submit))
+        scored: list[tuple[float, list[tuple[int, float]]]] = []
+        while scheduler.has_work:
+            batch: Batch = scheduler.schedule()
+            sampled = Sampler()(self._runner.forward(batch), batch)
+            for part in score_prompts(self._runner.prompt_logits(), batch):
+                scored += zip(part.logprobs, part.top_logprobs, strict=True)
+            scheduler.postprocess(batch, sampled)
+        return scored
 
     def _scheduler(self) -> Scheduler:
         config = self._config

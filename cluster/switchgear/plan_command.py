@@ -1,0 +1,136 @@
+"""`switchgear plan MODEL --ranks N --survive F --memory 80GiB`: a Plan as text or JSON; exit code 1 if it does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from switchgear.byte_size import format_bytes, parse_bytes
+from switchgear.config import bundled_model
+from switchgear.flags import add_flags
+from switchgear.plan import Plan, make_plan
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.model.spec import load_spec
+
+_ENGINE_SETTINGS = frozenset(
+    {
+        "block_size",
+        "dtype",
+        "kv_cache_memory_bytes",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "num_kv_blocks",
+    }
+)
+
+
+class PlanCommand:
+    """A subcommand, in the shape that cli.py's `Command` describes."""
+
+    help = "show what each rank would hold, and whether it fits, without loading the model"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "model_argument",
+            nargs="?",
+            metavar="MODEL",
+            help="directory with at least a Hugging Face config.json (default: bundled)",
+        )
+        parser.add_argument("--ranks", type=int, default=4, help="rank processes (default: 4)")
+        parser.add_argument(
+            "--survive",
+            type=int,
+            default=0,
+            metavar="F",
+            help="size the slot pool so that any RANKS - F ranks can hold every expert (default: 0, what serve holds)",
+        )
+        parser.add_argument("--memory", metavar="SIZE", help="what one rank may use, for example 80GiB")
+        parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
+        skip = frozenset(field.name for field in fields(EngineConfig)) - _ENGINE_SETTINGS
+        add_flags(parser, EngineConfig, skip=skip)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        path = Path(arguments.model_argument).expanduser().resolve() if arguments.model_argument else bundled_model()
+        if path.is_file() and path.name == "config.json":
+            path = path.parent
+        given = {name: value for name, value in vars(arguments).items() if name in _ENGINE_SETTINGS}
+        plan = make_plan(
+            load_spec(path),
+            EngineConfig(model=str(path), **given),
+            model=str(path),
+            num_ranks=arguments.ranks,
+            survive=arguments.survive,
+            memory_bytes=None if arguments.memory is None else parse_bytes(arguments.memory),
+        )
+        sys.stdout.write((json.dumps(plan.to_json(), indent=2) if arguments.json else plan_text(plan)) + "\n")
+        return 1 if plan.fits is False else 0
+
+
+PLAN = PlanCommand()
+
+
+def plan_text(plan: Plan) -> str:
+    """What a deployer reads: one rank line by line, the price of survival, the verdict."""
+    rows = [
+        ("dense weights", plan.dense_bytes, _largest_parts(plan)),
+        (
+            "expert slot pool",
+            plan.pool_bytes,
+            f"{plan.num_moe_layers} layers x {plan.slots_per_layer} slots of {format_bytes(plan.expert_bytes)}"
+            + (f"; {format_bytes(plan.survive_extra_bytes)} of it to survive {plan.survive}" if plan.survive else ""),
+        ),
+        (
+            "KV cache",
+            plan.kv_cache_bytes,
+            f"{plan.num_kv_blocks} blocks, {plan.kv_cache_tokens} tokens: {plan.max_len_sequences} sequences "
+            f"of max_model_len {plan.max_model_len}",
+        ),
+        (
+            "transport",
+            plan.segment_share_bytes,
+            f"its share of {format_bytes(plan.segment_bytes)} in /dev/shm, all ranks on one host",
+        ),
+        ("a step, at most", plan.step_bytes, "bound: every token of every rank routed here"),
+        ("the process", plan.process_bytes, "Python, torch, Ray (measured, rounded up)"),
+        ("total", plan.total_bytes, f"x {plan.num_ranks} ranks = {format_bytes(plan.cluster_bytes)}"),
+    ]
+    lines = [
+        f"{plan.model}: {plan.architecture}, {plan.dtype}, {plan.num_moe_layers} MoE layers of {plan.num_experts} "
+        f"experts, top-{plan.top_k}",
+        f"Each of {plan.num_ranks} ranks holds:",
+        *(f"  {name:<17}{format_bytes(size):>11}  {note}" for name, size, note in rows),
+        "",
+        "Surviving F deaths without waiting for a replacement:",
+        f"  {'F':>3}{'slots':>9}{'pool':>12}{'extra a rank':>14}{'extra in all':>14}{'a rank':>12}",
+    ]
+    for choice in plan.survive_choices:
+        mark = "" if choice.fits is None else ("  fits" if choice.fits else "  does not fit")
+        lines.append(
+            f"  {choice.survive:>3}{choice.slots_per_rank:>9}{format_bytes(choice.pool_bytes):>12}"
+            f"{format_bytes(choice.extra_bytes):>14}{format_bytes(plan.num_ranks * choice.extra_bytes):>14}"
+            f"{format_bytes(choice.total_bytes):>12}{mark}"
+        )
+    lines.append("F = 0 is what `switchgear serve` holds today: a death means 503 until the rank is replaced.")
+    if plan.memory_bytes is not None:
+        lines += ["", _verdict(plan)]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    assert plan.memory_bytes is not None
+    memory = format_bytes(plan.memory_bytes)
+    spare = plan.memory_bytes - plan.total_bytes
+    if spare >= 0:
+        most = plan.largest_kv_cache_bytes
+        return f"Fits {memory} per rank with {format_bytes(spare)} to spare; the KV cache may have up to {most} bytes."
+    ways = "\n".join(f"  - {way}" for way in plan.advice)
+    return f"Does not fit {memory} per rank: {format_bytes(-spare)} too much. Any one of these makes it fit:\n{ways}"
+
+
+def _largest_parts(plan: Plan) -> str:
+    parts = sorted(asdict(plan.dense).items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts if size)

@@ -1,0 +1,42 @@
+"""Cluster over gloo on local processes: the same bits, deaths and hangs named by our own means, one address only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from cluster_rig import PROMPTS, answers, play, rank_pids, real, submit, tokens_and_logprobs, until
+
+from switchgear.cluster import Cluster
+
+pytestmark = pytest.mark.ranks
+STEP_TIMEOUT_S = 3.0
+
+
+def test_same_bits_through_a_death_and_a_hang() -> None:
+    alone = asyncio.run(tokens_and_logprobs(real("local", ranks=1)))
+
+    async def scenario(cluster: Cluster) -> None:
+        assert await answers(cluster) == alone
+        for blow, error_timeout_s in ((signal.SIGKILL, 2.0), (signal.SIGSTOP, STEP_TIMEOUT_S + 3.0)):
+            collector = submit(cluster, PROMPTS, max_tokens=100, ignore_eos=True)
+            await collector.until(lambda c=collector: len(c.token_ids) == len(PROMPTS))
+            start = time.monotonic()
+            os.kill(rank_pids(cluster)[1], blow)
+            await collector.until(lambda c=collector: c.finishes, error_timeout_s)
+            assert time.monotonic() - start < error_timeout_s
+            errors = {str(f.error) for f in await collector.all_finished(len(PROMPTS), 60) if f.reason == "error"}
+            expected = "rank 1 was killed by SIGKILL" if blow == signal.SIGKILL else "rank 1 stopped answering"
+            assert errors
+            assert all(expected in error for error in errors), errors
+            await until(lambda: cluster.ready, 30)
+            assert await answers(cluster) == alone
+        for pid in rank_pids(cluster):
+            listening = [c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]
+            assert set(listening) == {"127.0.0.1"}
+
+    play(real("local", ranks=3, transport="gloo", step_timeout_s=STEP_TIMEOUT_S), scenario)

@@ -1,0 +1,157 @@
+"""`switchgear plan`: sums, verdicts that the advice turns round, errors, and no torch on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from switchgear.byte_size import format_bytes, parse_bytes
+from switchgear.cli import main
+from switchgear.config import bundled_model
+from switchgear_runtime.errors import ConfigError
+
+QWEN3_235B = {
+    "model_type": "qwen3_moe", "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 12288, "max_position_embeddings": 40960, "mlp_only_layers": [],
+    "moe_intermediate_size": 1536, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 94, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.fixture
+def big_model(tmp_path: Path) -> Path:
+    """A directory with only a config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B))
+    return tmp_path
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    status = main(["plan", *arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("80GiB", 80 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gb", 1_500_000_000),
+        ("0.1KiB", 102),
+        ("268435456", 1 << 28),
+        (" 7B ", 7),
+    ],
+)
+def test_bytes_as_people_write_them(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "80 gigs", "-1GiB", "1e9", "1.GiB", "nan", "²GiB", "8GiB8"])
+def test_what_is_no_number_of_bytes(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it like 80GiB"):
+        parse_bytes(text)
+
+
+def test_bytes_are_shown_in_binary_units() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 << 29)] == ["0 B", "1023 B", "1.00 KiB", "1.50 GiB"]
+
+
+def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    status, numbers = plan(capsys, "--ranks", "3", "--survive", "1")
+    assert (status, numbers["fits"], numbers["model"]) == (0, None, str(bundled_model()))
+    assert numbers["slots_per_rank"] == 4 * 16  # 32 experts on 2 survivors
+    assert numbers["survive_extra_bytes"] == 4 * (16 - 11) * numbers["expert_bytes"]
+    assert numbers["expert_bytes"] == 3 * 128 * 256 * 2
+    parts = ("dense_bytes", "pool_bytes", "kv_cache_bytes", "segment_share_bytes", "step_bytes", "process_bytes")
+    assert numbers["total_bytes"] == sum(numbers[part] for part in parts)
+    assert [choice["slots_per_rank"] for choice in numbers["survive_choices"]] == [44, 64, 128]
+
+
+def test_a_big_model_from_its_config_alone(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, numbers = plan(
+        capsys, str(big_model), "--ranks", "8", "--memory", "80GiB", "--kv-cache-memory-bytes", "3GiB"
+    )
+    assert (status, numbers["fits"]) == (0, True)
+    weights = 8 * numbers["pool_bytes"] + numbers["dense_bytes"]
+    # 235 B parameters of 2 bytes; the routers are fp32 here, the rest are rotary tables.
+    num_parameters = (weights - numbers["dense"]["rope_tables"] - numbers["dense"]["routers"] // 2) / 2
+    assert 235.0e9 < num_parameters < 235.2e9
+    assert numbers["kv_cache_bytes"] <= 3 << 30 < numbers["largest_kv_cache_bytes"]
+    assert numbers["kv_cache_tokens"] == numbers["max_model_len"] == (3 << 30) // (94 * 2 * 4 * 128 * 2 * 16) * 16
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--ranks", "8", "--survive", "1", "--memory", "80GiB", "--kv-cache-memory-bytes", "8GiB"),
+        ("--ranks", "7", "--memory", "75GiB"),
+        ("--ranks", "8", "--memory", "120GiB", "--dtype", "float32"),
+        ("--ranks", "8", "--memory", "70GB", "--num-kv-blocks", "2000"),
+    ],
+)
+def test_each_advice_makes_it_fit(
+    big_model: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, numbers = plan(capsys, str(big_model), *arguments)
+    assert (status, numbers["fits"]) == (1, False)
+    *ways, last = numbers["advice"]
+    for way in ways:
+        flags = shlex.split(re.sub(r"\(.*", "", way))
+        status, changed = plan(capsys, str(big_model), *arguments, *flags)
+        assert status == 0, way
+        if flags[0] == "--ranks":  # the smallest number that does
+            status, _ = plan(capsys, str(big_model), *arguments, "--ranks", str(changed["num_ranks"] - 1))
+            assert status == 1, way
+        if flags[0] in ("--kv-cache-memory-bytes", "--num-kv-blocks"):  # the largest cache that does
+            status, _ = plan(capsys, str(big_model), *arguments, "--num-kv-blocks", str(changed["num_kv_blocks"] + 1))
+            assert status == 1, way
+    assert last == f"{format_bytes(numbers['total_bytes'])} of memory per rank"
+
+
+def test_the_text_says_the_same(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(big_model / "config.json"), "--ranks", "9", "--survive", "1", "--memory", "80GiB"]) == 0
+    text = capsys.readouterr().out
+    for line in ("expert slot pool", "94 layers x 16 slots of 36.00 MiB", "Fits 80.00 GiB per rank with", "503"):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--ranks", "4", "--survive", "4"), "survive=4 must be from 0 to 3"),
+        (("--survive", "-1"), "survive=-1"),
+        (("--ranks", "65"), "ranks=65"),
+        (("--memory", "lots"), "'lots' is not a number of bytes"),
+        (("--memory", "0"), "memory=0"),
+        (("--kv-cache-memory-bytes", "1KiB"), "under one block"),
+        (("--max-model-len", "2049"), "max_position_embeddings=2048"),
+        (("--max-model-len", "100", "--num-kv-blocks", "2"), "raise kv_cache_memory_bytes to 229376"),
+        (("--block-size", "7"), "block_size=7"),
+        (("/no/such/model",), "/no/such/model"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert error.count("\n") == 1
+
+
+def test_a_config_without_a_dtype_wants_one(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {name: value for name, value in QWEN3_235B.items() if name != "torch_dtype"}
+    (big_model / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(big_model)]) == 2
+    assert "give bfloat16 or float32" in capsys.readouterr().err
+    assert main(["plan", str(big_model), "--dtype", "bfloat16"]) == 0
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import sys; from switchgear.cli import main; main(['plan', '--json']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
