@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from own_ray import own_ray  # noqa: F401 - a fixture
 from toy_server import ToyServer
 
 START_TIMEOUT_S = 120

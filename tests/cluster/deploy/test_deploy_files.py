@@ -160,14 +160,6 @@ def test_service_arguments_are_settings() -> None:
     assert f'name="{deployment["name"]}"' in (ROOT / "cluster" / "switchgear" / "ray_serve.py").read_text()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's own import
-def test_service_config_against_rays_schema() -> None:
-    pytest.importorskip("grpc", reason="Ray Serve is not installed: pip install 'switchgear[ray-serve]'")
-    from ray.serve.schema import ServeDeploySchema
-
-    assert [a.name for a in ServeDeploySchema.model_validate(service_config()).applications] == ["switchgear"]
-
-
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_the_slurm_script_reads_and_explains_itself() -> None:
     script = DEPLOY / "slurm.sh"

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -143,11 +144,10 @@ def rank_pids(cluster: Cluster) -> list[int]:
     return [hello.pid for hello in cluster.controller.hellos]
 
 
-async def idle_percent(cluster: Cluster, duration_s: float, *, num_windows: int = 4) -> float:
+async def idle_percent(cluster: Cluster, duration_s: float) -> float:
     """CPU of the cluster's loop and of all ranks, together, while nobody asks for anything; in percent of one core.
 
-    Runs on that loop, whose thread alone is counted: the tests' process has others. The lowest of a few windows, for on
-    a busy host each wake-up costs cold caches; a cluster that polls or spins is busy in every window.
+    Runs on that loop, whose thread alone is counted: the tests' process has others. The median of three windows.
     """
     ranks = [psutil.Process(pid) for pid in rank_pids(cluster)]
 
@@ -155,14 +155,12 @@ async def idle_percent(cluster: Cluster, duration_s: float, *, num_windows: int 
         return time.thread_time() + sum(sum(rank.cpu_times()[:2]) for rank in ranks)
 
     await asyncio.sleep(1)  # let the last steps and their frames settle
-    lowest = 100.0
-    for _ in range(num_windows):
+    windows = []
+    for _ in range(3):
         before = cpu_s()
         await asyncio.sleep(duration_s)
-        lowest = min(lowest, 100 * (cpu_s() - before) / duration_s)
-        if lowest < 1.0:
-            break
-    return lowest
+        windows.append(100 * (cpu_s() - before) / duration_s)
+    return median(windows)
 
 
 class Leavings:

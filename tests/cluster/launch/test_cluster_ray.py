@@ -68,7 +68,7 @@ def test_ranks_are_actors_behind_a_token_on_the_loopback_interface(served: Serve
 
 
 def test_idle_actors_are_idle(served: Served) -> None:
-    assert served.loop.call(idle_percent(served.cluster, 4), 40) < 2.0
+    assert served.loop.call(idle_percent(served.cluster, 3), 40) < 2.0
 
 
 def test_joins_a_running_ray_that_wants_its_token(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

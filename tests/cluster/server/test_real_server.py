@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -162,7 +164,28 @@ def test_a_repeated_prompt_is_cached(server_url: str) -> None:
     assert cached == [0, 96, 0]
 
 
+def expert_rows(url: str) -> float:
+    """Token rows that all experts have computed, as last reported: at the latest when the cluster parks."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    lines = [line for line in text.splitlines() if line.startswith("switchgear:expert_rows_total")]
+    assert lines
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def settled_expert_rows(url: str) -> float:
+    deadline_s = time.monotonic() + 20
+    rows = -1.0
+    while (now := expert_rows(url)) != rows:
+        assert time.monotonic() < deadline_s, "the ranks go on computing"
+        rows = now
+        time.sleep(1.3)  # longer than a running rank waits between reports
+    return rows
+
+
 def test_a_disconnect_frees_the_sequences(server_url: str) -> None:
+    """Five sequences of 1,900 tokens, left after the first: the ranks must not compute them to their ends."""
+    rows_before = settled_expert_rows(server_url)
+
     async def run() -> None:
         async with AsyncClient(server_url) as client:
             for n in (1, 4):
@@ -176,6 +199,8 @@ def test_a_disconnect_frees_the_sequences(server_url: str) -> None:
     while live_sequences(server_url):
         assert time.monotonic() < deadline_s, "an aborted sequence still runs"
         time.sleep(0.02)
+    rows_per_token = 4 * 4  # layers, experts of a token
+    assert (settled_expert_rows(server_url) - rows_before) / rows_per_token < 1900
 
 
 def test_bad_input_does_not_disturb_good(server_url: str, one_rank: LLM) -> None:
@@ -321,10 +346,17 @@ def test_a_taken_port_is_said_before_a_model_is_loaded(server_url: str) -> None:
         start_server("--port", port)
 
 
+def leavings() -> set[Path]:
+    """What our clusters could leave in /dev/shm and the temporary folder."""
+    temporary = Path(tempfile.gettempdir())
+    return {*Path("/dev/shm").glob("sg-*"), *temporary.glob("sg-*"), *temporary.glob("switchgear-*")}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_soak_64_clients_for_a_minute() -> None:
     """No lost, duplicated or reordered token, no growth of memory after warm-up, nothing left behind."""
+    before = leavings()
     process, url = start_server("--ranks", "2")
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     items = requests(9, 64)
@@ -365,3 +397,4 @@ def test_soak_64_clients_for_a_minute() -> None:
     assert last - warm < 32 << 20, f"from {warm >> 20} to {last >> 20} MiB"
     assert stop_server(process) == 0
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in tree)
+    assert leavings() <= before
