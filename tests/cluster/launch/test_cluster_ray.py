@@ -28,10 +28,11 @@ class Served:
 
     def __init__(self) -> None:
         self.before = Leavings.now()
+        others = set(psutil.Process().children(recursive=True))  # other tests' servers
         self.loop = LoopThread("test-cluster")
         self.cluster = self.loop.call(self._create(), 20)
         self.loop.call(self.cluster.start(), 150)
-        self.children = psutil.Process().children(recursive=True)
+        self.children = set(psutil.Process().children(recursive=True)) - others
         self.whole = self.loop.call(self.tokens(self.cluster), 60)
 
     async def _create(self) -> Cluster:
