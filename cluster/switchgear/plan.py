@@ -14,7 +14,6 @@ from typing import Any
 
 from switchgear.byte_size import format_bytes
 from switchgear.config import RANKS_MAX
-from switchgear_runtime.comm.shm import segment_bytes
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.footprint import (
@@ -23,6 +22,7 @@ from switchgear_runtime.model.footprint import (
     kv_block_bytes,
     mailbox_bytes,
     run_dtype,
+    segment_bytes,
     slot_bytes,
     slots_per_layer,
     step_bytes_bound,

@@ -39,7 +39,7 @@ _this_replica: Starlette | None = None  # a replica is a process of its own
 def app(args: dict[str, Any]) -> serve.Application:
     """What `import_path` names: builds the application. A setting that cannot work fails here, before any replica."""
     serve_config, _ = _configs(args)
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Replica,
         name="switchgear",
         ray_actor_options={"num_cpus": 1},
@@ -48,7 +48,8 @@ def app(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=serve_config.drain_timeout_s + 10.0,
         health_check_period_s=HEALTH_PERIOD_S,
     )
-    return deployment.bind(args)
+    application: serve.Application = deployment.bind(args)
+    return application
 
 
 def _built_app() -> Starlette:
@@ -61,7 +62,7 @@ def _built_app() -> Starlette:
 class Replica:
     """A Cluster on the replica's event loop."""
 
-    async def __init__(self, args: dict[str, Any]) -> None:
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc] # Ray Serve awaits it
         global _this_replica
         address = ray.get_runtime_context().gcs_address
         serve_config, engine = _configs(args, address)

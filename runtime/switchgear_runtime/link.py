@@ -33,6 +33,7 @@ PROOF_BYTES = 32
 ACCEPTED = b"\x01"
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
+CONNECT_PAUSE_S = 0.05  # before another try at a server that turned this rank away
 SEND_TIMEOUT_S = 30  # a server that reads nothing for this long is as good as gone
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 class LinkRefused(WireError):
     """The other end failed the challenge, or refused this rank."""
+
+
+class _TurnedAway(LinkRefused):
+    """The server hung up before its challenge: it has more guests than it hears at once."""
 
 
 def server_proof(token: bytes, rank: int, rank_nonce: bytes, server_nonce: bytes) -> bytes:
@@ -82,13 +87,28 @@ class RankLink:
     def connect(
         cls, address: tuple[str, int], token: bytes, rank: int, *, timeout_s: float, system: System
     ) -> RankLink:
-        """Connect and shake hands. LinkRefused when the server cannot prove the token or refuses this rank."""
+        """Connect and shake hands. LinkRefused when the server cannot prove the token or refuses this rank.
+
+        Tries again, within `timeout_s`, where strangers crowd the server's door.
+        """
+        deadline_s = system.now() + timeout_s
+        while True:
+            try:
+                return cls._connect(address, token, rank, timeout_s=deadline_s - system.now(), system=system)
+            except _TurnedAway:
+                if system.now() + CONNECT_PAUSE_S >= deadline_s:
+                    raise
+                system.sleep(CONNECT_PAUSE_S)
+
+    @classmethod
+    def _connect(
+        cls, address: tuple[str, int], token: bytes, rank: int, *, timeout_s: float, system: System
+    ) -> RankLink:
         connection = socket.create_connection(address, timeout=timeout_s)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             rank_nonce = system.randbits(8 * NONCE_BYTES).to_bytes(NONCE_BYTES, "little")
-            connection.sendall(GREETING.pack(MAGIC, rank, rank_nonce))
-            challenge = _receive(connection, CHALLENGE_BYTES)
+            challenge = _challenge(connection, GREETING.pack(MAGIC, rank, rank_nonce))
             server_nonce, proof = challenge[:NONCE_BYTES], challenge[NONCE_BYTES:]
             if not hmac.compare_digest(proof, server_proof(token, rank, rank_nonce, server_nonce)):
                 raise LinkRefused(f"the server at {address[0]}:{address[1]} does not know this cluster's token")
@@ -138,6 +158,14 @@ class RankLink:
         except OSError:
             log.debug("the link of rank %d was already down", self.rank)
         self._socket.close()
+
+
+def _challenge(connection: socket.socket, greeting: bytes) -> bytes:
+    try:
+        connection.sendall(greeting)
+        return _receive(connection, CHALLENGE_BYTES)
+    except (ConnectionError, EOFError):
+        raise _TurnedAway("the server closed the link before its challenge; has it stopped?") from None
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:

@@ -32,7 +32,7 @@ for process in psutil.process_iter():
     try:
         words = " ".join(process.cmdline())
         ours = process.environ().get("SG_TEST_FOLDER") == os.environ["SG_TEST_FOLDER"]
-        if ours and any(word in words for word in ("raylet", "gcs_server", "ray::", "ray/_private", "ray/dashboard")):
+        if ours and any(word in words for word in ("raylet", "gcs_server", "ray::", "site-packages/ray/")):
             process.send_signal(signal.SIGKILL)
     except psutil.Error:
         continue

@@ -265,10 +265,10 @@ class SimCluster:
     def _core_sends(self, rank: int, message: ToRank) -> None:
         self._send(rank, message)
         if isinstance(message, Submit):
-            call = self._current  # or a choice that waited for its prompt's first one
-            if call is None:
-                request = self.core._sequences[message.sequence_id].request
-                (call,) = (one for one in self.calls if one.request is request)
+            request = self.core._sequences[message.sequence_id].request
+            waited = (one for one in self.calls if one.request is request)
+            call = next(waited, self._current)  # the current one has no request yet
+            assert call is not None
             call.submits.append(message)
             self._perform(self.controller.on_submit())
 

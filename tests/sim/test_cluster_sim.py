@@ -87,6 +87,8 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
                     prompt = common[: rng.randrange(40)] if rng.random() < 0.5 else []
                     prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 40))]
                     cluster.submit(prompt, draw_params(rng), tenant=rng.choice(["", "a"]))
+                if scenario.abort and rng.random() < 0.2:  # gone in the same breath, perhaps before a parked rank looks
+                    cluster.abort(cluster.calls[-1])
             elif action == "pause":
                 system.sleep(rng.random() * 0.05)
             elif action == "idle":

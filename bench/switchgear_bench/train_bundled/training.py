@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-EVAL_ROWS = 16
+EVAL_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,8 @@ def make_model(size: ModelSize, plan: TrainingPlan) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(plan.seed)
-    config = Qwen3MoeConfig(
+    config_class: Any = Qwen3MoeConfig  # its keywords depend on the version
+    config = config_class(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
         intermediate_size=2 * size.hidden_size,
@@ -122,7 +123,8 @@ def make_model(size: ModelSize, plan: TrainingPlan) -> Any:
         eos_token_id=0,
         pad_token_id=0,
     )
-    return Qwen3MoeForCausalLM(config).to(plan.device)
+    model: Any = Qwen3MoeForCausalLM(config)
+    return model.to(plan.device)
 
 
 def learning_rate(plan: TrainingPlan, step: int, progress: float) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.server.seeds import derive_seed
@@ -101,8 +103,17 @@ class Admitter:
             self._check_params(one)
         return [self._admit(prompt, one, max_model_len, add_special) for prompt, one in zip(prompts, each, strict=True)]
 
-    def wire_sampling(self, admission: Admission, seed: int, index: int) -> WireSampling:
-        """What a rank needs to know for choice `index`."""
+    def choices(self, admission: Admission, base: WireSampling, seed: int) -> Iterator[WireSampling]:
+        """What a rank needs to know for each choice. `base`: the `wire_sampling` of a prompt with the same params."""
+        for index in range(admission.params.n):
+            scores = admission.params.prompt_logprobs if index == 0 else None  # the choices have one prompt
+            choice_seed = derive_seed(seed, index)
+            yield msgspec.structs.replace(
+                base, max_tokens=admission.max_tokens, seed=choice_seed, prompt_logprobs=scores
+            )
+
+    def wire_sampling(self, admission: Admission, seed: int) -> WireSampling:
+        """What a rank needs to know for the first choice."""
         params = admission.params
         vocab_size = self._facts.vocab_size
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self._facts.eos_token_ids)}
@@ -119,8 +130,8 @@ class Admitter:
             max_tokens=admission.max_tokens,
             min_tokens=params.min_tokens,
             logprobs=params.logprobs,
-            seed=derive_seed(seed, index),
-            prompt_logprobs=params.prompt_logprobs if index == 0 else None,  # the choices have one prompt
+            seed=derive_seed(seed, 0),
+            prompt_logprobs=params.prompt_logprobs,
         )
 
     def _check_params(self, params: SamplingParams) -> None:

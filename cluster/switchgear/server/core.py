@@ -21,6 +21,7 @@ from switchgear.server.load_table import LoadTable
 from switchgear.server.rank_table import RankTable
 from switchgear.server.seeds import draw_seed
 from switchgear.server.stop_strings import StopStrings
+from switchgear.server.waiting_line import WaitingLine
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.errors import RankFailed, RequestError, SwitchgearError
 from switchgear_runtime.messages import (
@@ -32,6 +33,7 @@ from switchgear_runtime.messages import (
     StepFrame,
     TokenOutput,
     ToRank,
+    WireSampling,
 )
 from switchgear_runtime.sampling_params import SamplingParams
 from switchgear_runtime.system import System
@@ -87,6 +89,7 @@ class ServerCore:
         self._admitter = Admitter(tokenizer, facts, self.limits)
         self._requests: dict[str, Request] = {}
         self._sequences: dict[int, LiveSequence] = {}
+        self.waiting = WaitingLine(self.ranks)
         self._num_submitted = 0
         self._fingerprint: str | None = None
 
@@ -132,14 +135,20 @@ class ServerCore:
             admissions=list(admissions),
         )
         self._requests[request.request_id] = request
-        started: list[LiveSequence] = []
+        bases: dict[int, WireSampling] = {}  # by SamplingParams, which prompts may share
         for prompt_index, admission in enumerate(admissions):
             seed = admission.params.seed if admission.params.seed is not None else draw_seed(self._system)
             if self.observer:
                 self.observer.accepted(len(admission.prompt_token_ids))
-            started += self._expand(request, prompt_index, admission, seed, tenant, cache_salt)
-        for sequence in started:
-            self._send(sequence.rank, sequence.submit())
+            base = bases.get(id(admission.params)) or self._admitter.wire_sampling(admission, seed)
+            bases[id(admission.params)] = base
+            sequences = [
+                self._make(request, prompt_index, index, admission, sampling, tenant, cache_salt)
+                for index, sampling in enumerate(self._admitter.choices(admission, base, seed))
+            ]
+            for sequence in self._leaders(admission, sequences):
+                self.waiting.add(sequence)
+        self._feed()
         return request
 
     def submit(
@@ -168,10 +177,8 @@ class ServerCore:
 
     def abort(self, request_id: str) -> None:
         """End what is left of a request, on its ranks too. Idempotent."""
-        request = self._requests.get(request_id)
-        for sequence in list(request.sequences.values()) if request else ():
-            self._send(sequence.rank, Abort(sequence.sequence_id))
-            self._finish(sequence, "abort")
+        self._abort(request_id)
+        self._feed()
 
     def require_ready(self) -> None:
         if self.draining:
@@ -188,6 +195,7 @@ class ServerCore:
         self.ranks.serve(ranks or ())
         self.generation = self.generation if generation is None else generation
         self.epoch = self.epoch if epoch is None else epoch
+        self._feed()
 
     def on_message(self, rank: int, message: FromRank) -> None:
         """Everything a rank says may come here; what is the controller's alone is ignored."""
@@ -211,9 +219,10 @@ class ServerCore:
                 self._finish(sequence, "error", error=RequestError(message.message, param="prompt"))
         elif isinstance(message, Parked):
             self.ranks[rank].parked = True
+        self._feed()
 
     def fail_rank(self, rank: int, reason: str) -> None:
-        """A rank is dead: what it held ends with `reason`, which names it. Nothing is sent to it."""
+        """A rank is dead: what it held ends with `reason`, which names it. Nothing is sent to it; who waits goes on."""
         for sequence in [one for one in self._sequences.values() if one.rank == rank]:
             self._finish(sequence, "error", error=RankFailed(reason))
 
@@ -225,32 +234,21 @@ class ServerCore:
     def abort_all(self) -> None:
         """The end of a drain whose deadline passed."""
         for request_id in list(self._requests):
-            self.abort(request_id)
+            self._abort(request_id)
 
     # --- one sequence -------------------------------------------------------------------------------------------
 
-    def _expand(
-        self, request: Request, prompt_index: int, admission: Admission, seed: int, tenant: str, cache_salt: str
-    ) -> list[LiveSequence]:
-        """The choices of one prompt; those that may start now.
+    def _leaders(self, admission: Admission, choices: list[LiveSequence]) -> list[LiveSequence]:
+        """Those of one prompt's choices that may start when they get a rank; the others follow the first.
 
         Where a prompt fills a KV block, the first choice computes it and the others wait for that, on the same rank, to
         find it in the prefix cache. They also wait for prompt logprobs, which only the first one gives.
         """
-        num_choices = admission.params.n
-        leader_rank = self.ranks.choose()
-        shared = self.facts.prefix_caching and len(admission.prompt_token_ids) > self.ranks[leader_rank].block_size
-        follows = shared or admission.params.prompt_logprobs is not None
-        leader, *others = (
-            self._make(
-                request, prompt_index, index, admission, seed, tenant, cache_salt, leader_rank if follows else None
-            )
-            for index in range(num_choices)
-        )
-        if not follows:
-            return [leader, *others]
-        leader.followers = others
-        return [leader]
+        shared = self.facts.prefix_caching and len(admission.prompt_token_ids) > self.ranks.block_size
+        if not shared and admission.params.prompt_logprobs is None:
+            return choices
+        choices[0].followers = choices[1:]
+        return choices[:1]
 
     def _make(
         self,
@@ -258,10 +256,9 @@ class ServerCore:
         prompt_index: int,
         index: int,
         admission: Admission,
-        seed: int,
+        sampling: WireSampling,
         tenant: str,
         cache_salt: str,
-        rank: int | None,
     ) -> LiveSequence:
         params = admission.params
         sequence = LiveSequence(
@@ -269,10 +266,8 @@ class ServerCore:
             request=request,
             prompt_index=prompt_index,
             index=index,
-            rank=self.ranks.choose() if rank is None else rank,
-            incarnation=1,
             prompt_token_ids=admission.prompt_token_ids,
-            sampling=self._admitter.wire_sampling(admission, seed, index),
+            sampling=sampling,
             stop_token_ids=frozenset(params.stop_token_ids),
             include_stop=params.include_stop_str_in_output,
             detokenizer=Detokenizer(self.tokenizer, admission.prompt_token_ids),
@@ -281,23 +276,48 @@ class ServerCore:
             cache_salt=cache_salt,
         )
         self._num_submitted += 1
-        self.ranks.add(sequence.rank, len(sequence.prompt_token_ids))
         self._sequences[sequence.sequence_id] = sequence
         request.sequences[sequence.sequence_id] = sequence
         return sequence
+
+    def _feed(self) -> None:
+        """Hand waiting sequences to ranks that have room."""
+        for sequence in self.waiting.feed():
+            self._start(sequence)
+
+    def _start(self, sequence: LiveSequence) -> None:
+        """Send it to the rank it has a place on."""
+        assert sequence.rank is not None
+        sequence.incarnation += 1
+        sequence.num_unanswered_bytes = sequence.num_submit_bytes
+        self.ranks[sequence.rank].num_unanswered_bytes += sequence.num_unanswered_bytes
+        self._send(sequence.rank, sequence.submit())
+
+    def _answered(self, sequence: LiveSequence) -> None:
+        assert sequence.rank is not None
+        self.ranks[sequence.rank].num_unanswered_bytes -= sequence.num_unanswered_bytes
+        sequence.num_unanswered_bytes = 0
+
+    def _abort(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        for sequence in list(request.sequences.values()) if request else ():
+            if sequence.rank is not None and sequence.incarnation > 0:
+                self._send(sequence.rank, Abort(sequence.sequence_id))
+            self._finish(sequence, "abort")
 
     def _release(self, leader: LiveSequence) -> None:
         """Start the choices that waited for this one."""
         followers, leader.followers = leader.followers, []
         for sequence in followers:
             if sequence.sequence_id in self._sequences:
-                self._send(sequence.rank, sequence.submit())
+                self._start(sequence)
 
     def _take(self, rank: int, token: TokenOutput) -> None:
         sequence = self._sequences.get(token.sequence_id)
         if sequence is None or not sequence.accepts(rank, token):
             self.num_discarded_tokens += 1
             return
+        self._answered(sequence)
         self._release(sequence)
         now_s = self._system.now()
         if self.observer:
@@ -355,7 +375,11 @@ class ServerCore:
         if not request.sequences:
             self._requests.pop(request.request_id, None)
         num_prompt, num_output = len(sequence.prompt_token_ids), len(sequence.output_token_ids)
-        self.ranks.remove(sequence.rank, num_prompt + num_output)
+        if sequence.rank is None:
+            self.waiting.remove(sequence)
+        else:
+            self._answered(sequence)
+            self.ranks.remove(sequence.rank, num_prompt + num_output)
         if self.observer:
             self.observer.finished(reason, self._system.now() - request.arrival_s)
         finish = Finish(

@@ -25,19 +25,18 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer | None, context_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._context_ids = context_ids[-NUM_CONTEXT:]
+        self._begun = False
         self._window: list[int] = []  # tokens whose decoded text is `_num_settled` settled characters, then a tail
         self._num_settled = 0
         self._text = ""
-        if tokenizer is not None and context_ids:
-            context = [i for i in context_ids[-NUM_CONTEXT:] if i not in tokenizer.special_ids]
-            text = tokenizer.decode(context)
-            if not text.endswith(_MARK):  # a prompt that ends inside a character is no context: the output stands alone
-                self._window, self._text, self._num_settled = context, text, len(text)
 
     def append(self, token_id: int) -> str:
         tokenizer = self._tokenizer
         if tokenizer is None or token_id in tokenizer.special_ids:
             return ""
+        if not self._begun:
+            self._begin(tokenizer)
         self._window.append(token_id)
         self._text = tokenizer.decode(self._window)
         settled = len(self._text) - _tail_length(self._text)
@@ -52,6 +51,14 @@ class Detokenizer:
         delta = self._text[self._num_settled :]
         self._num_settled = len(self._text)
         return delta
+
+    def _begin(self, tokenizer: Tokenizer) -> None:
+        """Not before the first token: a large request admits thousands at once."""
+        self._begun = True
+        context = [i for i in self._context_ids if i not in tokenizer.special_ids]
+        text = tokenizer.decode(context) if context else ""
+        if not text.endswith(_MARK):  # a prompt that ends inside a character is no context: the output stands alone
+            self._window, self._text, self._num_settled = context, text, len(text)
 
     def _slide(self) -> None:
         """Forget the oldest tokens. The tail is at most three bytes, so it reads the same in the shorter window."""

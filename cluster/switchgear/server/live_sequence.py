@@ -27,8 +27,6 @@ class LiveSequence:
     request: Request
     prompt_index: int
     index: int  # choice
-    rank: int
-    incarnation: int
     prompt_token_ids: list[int]
     sampling: WireSampling
     stop_token_ids: frozenset[int]  # the request's own, without end-of-sequence
@@ -37,6 +35,9 @@ class LiveSequence:
     stops: StopStrings
     tenant: str
     cache_salt: str
+    rank: int | None = None  # while it waits for one
+    incarnation: int = 0  # how often it was sent to a rank
+    num_unanswered_bytes: int = 0  # of its last Submit, until the first token
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None  # grows from the second prompt token on, if asked for
     followers: list[LiveSequence] = field(default_factory=list)  # other choices, to start after its first token
@@ -57,6 +58,12 @@ class LiveSequence:
             tenant=self.tenant,
             cache_salt=self.cache_salt,
         )
+
+    @property
+    def num_submit_bytes(self) -> int:
+        """About what `submit` takes on the wire."""
+        num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return 5 * num_tokens + 14 * len(self.sampling.logit_bias) + 4 * len(self.cache_salt) + 512
 
     def accepts(self, rank: int, token: TokenOutput) -> bool:
         """Only the next token of the current owner; a rank declared dead may still have something in flight."""

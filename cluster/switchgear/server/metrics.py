@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -71,9 +72,11 @@ class _CoreCollector:
         yield self._gauge(
             "num_requests_running", "Sequences running, by rank.", {s.rank: s.stats.num_running for s in states}
         )
-        waiting = {s.rank: s.num_sequences - s.stats.num_running for s in states}
+        waiting = {s.rank: max(0, s.num_sequences - s.stats.num_running) for s in states}
         yield self._gauge(
-            "num_requests_waiting", "Sequences waiting, by rank.", {rank: max(0, num) for rank, num in waiting.items()}
+            "num_requests_waiting",
+            "Sequences waiting, by rank; rank none: those that have no rank yet.",
+            waiting | {"none": len(core.waiting)},
         )
         used = {s.rank: 1 - s.stats.num_free_blocks / (s.stats.num_total_blocks or 1) for s in states}
         yield self._gauge(
@@ -111,7 +114,7 @@ class _CoreCollector:
             family.add_metric([self._model_name], value)
             yield family
 
-    def _gauge(self, name: str, text: str, by_rank: Mapping[int, float]) -> Metric:
+    def _gauge(self, name: str, text: str, by_rank: Mapping[Any, float]) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name", "rank"])
         for rank, value in by_rank.items():
             family.add_metric([self._model_name, str(rank)], value)

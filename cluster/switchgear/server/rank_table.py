@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from switchgear.server.limits import ModelFacts
 from switchgear_runtime.messages import Hello, RankStats, StepFrame
 
+WINDOW = 2  # times max_num_seqs: what a rank runs, and as many again so that it never runs dry
+UNANSWERED_BYTES_MAX = 16 << 20  # sent to a rank and not yet answered by a first token
 _NO_STATS = RankStats(0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -24,6 +26,7 @@ class RankState:
     block_size: int = 16  # likewise
     num_sequences: int = 0
     num_tokens: int = 0
+    num_unanswered_bytes: int = 0  # of the sequences that were sent and have no token yet
     stats: RankStats = _NO_STATS
     parked: bool = False
 
@@ -62,9 +65,15 @@ class RankTable:
         state.stats = frame.stats
         state.parked = False
 
-    def choose(self) -> int:
-        """The least loaded serving rank by KV cache and queue; ties to the lowest rank."""
-        return min((state for state in self.states() if state.serving), key=self._load).rank
+    @property
+    def block_size(self) -> int:
+        """The ranks have one config."""
+        return max((state.block_size for state in self._states.values()), default=16)
+
+    def choose(self) -> int | None:
+        """The least loaded serving rank by KV cache and queue; ties to the lowest rank. None: no rank has room."""
+        fit = [state for state in self._states.values() if state.serving and self._has_room(state)]
+        return min(fit, key=self._load).rank if fit else None
 
     def add(self, rank: int, num_tokens: int) -> None:
         self[rank].num_sequences += 1
@@ -73,6 +82,10 @@ class RankTable:
     def remove(self, rank: int, num_tokens: int) -> None:
         self[rank].num_sequences -= 1
         self[rank].num_tokens -= num_tokens
+
+    def _has_room(self, state: RankState) -> bool:
+        few = state.num_sequences < WINDOW * self._max_num_seqs
+        return few and state.num_unanswered_bytes < UNANSWERED_BYTES_MAX
 
     def _load(self, state: RankState) -> tuple[float, int, int]:
         """A rank is full when its KV cache is, or when all its places are taken: whichever binds, beside the sum."""

@@ -29,6 +29,7 @@ _HEADER_BYTES = 64  # padded, so that payloads are aligned
 _MAGIC = 0x53474C4F  # "SGLO"
 _NUM_RECEIVE, _NUM_SEND = 3, 2
 _LINGER_S = 0.5  # for what was sent to leave this host; the receives are posted, so no peer need come for it
+_MESSAGE_BYTES_MAX = 1 << 36  # beyond it, the header is no header
 CALLS = ("all_gather", "all_to_all_v", "barrier")
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class _Room:
 class GlooTransport:
     """One rank's end. Constructing it is the rendezvous, through the network's store.
 
-    `peers`: with whom it exchanges; by default all. A message to
-    another rank must be empty then, and comes back empty (hierarchical.py has another way for those).
+    `peers`: with whom it exchanges; by default all. What is meant for another rank does not leave, and what comes from
+    there is empty: hierarchical.py has another way for those.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class GlooTransport:
         try:
             self._mesh = GlooMesh(network, rank, world_size, timeout_s=remaining_s)
             self._post()
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             self.close()
             text = f"rank {rank}: join: gloo could not connect from {network.address}: {error}"
             raise TransportTimeout(text, rank=rank) from error
@@ -284,7 +285,7 @@ class GlooTransport:
 
     def _check(self, peer: int, room: _Room) -> int:
         magic, kind, call, num_bytes = room.header()
-        if (magic, kind, call) != (_MAGIC, CALLS.index(self._kind), self._call):
+        if (magic, kind, call) != (_MAGIC, CALLS.index(self._kind), self._call) or num_bytes > _MESSAGE_BYTES_MAX:
             theirs = f"{CALLS[kind]} (call {call})" if magic == _MAGIC and kind < len(CALLS) else "something else"
             text = f"ranks disagree on their calls: rank {self._rank} is in {self._where()}, rank {peer} in {theirs}"
             self._fail(TransportError(text, rank=self._rank, peers=(peer,)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from switchgear_runtime.comm import shm_native
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, MoESpec
 
@@ -116,6 +117,11 @@ def mailbox_bytes(spec: DecoderSpec, dtype: str, max_num_batched_tokens: int) ->
     """The transport's mailbox from one rank to another: a step's largest message, within bounds."""
     num_bytes = max_num_batched_tokens * spec.moe.top_k * (spec.hidden_size * ITEMSIZE[dtype] + 8)
     return min(MAILBOX_BYTES_MAX, max(MAILBOX_BYTES_MIN, -(-num_bytes // 4096) * 4096))
+
+
+def segment_bytes(num_ranks: int, mailbox: int) -> int:
+    """The shared memory of `num_ranks` ranks on one host."""
+    return shm_native.segment_bytes(num_ranks, mailbox)
 
 
 def step_bytes_bound(

@@ -34,9 +34,10 @@ def test_same_bits_through_a_death_and_a_hang() -> None:
             assert errors
             assert all(expected in error for error in errors), errors
             await until(lambda: cluster.ready, 30)
-            assert await answers(cluster) == alone
         for pid in rank_pids(cluster):
             listening = [c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]
             assert set(listening) == {"127.0.0.1"}
+
+        assert await answers(cluster) == alone
 
     play(real("local", ranks=3, transport="gloo", step_timeout_s=STEP_TIMEOUT_S), scenario)

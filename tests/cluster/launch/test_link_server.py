@@ -10,7 +10,7 @@ from queue import Queue
 
 import pytest
 
-from switchgear import link_server
+from switchgear import link_server, link_writer
 from switchgear.link_server import LinkServer
 from switchgear_runtime import link
 from switchgear_runtime.link import LinkRefused, RankLink
@@ -113,21 +113,58 @@ def test_guest_that_skips_the_proof_of_the_server_still_needs_its_own() -> None:
     assert hosted(scenario).messages == []
 
 
-def test_handshake_has_a_deadline_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_server, "HANDSHAKE_TIMEOUT_S", 0.3)
+def hung_up(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_handshake_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_server, "HANDSHAKE_TIMEOUT_S", 0.2)
+
+    async def scenario(host: Host) -> None:
+        silent = socket.create_connection(host.address, timeout=5)
+        assert await asyncio.to_thread(hung_up, silent)
+        silent.close()
+
+    hosted(scenario)
+
+
+def test_silent_strangers_keep_no_rank_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest makes room: of three silent connections, at two places, and a rank, the rank and the latest stay."""
     monkeypatch.setattr(link_server, "HANDSHAKES_MAX", 2)
 
     async def scenario(host: Host) -> None:
         token = host.server.expect(0)
-        silent = [socket.create_connection(host.address, timeout=5) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        with pytest.raises(LinkRefused):  # both places are taken by the silent
-            await host.connect(0, token)
-        await asyncio.sleep(0.5)
-        await host.connect(0, token)
+        silent = [socket.create_connection(host.address, timeout=5) for _ in range(3)]
+        (await host.connect(0, token)).send(Stopped(0))
+        await until(lambda: host.messages)
+        for connection in silent[:2]:
+            assert await asyncio.to_thread(hung_up, connection)
+        silent[2].settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            silent[2].recv(1)
         for connection in silent:
-            assert connection.recv(1) == b""
             connection.close()
+
+    assert hosted(scenario).lost == []
+
+
+def test_rank_turned_away_tries_again() -> None:
+    """A crowd pushes each connection out before it is heard, for a while."""
+
+    async def scenario(host: Host) -> None:
+        token = host.server.expect(0)
+        admit, num_refused = host.server._admit, 0
+
+        async def crowded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int | None:
+            nonlocal num_refused
+            num_refused += 1
+            return await admit(reader, writer) if num_refused > 3 else None
+
+        host.server._admit = crowded  # type: ignore[method-assign]
+        await host.connect(0, token)
 
     hosted(scenario)
 
@@ -186,20 +223,37 @@ def test_lost_once_and_not_after_drop() -> None:
 
 
 def test_rank_that_does_not_read_is_faulty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_server, "UNSENT_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(link_writer, "UNREAD_TIMEOUT_S", 0.3)
 
     async def scenario(host: Host) -> None:
         await host.connect(0, host.server.expect(0))
-        message = link_server_message(256 << 10)
-        for _ in range(200):
-            host.server.send(0, message)
-            await asyncio.sleep(0)
-            if host.malformed:
-                break
+        for _ in range(64):
+            host.server.send(0, link_server_message(256 << 10))
+        await until(lambda: host.malformed)
+        await asyncio.sleep(0.4)  # and no more after that
 
     host = hosted(scenario)
     assert [rank for rank, _ in host.malformed] == [0]
     assert "does not read its link" in host.malformed[0][1]
+    assert host.lost == []
+
+
+def test_rank_that_reads_slowly_may_lag_by_any_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 MB at once, taken in pieces with pauses: slow is not stuck."""
+    monkeypatch.setattr(link_writer, "UNREAD_TIMEOUT_S", 0.5)
+
+    async def scenario(host: Host) -> None:
+        rank = await host.connect(0, host.server.expect(0))
+        message = link_server_message(4 << 20)
+        for _ in range(20):
+            host.server.send(0, message)
+        missing = 20 * len(link.frame(encode(message)))  # type: ignore[arg-type]
+        while missing:
+            missing -= len(await asyncio.to_thread(rank._socket.recv, 8 << 20, socket.MSG_WAITALL))
+            await asyncio.sleep(0.1)
+
+    host = hosted(scenario)
+    assert host.malformed == host.lost == []
 
 
 def link_server_message(num_bytes: int) -> object:
