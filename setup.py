@@ -79,7 +79,9 @@ class AnyPythonWheel(bdist_wheel):
 
 FOLDERS = ("runtime", "cluster", "bench")
 packages = [
-    name for folder in FOLDERS for name in find_namespace_packages(folder, exclude=["*.bundled*", "*._native*"])
+    name
+    for folder in FOLDERS
+    for name in find_namespace_packages(folder, include=["switchgear*"], exclude=["*.bundled*", "*._native*"])
 ]
 setup(
     packages=packages,

@@ -51,19 +51,29 @@ class BenchCommand:
         from switchgear_bench.throughput import Workload, run
 
         console = Console()
-        bandwidth = machine.read_bandwidth_bytes_per_s()
+        bandwidth = machine.read_bandwidth_bytes_per_s
         header = machine.describe() | {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "read_bandwidth_gb_per_s": round(bandwidth / 1e9, 2),
+            "read_bandwidth_gb_per_s": [round(bandwidth(n) / 1e9, 2) for n in (1, machine.num_cores())],
             "model": Path(arguments.model).name or "tiny-moe (bundled)",
             "launcher": arguments.launcher,
             "dtype": arguments.dtype,
         }
         table = Table(
-            title=f"{header['model']}, {header['hardware']}, {header['read_bandwidth_gb_per_s']} GB/s read",
+            title=f"{header['model']}, {header['hardware']}, {header['read_bandwidth_gb_per_s']} GB/s read by 1 and all cores",
             title_justify="left",
         )
-        for name in ("ranks", "batch", "prefill tok/s", "decode tok/s", "x one rank", "bound tok/s", "of bound"):
+        for name in (
+            "ranks",
+            "batch",
+            "prefill tok/s",
+            "decode tok/s",
+            "TTFT ms",
+            "ITL ms",
+            "x one rank",
+            "bound tok/s",
+            "of bound",
+        ):
             table.add_column(name, justify="right")
         workloads = [
             Workload(batch_size=size, input_tokens=arguments.input_len, output_tokens=arguments.output_len)
@@ -81,6 +91,8 @@ class BenchCommand:
                 str(row["batch_size"]),
                 f"{row['prefill_tokens_per_s']:.0f}",
                 f"{row['decode_tokens_per_s']:.0f}",
+                f"{row['time_to_first_token_ms']:.1f}",
+                f"{row['inter_token_latency_ms']:.2f}",
                 f"{row['decode_ratio_to_one_rank']:.2f}",
                 f"{row['decode_bound_tokens_per_s']:.0f}",
                 f"{row['decode_fraction_of_bound']:.2f}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,25 @@ _BUFFER_BYTES = 256 << 20  # well past any cache
 _NUM_READS = 3
 
 
-def read_bandwidth_bytes_per_s() -> float:
-    """Best of three sums over 256 MiB on one thread: the read bandwidth a single rank can hope for."""
-    buffer = np.ones(_BUFFER_BYTES // 8, dtype=np.int64)
+@functools.cache
+def read_bandwidth_bytes_per_s(num_threads: int) -> float:
+    """Best of three sums over 256 MiB a thread, all threads at once (as many as there are cores, at most)."""
+    num_threads = min(num_threads, num_cores())
+    buffers = [np.ones(_BUFFER_BYTES // 8, dtype=np.int64) for _ in range(num_threads)]
     best_s = float("inf")
-    for _ in range(_NUM_READS):
-        start_s = time.perf_counter()
-        total = int(buffer.sum())
-        best_s = min(best_s, time.perf_counter() - start_s)
-        if total != buffer.size:
-            raise RuntimeError("the bandwidth probe read something else than it wrote")
-    return buffer.nbytes / best_s
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(_NUM_READS):
+            start_s = time.perf_counter()
+            totals = list(pool.map(lambda buffer: int(buffer.sum()), buffers))  # NumPy sums without the GIL
+            best_s = min(best_s, time.perf_counter() - start_s)
+            if totals != [buffer.size for buffer in buffers]:
+                raise RuntimeError("the bandwidth probe read something else than it wrote")
+    return num_threads * _BUFFER_BYTES / best_s
+
+
+def num_cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def commit() -> str:
@@ -54,7 +64,7 @@ def describe() -> dict[str, Any]:
     return {
         "commit": commit(),
         "hardware": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,

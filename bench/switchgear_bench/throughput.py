@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from switchgear import LLM, SamplingParams
+from switchgear import LLM, RequestOutput, SamplingParams
 from switchgear_bench.weight_bytes import WeightBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One measured configuration. Rates are medians over `num_repeats`; `ratio` is to one rank, `bound` to the machine."""
+    """One measured configuration, medians over `num_repeats`; `ratio` is to one rank, `bound` to the machine.
+
+    Latencies are those of the batch's slowest request: its first token, and its mean time from token to token after it.
+    """
 
     num_ranks: int
     batch_size: int
@@ -28,6 +31,8 @@ class Cell:
     output_tokens: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    time_to_first_token_ms: float
+    inter_token_latency_ms: float
     decode_ratio_to_one_rank: float
     decode_bound_tokens_per_s: float
     decode_fraction_of_bound: float
@@ -45,28 +50,54 @@ class Workload:
         return [[draw.randrange(3, vocab_size) for _ in range(self.input_tokens)] for _ in range(self.batch_size)]
 
 
-def _timed(llm: LLM, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[list[int]]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Timing:
+    """Of one cell, in seconds: medians."""
+
+    prefill_s: float
+    decode_s: float
+    first_token_s: float
+    inter_token_s: float
+    tokens: list[list[int]]
+
+
+def _generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[RequestOutput]]:
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     duration_s = time.perf_counter() - start_s
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    if any(len(row) != max_tokens for row in tokens):
+    if any(len(output.outputs[0].token_ids) != max_tokens for output in outputs):
         raise RuntimeError("a request ended early; the rate would be a lie")
-    return duration_s, tokens
+    return duration_s, outputs
 
 
-def _measure(llm: LLM, work: Workload, vocab_size: int, num_repeats: int) -> tuple[float, float, list[list[int]]]:
-    """(median prefill seconds, median decode seconds, all tokens). Each repeat has fresh prompts: a prefix cache hit is no prefill."""
-    prefill, decode, tokens = [], [], []
-    for repeat in range(num_repeats + 1):  # the first warms up
-        prefill_s, _ = _timed(llm, work.prompts(vocab_size, 2 * repeat), 1)
-        total_s, rows = _timed(llm, work.prompts(vocab_size, 2 * repeat + 1), work.output_tokens + 1)
+def _inter_token_s(output: RequestOutput) -> float:
+    first_s, finished_s = output.metrics.first_token_s, output.metrics.finished_s
+    assert first_s is not None
+    assert finished_s is not None
+    return (finished_s - first_s) / (len(output.outputs[0].token_ids) - 1)
+
+
+def _measure(llm: LLM, work: Workload, vocab_size: int, num_repeats: int) -> _Timing:
+    """Each repeat has fresh prompts: a prefix cache hit is no prefill. The first one warms up and does not count."""
+    prefill, decode, first_token, inter_token = [], [], [], []
+    tokens: list[list[int]] = []
+    for repeat in range(num_repeats + 1):
+        prefill_s, _ = _generate(llm, work.prompts(vocab_size, 2 * repeat), 1)
+        total_s, outputs = _generate(llm, work.prompts(vocab_size, 2 * repeat + 1), work.output_tokens + 1)
+        tokens += [list(output.outputs[0].token_ids) for output in outputs]
         if repeat:
             prefill.append(prefill_s)
             decode.append(max(total_s - prefill_s, 1e-9))
-        tokens += rows
-    return median(prefill), median(decode), tokens
+            first_token.append(max(output.metrics.first_token_s or 0.0 for output in outputs))
+            inter_token.append(max(map(_inter_token_s, outputs)))
+    return _Timing(
+        prefill_s=median(prefill),
+        decode_s=median(decode),
+        first_token_s=median(first_token),
+        inter_token_s=median(inter_token),
+        tokens=tokens,
+    )
 
 
 def run(
@@ -75,30 +106,33 @@ def run(
     workloads: Sequence[Workload],
     *,
     num_repeats: int,
-    bandwidth: float,
+    bandwidth: Callable[[int], float],
     settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Yields one row a cell. Rank counts without 1 get it added: it is the baseline."""
+    """Yields one row a cell. Rank counts without 1 get it added: it is the baseline. `bandwidth(n)`: bytes per second that n
+    ranks can read together."""
     weights = WeightBytes.of(model)
-    baseline: dict[Workload, tuple[float, list[list[int]]]] = {}
+    baseline: dict[Workload, _Timing] = {}
     for num_ranks in sorted({1, *ranks}):
         with LLM(model, **settings, ranks=num_ranks, enable_prefix_caching=False) as llm:
             for work in workloads:
-                prefill_s, decode_s, tokens = _measure(llm, work, weights.vocab_size, num_repeats)
-                reference_s, reference = baseline.setdefault(work, (decode_s, tokens))
-                if tokens != reference:
+                timing = _measure(llm, work, weights.vocab_size, num_repeats)
+                one_rank = baseline.setdefault(work, timing)
+                if timing.tokens != one_rank.tokens:
                     raise RuntimeError(f"the tokens of {num_ranks} ranks differ from those of one rank")
-                bound = weights.decode_bound_tokens_per_s(work.batch_size, num_ranks, bandwidth)
-                rate = work.batch_size * work.output_tokens / decode_s
+                bound = weights.decode_bound_tokens_per_s(work.batch_size, num_ranks, bandwidth(num_ranks))
+                rate = work.batch_size * work.output_tokens / timing.decode_s
                 yield asdict(
                     Cell(
                         num_ranks=num_ranks,
                         batch_size=work.batch_size,
                         input_tokens=work.input_tokens,
                         output_tokens=work.output_tokens,
-                        prefill_tokens_per_s=work.batch_size * work.input_tokens / prefill_s,
+                        prefill_tokens_per_s=work.batch_size * work.input_tokens / timing.prefill_s,
                         decode_tokens_per_s=rate,
-                        decode_ratio_to_one_rank=reference_s / decode_s,
+                        time_to_first_token_ms=timing.first_token_s * 1e3,
+                        inter_token_latency_ms=timing.inter_token_s * 1e3,
+                        decode_ratio_to_one_rank=one_rank.decode_s / timing.decode_s,
                         decode_bound_tokens_per_s=bound,
                         decode_fraction_of_bound=rate / bound,
                         num_repeats=num_repeats,

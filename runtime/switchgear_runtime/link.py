@@ -92,13 +92,18 @@ class RankLink:
         Tries again, within `timeout_s`, where strangers crowd the server's door.
         """
         deadline_s = system.now() + timeout_s
-        while True:
+        turned_away: _TurnedAway | None = None
+        while (left_s := deadline_s - system.now()) > 0 or turned_away is None:
             try:
-                return cls._connect(address, token, rank, timeout_s=deadline_s - system.now(), system=system)
-            except _TurnedAway:
-                if system.now() + CONNECT_PAUSE_S >= deadline_s:
-                    raise
+                return cls._connect(address, token, rank, timeout_s=left_s, system=system)
+            except _TurnedAway as error:
+                turned_away = error
                 system.sleep(CONNECT_PAUSE_S)
+            except OSError:
+                if turned_away is None:
+                    raise
+                break
+        raise turned_away
 
     @classmethod
     def _connect(
@@ -108,7 +113,7 @@ class RankLink:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             rank_nonce = system.randbits(8 * NONCE_BYTES).to_bytes(NONCE_BYTES, "little")
-            challenge = _challenge(connection, GREETING.pack(MAGIC, rank, rank_nonce))
+            challenge = _ask(connection, GREETING.pack(MAGIC, rank, rank_nonce), address, rank)
             server_nonce, proof = challenge[:NONCE_BYTES], challenge[NONCE_BYTES:]
             if not hmac.compare_digest(proof, server_proof(token, rank, rank_nonce, server_nonce)):
                 raise LinkRefused(f"the server at {address[0]}:{address[1]} does not know this cluster's token")
@@ -160,12 +165,14 @@ class RankLink:
         self._socket.close()
 
 
-def _challenge(connection: socket.socket, greeting: bytes) -> bytes:
+def _ask(connection: socket.socket, greeting: bytes, address: tuple[str, int], rank: int) -> bytes:
+    """The server's challenge."""
     try:
         connection.sendall(greeting)
-        return _receive(connection, CHALLENGE_BYTES)
+        first = _receive(connection, 1)
     except (ConnectionError, EOFError):
-        raise _TurnedAway("the server closed the link before its challenge; has it stopped?") from None
+        raise _TurnedAway(f"the server at {address[0]}:{address[1]} refused rank {rank} unheard") from None
+    return first + _receive(connection, CHALLENGE_BYTES - 1)
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:

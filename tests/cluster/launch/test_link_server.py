@@ -249,7 +249,7 @@ def test_rank_that_reads_slowly_may_lag_by_any_amount(monkeypatch: pytest.Monkey
             host.server.send(0, message)
         missing = 20 * len(link.frame(encode(message)))  # type: ignore[arg-type]
         while missing:
-            missing -= len(await asyncio.to_thread(rank._socket.recv, 8 << 20, socket.MSG_WAITALL))
+            missing -= len(await asyncio.to_thread(rank._socket.recv, min(missing, 8 << 20), socket.MSG_WAITALL))
             await asyncio.sleep(0.1)
 
     host = hosted(scenario)
