@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class BenchCommand:
         from switchgear_bench import machine
         from switchgear_bench.throughput import Workload, run
 
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else 140)
         bandwidth = machine.read_bandwidth_bytes_per_s
         header = machine.describe() | {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),

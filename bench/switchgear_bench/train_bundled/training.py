@@ -160,7 +160,7 @@ def train(model: Any, rows: Rows, plan: TrainingPlan, say: Callable[[str], None]
         optimizer.step()
         report.num_steps = step + 1
         report.num_tokens += token_ids_BT.numel()
-        if step % 100 == 0:
+        if step % 20 == 0:
             say(f"step {step}: loss {output.loss.item():.3f}, {elapsed_s / 60:.1f} min")
     report.hours = (time.monotonic() - start_s) / 3600
     model.eval()
