@@ -94,6 +94,7 @@ class Cluster:
                 max_prompts_per_request=config.max_prompts_per_request,
                 max_queued=config.max_queued_requests,
                 max_body_bytes=config.max_body_bytes,
+                max_total_body_bytes=config.max_total_body_bytes,
             ),
         )
         self.controller = Controller(

@@ -39,7 +39,9 @@ class ServeConfig:
     mpi_address: str = setting("127.0.0.1", "This host's address as the ranks of launcher mpi reach it.")
     host: str = setting("127.0.0.1", "Address the HTTP server listens on.")
     port: int = setting(8000, "Port the HTTP server listens on; 0: any free one.")
-    api_key: str | None = setting(None, "Key that requests must bear; covers every route but /health.")
+    api_key: str | None = setting(
+        None, "Key that requests must bear; covers every route but /health. Default: SWITCHGEAR_API_KEY."
+    )
     served_model_name: str | None = setting(None, "The model's name in the API. Default: its directory's name.")
     chat_template: str | None = setting(
         None, "File with the Jinja template for conversations. Default: the checkpoint's own."
@@ -49,6 +51,10 @@ class ServeConfig:
     max_restarts: int = setting(8, "Rank restarts within --restart-window-s before the cluster gives up.")
     restart_window_s: float = setting(300.0, "Window for --max-restarts, in seconds.")
     max_body_bytes: int = setting(8 << 20, "Largest request body.")
+    max_total_body_bytes: int = setting(
+        64 << 20, "Bytes of all bodies that are being read, the first 64 KiB of each not counted; beyond it: 503."
+    )
+    max_connections: int = setting(1024, "Most clients connected at a time; beyond it: 503 for all but /health.")
     max_prompts_per_request: int = setting(1024, "Most prompts in one request.")
     max_queued_requests: int = setting(4096, "Most unfinished sequences in the whole server; beyond it: 429.")
     log_level: str = setting("info", "How much the server and the ranks log.", choices=LOG_LEVELS)
@@ -61,8 +67,14 @@ class ServeConfig:
         _integer("ranks", self.ranks, 1, RANKS_MAX)
         _integer("port", self.port, 0, 65535)
         _integer("max_restarts", self.max_restarts, 0, 1 << 20)
-        for name in ("max_body_bytes", "max_prompts_per_request", "max_queued_requests"):
+        limits = ("max_body_bytes", "max_total_body_bytes", "max_prompts_per_request", "max_queued_requests")
+        for name in (*limits, "max_connections"):
             _integer(name, getattr(self, name), 1, 1 << 40)
+        if self.max_total_body_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_total_body_bytes={self.max_total_body_bytes} must hold one body of "
+                f"max_body_bytes={self.max_body_bytes}; raise it"
+            )
         for name in ("start_timeout_s", "restart_window_s", "ray_cpus_per_rank"):
             _above_zero(name, getattr(self, name))
         if not _is_number(self.drain_timeout_s) or self.drain_timeout_s < 0:

@@ -61,6 +61,8 @@ class LinkWriter:
         if num_taken > self._num_taken:
             self._num_taken, self._progress_s = num_taken, now_s
         elif now_s - self._progress_s >= UNREAD_TIMEOUT_S:
-            self._on_stuck(f"it does not read its link: {num_unsent} bytes wait and none went in {UNREAD_TIMEOUT_S:g} s")
+            self._on_stuck(
+                f"it does not read its link: {num_unsent} bytes wait and none went in {UNREAD_TIMEOUT_S:g} s"
+            )
             return
         self._arm()

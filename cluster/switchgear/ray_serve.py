@@ -21,6 +21,7 @@ from switchgear.config import ServeConfig, split_settings
 from switchgear.flags import settings_of
 from switchgear.server.app import create_app
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.env import api_key_of_environment
 from switchgear_runtime.errors import ConfigError, RankFailed
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ HEALTH_PERIOD_S = 5.0
 NOT_HERE = {
     "host": "Ray Serve's http_options",
     "port": "Ray Serve's http_options",
+    "max_connections": "Ray Serve's max_ongoing_requests",
     "ray_address": "the Ray cluster that Ray Serve runs on",
 }
 
@@ -73,7 +75,7 @@ class Replica:
         _this_replica = create_app(
             self._cluster.core,
             model_name=self._cluster.model_name,
-            api_key=serve_config.api_key,
+            api_key=serve_config.api_key or api_key_of_environment(),
             why_not_ready=lambda: self._cluster.not_ready_reason,
         )
 

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from switchgear_runtime.errors import ConfigError
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+API_KEY = "SWITCHGEAR_API_KEY"
 ENVIRONMENT = {  # for docs/CONFIG.md
     "SWITCHGEAR_ISA": "run the kernels' `generic`, `avx2` or `avx512` build; the bits are the same. Default: the best the CPU has",
+    API_KEY: "the API key of `switchgear serve` where `--api-key` is absent; unlike a flag, it shows in no process list",
 }
 
 
@@ -28,6 +30,14 @@ def forced_instruction_set() -> str | None:
     return value
 
 
+def api_key_of_environment() -> str | None:
+    """`SWITCHGEAR_API_KEY`; None where it is not set. Empty is a mistake: it would let everybody in."""
+    value = os.environ.get(API_KEY)
+    if value == "":
+        raise ConfigError(f"{API_KEY}='' would let everybody in; set a key, or unset it")
+    return value
+
+
 def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment for a child, with `defaults` where the user has set nothing."""
-    return {**defaults, **os.environ}
+    """This process's environment for a child, with `defaults` where the user has set nothing. A rank needs no key."""
+    return {**defaults, **{name: value for name, value in os.environ.items() if name != API_KEY}}

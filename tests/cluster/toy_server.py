@@ -16,6 +16,7 @@ import uvicorn
 from switchgear.config import bundled_model
 from switchgear.loop_thread import LoopThread
 from switchgear.server.app import create_app
+from switchgear.server.connections import http_config
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class ToyServer:
         api_key: str | None = None,
         limits: ServerLimits | None = None,
         step_s: float = 0.001,
+        max_connections: int = 1024,
     ) -> None:
         self.step_s = step_s
         self.ranks = [ToyRank(rank) for rank in range(num_ranks)]
@@ -113,8 +115,7 @@ class ToyServer:
         app = create_app(self.core, model_name="toy", api_key=api_key)
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
-        self._http = uvicorn.Server(config)
+        self._http = uvicorn.Server(http_config(app, max_connections=max_connections, close_timeout_s=1))
         self._loop = LoopThread("toy-server")
         self._tasks: list[asyncio.Task[Any]] = []
         self._loop.call(self._start(listener), 10)

@@ -30,8 +30,11 @@ class Admission:
     max_tokens: int
 
 
-def parse_prompts(prompts: object) -> list[Prompt]:
-    """OpenAI's `prompt`: str | list[str] | list[int] | list[list[int]], or texts and lists of ids mixed."""
+def parse_prompts(prompts: object, max_prompts: int | None = None) -> list[Prompt]:
+    """OpenAI's `prompt`: str | list[str] | list[int] | list[list[int]], or texts and lists of ids mixed.
+
+    What is in a list of ids is checked once its length is.
+    """
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
@@ -41,13 +44,13 @@ def parse_prompts(prompts: object) -> list[Prompt]:
     if not prompts:
         raise RequestError("prompt is an empty array; give at least one prompt", param="prompt")
     if _is_token_id(prompts[0]):
-        return [_token_ids(prompts, "prompt")]
+        return [prompts]
+    if max_prompts is not None:
+        _check_num_prompts(len(prompts), max_prompts, "prompt")
     parsed: list[Prompt] = []
     for i, item in enumerate(prompts):
-        if isinstance(item, str):
+        if isinstance(item, (str, list, tuple)):
             parsed.append(item)
-        elif isinstance(item, (list, tuple)):
-            parsed.append(_token_ids(item, f"prompt[{i}]"))
         else:
             raise RequestError(
                 f"prompt[{i}] is {_kind(item)}; it must be a string or an array of token ids", param="prompt"
@@ -83,25 +86,29 @@ class Admitter:
         add_special: bool = True,
     ) -> list[Admission]:
         """`params`: one for all prompts, or one each. `add_special`: as the tokenizer's `encode`."""
-        if len(prompts) > self._limits.max_prompts_per_request:
-            raise RequestError(
-                f"prompt holds {len(prompts)} prompts; the limit is {self._limits.max_prompts_per_request} per request",
-                param="prompt",
-            )
+        shared = isinstance(params, SamplingParams)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(
-                f"{len(each)} sampling parameters came for {len(prompts)} prompts; give one, or one per prompt",
-                param="sampling_params",
-            )
+        self.check_counts(len(prompts), None if shared else len(each))
         num_sequences = sum(one.n for one in each)
         if num_sequences > self._limits.max_queued:
             raise RequestError(
                 f"n and prompt ask for {num_sequences} sequences; the limit is {self._limits.max_queued}", param="n"
             )
-        for one in each:
+        for one in each[:1] if shared else each:
             self._check_params(one)
-        return [self._admit(prompt, one, max_model_len, add_special) for prompt, one in zip(prompts, each, strict=True)]
+        return [
+            self._admit(prompt, one, max_model_len, add_special, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
+            for i, (prompt, one) in enumerate(zip(prompts, each, strict=True))
+        ]
+
+    def check_counts(self, num_prompts: int, num_params: int | None, *, param: str = "prompt") -> None:
+        """Before anything is made of a request. `num_params`: None where one is for all. `param`: where prompts are."""
+        _check_num_prompts(num_prompts, self._limits.max_prompts_per_request, param)
+        if num_params not in (None, num_prompts):
+            raise RequestError(
+                f"{num_params} sampling parameters came for {num_prompts} prompts; give one, or one per prompt",
+                param="sampling_params",
+            )
 
     def choices(self, admission: Admission, base: WireSampling, seed: int) -> Iterator[WireSampling]:
         """What a rank needs to know for each choice. `base`: the `wire_sampling` of a prompt with the same params."""
@@ -149,17 +156,11 @@ class Admitter:
         if params.stop and self._tokenizer is None:
             raise RequestError("stop needs a tokenizer, which this checkpoint lacks; use stop_token_ids", param="stop")
 
-    def _admit(self, prompt: Prompt, params: SamplingParams, max_model_len: int, add_special: bool) -> Admission:
-        if isinstance(prompt, str):
-            token_ids = self._encode(prompt, params, max_model_len, add_special)
-        else:
-            token_ids = list(prompt)
-            for token_id in token_ids:
-                if not 0 <= token_id < self._facts.vocab_size:
-                    raise RequestError(
-                        f"prompt has token id {token_id}; ids go from 0 to {self._facts.vocab_size - 1}", param="prompt"
-                    )
-        num_prompt = len(token_ids)
+    def _admit(
+        self, prompt: Prompt, params: SamplingParams, max_model_len: int, add_special: bool, name: str
+    ) -> Admission:
+        given = self._encode(prompt, params, max_model_len, add_special) if isinstance(prompt, str) else prompt
+        num_prompt = len(given)
         if num_prompt == 0:
             raise RequestError("prompt is empty; give at least one token", param="prompt")
         room = max_model_len - num_prompt
@@ -168,7 +169,21 @@ class Admitter:
             raise _too_long(max_model_len, f"{num_prompt}", num_prompt + max(max_tokens, 1), max(max_tokens, 1))
         if params.min_tokens > max_tokens:
             raise RequestError(f"min_tokens={params.min_tokens} is above max_tokens={max_tokens}", param="min_tokens")
+        token_ids = list(given) if isinstance(prompt, str) else self._checked_ids(given, name)
         return Admission(prompt_token_ids=token_ids, params=params, max_tokens=max_tokens)
+
+    def _checked_ids(self, items: Sequence[int], name: str) -> list[int]:
+        if set(map(type, items)) != {int}:  # at C's speed; perhaps all are of a kind of int
+            for item in items:
+                if not _is_token_id(item):
+                    raise RequestError(f"{name} mixes token ids with {_kind(item)}; give integers only", param="prompt")
+        low, high = min(items), max(items)
+        if low < 0 or high >= self._facts.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(
+                f"prompt has token id {wrong}; ids go from 0 to {self._facts.vocab_size - 1}", param="prompt"
+            )
+        return list(items)
 
     def _encode(self, text: str, params: SamplingParams, max_model_len: int, add_special: bool) -> list[int]:
         if self._tokenizer is None:
@@ -190,11 +205,9 @@ def _too_long(max_model_len: int, num_prompt: str, num_total: int, max_tokens: i
     )
 
 
-def _token_ids(items: Sequence[object], name: str) -> list[int]:
-    for item in items:
-        if not _is_token_id(item):
-            raise RequestError(f"{name} mixes token ids with {_kind(item)}; give integers only", param="prompt")
-    return list(items)  # type: ignore[arg-type]
+def _check_num_prompts(num_prompts: int, limit: int, param: str) -> None:
+    if num_prompts > limit:
+        raise RequestError(f"{param} holds {num_prompts} prompts; the limit is {limit} per request", param=param)
 
 
 def _is_token_id(item: object) -> bool:

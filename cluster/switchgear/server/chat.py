@@ -32,6 +32,7 @@ class Chat:
         body.refuse_unsupported()
         _refuse_unsupported(body)
         self._frontend.check_model(body.model)
+        self._frontend.check_salt(body.cache_salt)
         params = _params(body)
         prompt = await self._frontend.chat_prompt(body.messages, body)
         try:

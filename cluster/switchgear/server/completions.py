@@ -34,6 +34,7 @@ class Completions:
         if body.suffix:
             raise RequestError("suffix is not supported; leave it out", param="suffix")
         self._frontend.check_model(body.model)
+        self._frontend.check_salt(body.cache_salt)
         params = _params(body)
         add_special = body.add_special_tokens is not False
         admissions = await self._frontend.check(body.prompt, params, add_special=add_special)

@@ -86,7 +86,7 @@ class ServerCore:
         self.num_discarded_tokens = 0  # late ones, of sequences that ended or moved
         self._system = system
         self._send = send
-        self._admitter = Admitter(tokenizer, facts, self.limits)
+        self.admitter = Admitter(tokenizer, facts, self.limits)
         self._requests: dict[str, Request] = {}
         self._sequences: dict[int, LiveSequence] = {}
         self.waiting = WaitingLine(self.ranks)
@@ -115,8 +115,8 @@ class ServerCore:
 
         `add_special`: whether texts get the tokenizer's own special tokens; a chat template has put them in already.
         """
-        parsed: list[Prompt] = parse_prompts(prompts)
-        return self._admitter.check(parsed, params, self.max_model_len, add_special=add_special)
+        parsed: list[Prompt] = parse_prompts(prompts, self.limits.max_prompts_per_request)
+        return self.admitter.check(parsed, params, self.max_model_len, add_special=add_special)
 
     def admit(self, admissions: Sequence[Admission], *, sink: Sink, tenant: str = "", cache_salt: str = "") -> Request:
         """Start what `check` passed, all or nothing: RequestError 503 while not ready, 429 when the queue is full."""
@@ -140,11 +140,11 @@ class ServerCore:
             seed = admission.params.seed if admission.params.seed is not None else draw_seed(self._system)
             if self.observer:
                 self.observer.accepted(len(admission.prompt_token_ids))
-            base = bases.get(id(admission.params)) or self._admitter.wire_sampling(admission, seed)
+            base = bases.get(id(admission.params)) or self.admitter.wire_sampling(admission, seed)
             bases[id(admission.params)] = base
             sequences = [
                 self._make(request, prompt_index, index, admission, sampling, tenant, cache_salt)
-                for index, sampling in enumerate(self._admitter.choices(admission, base, seed))
+                for index, sampling in enumerate(self.admitter.choices(admission, base, seed))
             ]
             for sequence in self._leaders(admission, sequences):
                 self.waiting.add(sequence)

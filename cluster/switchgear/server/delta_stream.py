@@ -1,15 +1,19 @@
 """Between the core and one slow reader: `DeltaStream`, which coalesces instead of growing.
 
-At most one pending delta per sequence: what comes before the reader asks again is joined to it. Belongs to one loop.
+At most one pending delta per sequence: what comes before the reader asks again is joined to it. Token ids and text are
+small; logprobs with alternatives are not, so a reader that lets too many pile up loses its request. Belongs to one loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from switchgear.server.events import Finish, SequenceEvent, TokenLogprob
+from switchgear_runtime.errors import RequestError
 
+SLOW_READ_S = 2.0
 TOKENS_PER_READ_MAX = 1 << 15  # so that one frame stays small whatever has piled up
 
 
@@ -23,9 +27,19 @@ class _Pending:
 
 
 class DeltaStream:
-    """`put` is the sink of a request of `num_sequences`; `read` gives what is new."""
+    """`put` is the sink of a request of `num_sequences`; `read` gives what is new.
 
-    def __init__(self, num_sequences: int) -> None:
+    `max_logprobs`: how many may wait for the reader, alternatives included. If more do and it takes nothing for
+    SLOW_READ_S (our own loop may stall for a moment), `on_overflow` is called, what waits is dropped and `read` raises.
+    """
+
+    def __init__(self, num_sequences: int, *, max_logprobs: int | None = None) -> None:
+        self.on_overflow: Callable[[], None] = lambda: None
+        self._max_logprobs = max_logprobs
+        self._num_logprobs = 0  # waiting
+        self._num_taken = 0  # deltas
+        self._judging = False
+        self._overflow: RequestError | None = None
         self._num_open = num_sequences
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._news = asyncio.Event()
@@ -33,31 +47,60 @@ class DeltaStream:
     @property
     def done(self) -> bool:
         """Every sequence has ended and all was read."""
-        return self._num_open == 0 and not self._pending
+        return self._num_open == 0 and not self._pending and self._overflow is None
 
     def put(self, event: SequenceEvent) -> None:
+        if self._overflow is not None:
+            return
         pending = self._pending.setdefault((event.prompt_index, event.index), _Pending())
         pending.token_ids += event.token_ids
         pending.texts.append(event.text)
         if event.logprobs is not None:
-            pending.logprobs = (pending.logprobs or []) + event.logprobs
+            if pending.logprobs is None:
+                pending.logprobs = []
+            pending.logprobs += event.logprobs
+            self._num_logprobs += sum(1 + len(one.top) for one in event.logprobs)
         if event.prompt_logprobs is not None:
             pending.prompt_logprobs = (pending.prompt_logprobs or []) + event.prompt_logprobs
         if event.finish is not None:
             pending.finish = event.finish
             self._num_open -= 1
         self._news.set()
+        self._judge()
 
     async def read(self, timeout_s: float) -> list[SequenceEvent]:
-        """What is new, at least one delta; [] when `timeout_s` passed first or when done."""
+        """What is new, at least one delta; [] when `timeout_s` passed first or when done. RequestError once too much
+        waited."""
         if self.done:
             return []
+        if self._overflow is not None:
+            raise self._overflow
         try:
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
         except TimeoutError:
             return []
         return self._take()
+
+    def _judge(self) -> None:
+        """A moment to read, if there is much."""
+        if self._max_logprobs is None or self._num_logprobs <= self._max_logprobs or self._judging:
+            return
+        self._judging = True
+        asyncio.get_running_loop().call_later(SLOW_READ_S, self._end_judging, self._num_taken, self._max_logprobs)
+
+    def _end_judging(self, num_taken: int, max_logprobs: int) -> None:
+        self._judging = False
+        if self._num_taken != num_taken:
+            self._judge()
+            return
+        self._overflow = RequestError(
+            f"the client reads too slowly: over {max_logprobs} logprobs waited for it, and the request was aborted; "
+            "read faster, or ask for fewer logprobs",
+            param="logprobs",
+        )
+        self._pending.clear()
+        self.on_overflow()
 
     def _take(self) -> list[SequenceEvent]:
         deltas: list[SequenceEvent] = []
@@ -92,7 +135,9 @@ class DeltaStream:
             else:
                 del self._pending[key]
             room -= len(delta.token_ids)
+            self._num_logprobs -= sum(1 + len(one.top) for one in delta.logprobs or ())
             deltas.append(delta)
+        self._num_taken += len(deltas)
         if not self._pending:
             self._news.clear()
         return deltas

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from switchgear.server.body import BodyRefused
 from switchgear.server.wire import status_of
 from switchgear_runtime.errors import SwitchgearError
 
@@ -37,7 +38,7 @@ def body_of(error: SwitchgearError) -> dict[str, Any]:
 
 
 class ErrorResponse(Response):
-    """JSON; tells an overloaded client when to come back. If the body was too large, hears a little more of it out.
+    """JSON; tells an overloaded client when to come back. If the body was refused, hears a little more of it out.
 
     A server that closes while the client still sends makes the client see a reset instead of the answer, so we read on
     for at most LINGER_S, keeping nothing.
@@ -72,7 +73,7 @@ class ErrorResponse(Response):
 
 def response_of(error: SwitchgearError) -> ErrorResponse:
     status = status_of(error)
-    return ErrorResponse(body_of(error), status, linger=status == 413)
+    return ErrorResponse(body_of(error), status, linger=isinstance(error, BodyRefused))
 
 
 async def on_switchgear_error(_: Request, error: Exception) -> Response:

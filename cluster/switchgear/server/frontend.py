@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
 
 from switchgear.conversation import chat_prompt
 from switchgear.server.admission import Admission
+from switchgear.server.body import BodyReader
+from switchgear.server.containers import check_json
 from switchgear.server.core import Request, ServerCore
 from switchgear.server.delta_stream import DeltaStream
 from switchgear.server.events import SequenceEvent
-from switchgear.server.openai_schema import ChatRequest
-from switchgear.server.schema import ChatFields
+from switchgear.server.openai_schema import ChatRequest, decode_json
+from switchgear.server.schema import Body, ChatFields
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.sampling_params import SamplingParams
 
@@ -27,6 +31,15 @@ class Frontend:
     core: ServerCore
     model_name: str
     created_s: int
+    bodies: BodyReader = field(default_factory=BodyReader)
+
+    async def read(self, http: HttpRequest) -> bytes:
+        return await self.bodies.read(http, self.core.limits)
+
+    async def read_json(self, http: HttpRequest, kind: type[Body]) -> Body:
+        body = await self.read(http)
+        await check_json(body)
+        return decode_json(body, kind)
 
     def check_model(self, name: str | None) -> None:
         """None is the one model we have."""
@@ -35,14 +48,23 @@ class Frontend:
                 f"the model {name!r} does not exist; this server has {self.model_name!r}", param="model", status=404
             )
 
+    def check_salt(self, cache_salt: str | None) -> None:
+        if cache_salt is not None and len(cache_salt) > self.core.limits.max_cache_salt_chars:
+            raise RequestError(
+                f"cache_salt has {len(cache_salt)} characters; the limit is {self.core.limits.max_cache_salt_chars}",
+                param="cache_salt",
+            )
+
     async def check(
         self, prompts: object, params: SamplingParams | Sequence[SamplingParams], *, add_special: bool = True
     ) -> list[Admission]:
-        """The core's `check`, on a thread if the text is long."""
+        """The core's `check`, on a thread if the prompts are long."""
         self.core.require_ready()
         items = prompts if isinstance(prompts, list) else [prompts]
-        num_chars = sum(len(item) for item in items if isinstance(item, str))
-        return await aside(num_chars, lambda: self.core.check(prompts, params, add_special=add_special))
+        size = len(items)
+        if size <= self.core.limits.max_prompts_per_request:
+            size += sum(len(item) for item in items if isinstance(item, (str, list)))
+        return await aside(size, lambda: self.core.check(prompts, params, add_special=add_special))
 
     async def chat_prompt(self, messages: list[dict[str, Any]], fields: ChatFields | ChatRequest) -> str:
         """The text a conversation makes, on a thread if that is long."""
@@ -61,20 +83,17 @@ class Frontend:
 
     def start(self, admissions: list[Admission], cache_salt: str | None) -> Run:
         """Admit; what comes of it is in the Run."""
-        salt = cache_salt or ""
-        if len(salt) > self.core.limits.max_cache_salt_chars:
-            raise RequestError(
-                f"cache_salt has {len(salt)} characters; the limit is {self.core.limits.max_cache_salt_chars}",
-                param="cache_salt",
-            )
-        stream = DeltaStream(sum(admission.params.n for admission in admissions))
-        request = self.core.admit(admissions, sink=stream.put, cache_salt=salt)
-        return Run(core=self.core, request=request, stream=stream)
+        num_sequences = sum(admission.params.n for admission in admissions)
+        stream = DeltaStream(num_sequences, max_logprobs=self.core.limits.max_unread_logprobs)
+        request = self.core.admit(admissions, sink=stream.put, cache_salt=cache_salt or "")
+        run = Run(core=self.core, request=request, stream=stream)
+        stream.on_overflow = run.abort
+        return run
 
 
-async def aside(num_chars: int, work: Callable[[], Result]) -> Result:
-    """Work that grows with a text, here or on a thread."""
-    return work() if num_chars < _THREAD_FROM_CHARS else await asyncio.to_thread(work)
+async def aside(size: int, work: Callable[[], Result]) -> Result:
+    """Work that grows with the `size` of texts (characters) and lists, here or on a thread."""
+    return work() if size < _THREAD_FROM_CHARS else await asyncio.to_thread(work)
 
 
 def _num_chars(messages: list[dict[str, Any]]) -> int:

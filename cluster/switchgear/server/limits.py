@@ -25,4 +25,6 @@ class ServerLimits:
     max_prompts_per_request: int = 1024
     max_queued: int = 4096  # unfinished sequences in the whole server
     max_body_bytes: int = 8 << 20
+    max_total_body_bytes: int = 64 << 20  # of the bodies that are being read
     max_cache_salt_chars: int = 256
+    max_unread_logprobs: int = 1 << 18  # of one request whose client is slow: tokens with logprobs, and alternatives

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from switchgear.server.schema import ChatFields, CommonSampling, Request, schema_error
+from switchgear.server.schema import Body, ChatFields, CommonSampling, schema_error
 from switchgear_runtime.errors import RequestError
+from switchgear_runtime.messages import ITEMS_MAX
 
 Value = TypeVar("Value")
 
@@ -69,7 +70,7 @@ class OpenAIRequest(CommonSampling, kw_only=True):
 class CompletionRequest(OpenAIRequest, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(max_length=ITEMS_MAX)]
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -115,7 +116,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
-def decode_json(body: bytes, kind: type[Request]) -> Request:
+def decode_json(body: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -17,11 +17,10 @@ from starlette.responses import Response
 
 from switchgear.server import sse
 from switchgear.server.admission import Admission
-from switchgear.server.body import read_body
 from switchgear.server.errors import body_of
 from switchgear.server.events import Finish, SequenceEvent, TokenLogprob
 from switchgear.server.frontend import Frontend, Run
-from switchgear.server.openai_schema import OpenAIRequest, decode_json
+from switchgear.server.openai_schema import OpenAIRequest
 from switchgear.server.push_response import PushResponse, unless_disconnected
 from switchgear.server.usage import Usage
 from switchgear_runtime.errors import SwitchgearError
@@ -124,7 +123,7 @@ async def respond(
     http: Request, frontend: Frontend, kind: type[Body], start: Callable[[Body], Awaitable[Reply]]
 ) -> Response:
     """Read and check the body, start it, and send what comes; a client that goes away ends its request."""
-    body = decode_json(await read_body(http, frontend.core.limits.max_body_bytes), kind)
+    body = await frontend.read_json(http, kind)
     reply = await start(body)
     if body.stream:
         return PushResponse(reply.stream(), media_type="text/event-stream", on_end=reply.run.abort)

@@ -20,7 +20,7 @@ from switchgear_runtime.sampling_params import SamplingParams
 
 FRAME_LENGTH = struct.Struct("<I")
 PROMPTS_MAX = 1 << 16  # what can be decoded at all; the configured limit is lower
-Request = TypeVar("Request", bound=msgspec.Struct)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class CommonSampling(msgspec.Struct, kw_only=True):
@@ -123,7 +123,7 @@ class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: dict[str, Any] | None = None  # as in an error response; ends the stream
 
 
-def decode_msgpack(body: bytes, kind: type[Request]) -> Request:
+def decode_msgpack(body: bytes, kind: type[Body]) -> Body:
     """Typed decoding: what the schema does not want (extension types, deep nesting) is never built."""
     if len(body) > FRAME_BYTES_MAX:
         raise RequestError(f"the body has {len(body)} bytes; a msgpack body may have {FRAME_BYTES_MAX}", status=413)

@@ -16,7 +16,9 @@ import uvicorn
 from switchgear.cluster import Cluster
 from switchgear.config import ServeConfig, split_settings
 from switchgear.server.app import create_app
+from switchgear.server.connections import http_config
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.env import api_key_of_environment
 from switchgear_runtime.errors import ConfigError, RankFailed
 
 log = logging.getLogger(__name__)
@@ -31,13 +33,20 @@ def run_server(*, on_ready: Callable[[str], None] | None = None, **settings: Any
     Prints one line with the URL on stdout once requests are taken, then calls `on_ready` with it. The first signal
     stops accepting and lets running requests finish for at most drain_timeout_s; a second one skips the wait.
     """
-    serve, engine = split_settings(settings)
+    serve, engine = split_settings(with_api_key(settings))
     logging.basicConfig(
         level=serve.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     for chatty in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return asyncio.run(_serve(serve, engine, on_ready or (lambda _: None)))
+
+
+def with_api_key(settings: dict[str, Any]) -> dict[str, Any]:
+    """An API key that is not among the settings comes from the environment, which other users cannot list."""
+    if settings.get("api_key") is not None:
+        return settings
+    return {**settings, "api_key": api_key_of_environment()}
 
 
 async def _serve(serve: ServeConfig, engine: EngineConfig, on_ready: Callable[[str], None]) -> int:
@@ -52,9 +61,7 @@ async def _serve(serve: ServeConfig, engine: EngineConfig, on_ready: Callable[[s
             why_not_ready=lambda: cluster.not_ready_reason,
         )
         http = _HttpServer(
-            uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S
-            )
+            http_config(app, max_connections=serve.max_connections, close_timeout_s=_CLOSE_CONNECTIONS_S)
         )
         serving = asyncio.create_task(http.serve(sockets=[listener]))  # /health answers while the ranks load
         starting = asyncio.create_task(cluster.start())

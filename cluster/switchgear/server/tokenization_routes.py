@@ -9,9 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from switchgear.server.admission import encode_text
-from switchgear.server.body import read_body
 from switchgear.server.frontend import Frontend, aside
-from switchgear.server.openai_schema import DetokenizeRequest, TokenizeRequest, decode_json
+from switchgear.server.openai_schema import DetokenizeRequest, TokenizeRequest
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.errors import RequestError
 
@@ -23,7 +22,7 @@ class TokenizationRoutes:
         self._frontend = frontend
 
     async def tokenize(self, http: Request) -> Response:
-        body = decode_json(await self._read(http), TokenizeRequest)
+        body = await self._frontend.read_json(http, TokenizeRequest)
         self._frontend.check_model(body.model)
         tokenizer = self._tokenizer()
         text, add_special = await self._text(body)
@@ -39,7 +38,7 @@ class TokenizationRoutes:
         )
 
     async def detokenize(self, http: Request) -> Response:
-        body = decode_json(await self._read(http), DetokenizeRequest)
+        body = await self._frontend.read_json(http, DetokenizeRequest)
         self._frontend.check_model(body.model)
         tokenizer = self._tokenizer()
         vocab_size = self._frontend.core.facts.vocab_size
@@ -71,9 +70,6 @@ class TokenizationRoutes:
         if body.chat_template is not None:
             raise RequestError("chat_template may not come with a request", param="chat_template")
         return await self._frontend.chat_prompt(body.messages or [], body), bool(body.add_special_tokens)
-
-    async def _read(self, http: Request) -> bytes:
-        return await read_body(http, self._frontend.core.limits.max_body_bytes)
 
     def _tokenizer(self) -> Tokenizer:
         tokenizer = self._frontend.core.tokenizer
