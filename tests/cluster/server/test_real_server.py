@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import start_server, stop_server
+from served_process import start_server, stop_server
 
 from switchgear import LLM, AsyncClient, Client, SamplingParams
 from switchgear_runtime.errors import RankFailed
