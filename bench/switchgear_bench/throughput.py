@@ -17,6 +17,8 @@ from typing import Any
 from switchgear import LLM, RequestOutput, SamplingParams
 from switchgear_bench.weight_bytes import WeightBytes
 
+LOAD_REPORT_TIMEOUT_S = 5.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
@@ -100,6 +102,17 @@ def _measure(llm: LLM, work: Workload, vocab_size: int, num_repeats: int) -> _Ti
     )
 
 
+def idle_ranks(llm: LLM) -> list[int]:
+    """Ranks whose experts have computed no row. Ranks report when they park, so a short run is given a moment."""
+    deadline_s = time.monotonic() + LOAD_REPORT_TIMEOUT_S
+    while True:
+        rows = llm.expert_load().rows
+        idle = [rank for rank, layers in enumerate(rows) if not any(map(any, layers))]
+        if not idle or time.monotonic() > deadline_s:
+            return idle
+        time.sleep(0.05)
+
+
 def run(
     model: str,
     ranks: Sequence[int],
@@ -138,7 +151,6 @@ def run(
                         num_repeats=num_repeats,
                     )
                 )
-            rows = llm.expert_load().rows
-            idle = [rank for rank, layers in enumerate(rows) if not any(map(any, layers))]
+            idle = idle_ranks(llm)
             if idle:
                 raise RuntimeError(f"ranks {idle} computed no expert row: nothing was expert-parallel here")

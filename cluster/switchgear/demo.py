@@ -24,6 +24,7 @@ NUM_RANKS = 4
 MAX_TOKENS = 48
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
+LOAD_REPORT_S = 0.3  # ranks report what their experts did when they park, moments after the last token
 
 
 @contextmanager
@@ -89,6 +90,7 @@ def main() -> None:
         start_s = time.perf_counter()
         outputs = client.generate(prompts, params)
         duration_s = time.perf_counter() - start_s
+        time.sleep(LOAD_REPORT_S)
         load = client.expert_load()
         client.close()
 
