@@ -21,17 +21,32 @@ namespace avx512 {
 extern const KernelTable table;
 }
 #endif
+#ifdef SG_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
+#endif
 
 namespace {
 
+bool cpu_has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
 // Best first; nullptr where this build or this CPU lacks it.
 const KernelTable* find(const char* name) {
-#ifdef SG_HAVE_AVX512
-  if (!strcmp(name, "avx512")) {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return has ? &avx512::table : nullptr;
+#ifdef SG_HAVE_AVX512_BF16
+  if (!strcmp(name, "avx512_bf16")) {
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::table : nullptr;
   }
+#endif
+#ifdef SG_HAVE_AVX512
+  if (!strcmp(name, "avx512")) return cpu_has_avx512() ? &avx512::table : nullptr;
 #endif
 #ifdef SG_HAVE_AVX2
   if (!strcmp(name, "avx2")) {
@@ -42,7 +57,7 @@ const KernelTable* find(const char* name) {
 }
 
 const KernelTable* best() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512_bf16", "avx512", "avx2"}) {
     if (const KernelTable* table = find(name)) return table;
   }
   return &generic::table;

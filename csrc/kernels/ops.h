@@ -11,9 +11,9 @@
 #include "common/api.h"
 
 // Rises with every change of a bit any kernel gives; part of the fingerprint that ranks compare before they join.
-#define SG_KERNEL_VERSION "1"
+#define SG_KERNEL_VERSION "2"
 
-// "generic", "avx2" or "avx512".
+// "generic", "avx2", "avx512" or "avx512_bf16".
 SG_API int sg_set_instruction_set(const char* name);
 SG_API const char* sg_instruction_set();
 SG_API const char* sg_kernel_version();

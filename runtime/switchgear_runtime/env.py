@@ -10,16 +10,16 @@ from collections.abc import Mapping
 
 from switchgear_runtime.errors import ConfigError
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 API_KEY = "SWITCHGEAR_API_KEY"
 ENVIRONMENT = {  # for docs/CONFIG.md
-    "SWITCHGEAR_ISA": "run the kernels' `generic`, `avx2` or `avx512` build; the bits are the same. Default: the best the CPU has",
+    "SWITCHGEAR_ISA": "the kernels' build: `generic`, `avx2`, `avx512` or `avx512_bf16` (same bits). Default: the best the CPU has",
     API_KEY: "the API key of `switchgear serve` where `--api-key` is absent; unlike a flag, it shows in no process list",
 }
 
 
 def forced_instruction_set() -> str | None:
-    """`SWITCHGEAR_ISA`: run the kernels' generic, avx2 or avx512 build (same bits). None: the best the CPU has."""
+    """`SWITCHGEAR_ISA`: which build of the kernels to run (same bits). None: the best the CPU has."""
     value = os.environ.get("SWITCHGEAR_ISA", "").strip().lower()
     if not value or value == "auto":
         return None

@@ -239,7 +239,7 @@ def num_threads() -> int:
 
 
 def set_instruction_set(name: str) -> None:
-    """Use the "generic", "avx2" or "avx512" build of the kernels. Changes no bit; default: the best the CPU has."""
+    """Use one build of the kernels (env.INSTRUCTION_SETS). Changes no bit; default: the best the CPU has."""
     if native.core().sg_set_instruction_set(name.encode()):
         raise ValueError(native.last_error())
 
