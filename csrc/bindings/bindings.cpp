@@ -25,31 +25,29 @@ void call(int status) {
 
 // --- dense -------------------------------------------------------------------------------------------------------
 
-Tensor pack_weight(Tensor weight_NK) {
+void pack(Tensor weight_NK, int64_t format, bool gate_up, Tensor out) {
   const int dtype = weight_dtype(weight_NK.scalar_type(), "weight_NK");
   check(weight_NK, "weight_NK", weight_NK.scalar_type(), {ANY, ANY});
   const int64_t num_out = weight_NK.size(0), num_k = weight_NK.size(1);
-  Tensor out = empty({tiles(num_out), num_k, 16}, weight_NK.scalar_type());
-  call(sg_pack_weight(weight_NK.data_ptr(), dtype, 1, num_out, num_k, out.data_ptr()));
-  return out;
+  check(out, "out", ScalarType::Byte, {sg_packed_bytes(static_cast<int>(format), num_out, num_k, gate_up)});
+  call(sg_pack(static_cast<int>(format), weight_NK.data_ptr(), dtype, num_out, num_k, gate_up, data<uint8_t>(out)));
 }
 
-Tensor pack_weights(Tensor weight_ENK) {
-  const int dtype = weight_dtype(weight_ENK.scalar_type(), "weight_ENK");
-  check(weight_ENK, "weight_ENK", weight_ENK.scalar_type(), {ANY, ANY, ANY});
-  const int64_t batch = weight_ENK.size(0), num_out = weight_ENK.size(1), num_k = weight_ENK.size(2);
-  Tensor out = empty({batch, tiles(num_out), num_k, 16}, weight_ENK.scalar_type());
-  call(sg_pack_weight(weight_ENK.data_ptr(), dtype, batch, num_out, num_k, out.data_ptr()));
-  return out;
-}
-
-Tensor linear(Tensor x_TK, Tensor packed, int64_t num_out) {
-  const int dtype = weight_dtype(packed.scalar_type(), "packed");
+Tensor linear(Tensor x_TK, Tensor packed, int64_t format, int64_t num_out, bool gate_up, std::optional<Tensor> bias_N,
+              bool silu_mul) {
   const float* x = f32(x_TK, "x_TK", {ANY, ANY});
   if (num_out < 0) throw std::invalid_argument("num_out=" + std::to_string(num_out) + " must not be negative");
-  check(packed, "packed", packed.scalar_type(), {tiles(num_out), x_TK.size(1), 16});
-  Tensor out = empty({x_TK.size(0), num_out}, ScalarType::Float);
-  call(sg_linear(x, x_TK.size(0), x_TK.size(1), packed.data_ptr(), dtype, num_out, data<float>(out)));
+  if (silu_mul && !gate_up) throw std::invalid_argument("silu_mul needs a weight packed with gate_up");
+  check(packed, "packed", ScalarType::Byte,
+        {sg_packed_bytes(static_cast<int>(format), num_out, x_TK.size(1), gate_up)});
+  const sg_weight weight{.packed = packed.data_ptr(),
+                         .bias_N = bias_N ? f32(*bias_N, "bias_N", {num_out}) : nullptr,
+                         .num_out = num_out,
+                         .num_k = x_TK.size(1),
+                         .format = static_cast<int32_t>(format),
+                         .gate_up = gate_up};
+  Tensor out = empty({x_TK.size(0), silu_mul ? num_out / 2 : num_out}, ScalarType::Float);
+  call(sg_linear(x, x_TK.size(0), &weight, silu_mul, data<float>(out)));
   return out;
 }
 
@@ -176,26 +174,37 @@ std::tuple<Tensor, Tensor, Tensor> dispatch_pack(Tensor x_TD, Tensor slot_ids_TK
   return {send, send_offsets, pair_index};
 }
 
-std::tuple<Tensor, Tensor, Tensor> experts_forward(TensorList recv, Tensor w13_packed, Tensor w2_packed,
-                                                   int64_t first_slot, int64_t ffn, ScalarType payload) {
-  const int dtype = weight_dtype(w13_packed.scalar_type(), "w13_packed");
-  const int payload_dtype = weight_dtype(payload, "payload");
-  if (ffn < 1) throw std::invalid_argument("ffn=" + std::to_string(ffn) + " must be positive");
-  check(w13_packed, "w13_packed", w13_packed.scalar_type(), {ANY, tiles(2 * ffn), ANY, 16});
-  const int64_t num_slots = w13_packed.size(0), hidden = w13_packed.size(2);
-  check(w2_packed, "w2_packed", w13_packed.scalar_type(), {num_slots, tiles(hidden), ffn, 16});
+// An empty tensor stands for a slot without an expert.
+std::vector<const void*> slot_pointers(const TensorList& tensors, const char* name, int64_t num_bytes) {
+  std::vector<const void*> out;
+  for (const Tensor& tensor : tensors) {
+    if (tensor.numel() > 0) check(tensor, name, ScalarType::Byte, {num_bytes});
+    out.push_back(tensor.numel() > 0 ? tensor.data_ptr() : nullptr);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> experts_forward(TensorList recv, TensorList w13_packed, TensorList w2_packed,
+                                                   int64_t format, int64_t first_slot, int64_t hidden, int64_t ffn) {
+  if (ffn < 1 || hidden < 1 || format < 0 || format > 3 || w13_packed.size() != w2_packed.size()) {
+    throw std::invalid_argument("ffn, hidden and format, or the numbers of w13_packed and w2_packed, do not fit");
+  }
+  const int weight_format = static_cast<int>(format), payload = format == 0 ? 0 : 1;
+  const auto w13 = slot_pointers(w13_packed, "w13_packed", sg_packed_bytes(weight_format, 2 * ffn, hidden, 1));
+  const auto w2 = slot_pointers(w2_packed, "w2_packed", sg_packed_bytes(weight_format, hidden, ffn, 0));
+  const auto num_slots = static_cast<int64_t>(w13.size());
   const std::vector<sg_buffer> messages = buffers(recv, "recv");
   const auto num_ranks = static_cast<int64_t>(messages.size());
   Tensor out_offsets = empty({num_ranks + 1}, ScalarType::Long);
-  call(sg_experts_plan(messages.data(), num_ranks, hidden, payload_dtype, data<int64_t>(out_offsets)));
+  call(sg_experts_plan(messages.data(), num_ranks, hidden, payload, data<int64_t>(out_offsets)));
   Tensor out = empty({data<int64_t>(out_offsets)[num_ranks]}, ScalarType::Byte);
   Tensor rows_per_slot = empty({num_slots}, ScalarType::Long);
   const sg_experts_args args{.recv = messages.data(),
                              .num_ranks = num_ranks,
-                             .w13_packed = w13_packed.data_ptr(),
-                             .w2_packed = w2_packed.data_ptr(),
-                             .dtype = dtype,
-                             .payload = payload_dtype,
+                             .w13_packed_S = w13.data(),
+                             .w2_packed_S = w2.data(),
+                             .format = weight_format,
+                             .payload = payload,
                              .num_slots = num_slots,
                              .first_slot = first_slot,
                              .hidden = hidden,
@@ -279,9 +288,10 @@ Tensor log_softmax_at(Tensor logits_BV, Tensor token_ids_B) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(switchgear, m) {
-  m.def("pack_weight(Tensor weight_NK) -> Tensor");
-  m.def("pack_weights(Tensor weight_ENK) -> Tensor");
-  m.def("linear(Tensor x_TK, Tensor packed, int num_out) -> Tensor");
+  m.def("pack(Tensor weight_NK, int format, bool gate_up, Tensor(a!) out) -> ()");
+  m.def(
+      "linear(Tensor x_TK, Tensor packed, int format, int num_out, bool gate_up, Tensor? bias_N, bool silu_mul) -> "
+      "Tensor");
   m.def("rms_norm(Tensor x_TD, Tensor weight_D, float eps) -> Tensor");
   m.def("rope_(Tensor(a!) x_THC, Tensor positions_T, Tensor cos_PC2, Tensor sin_PC2) -> ()");
   m.def("silu_mul(Tensor gate_up_T2F) -> Tensor");
@@ -294,8 +304,8 @@ STABLE_TORCH_LIBRARY(switchgear, m) {
       "dispatch_pack(Tensor x_TD, Tensor slot_ids_TK, int slots_per_rank, int num_ranks, ScalarType payload) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "experts_forward(Tensor[] recv, Tensor w13_packed, Tensor w2_packed, int first_slot, int ffn, "
-      "ScalarType payload) -> (Tensor, Tensor, Tensor)");
+      "experts_forward(Tensor[] recv, Tensor[] w13_packed, Tensor[] w2_packed, int format, int first_slot, int hidden, "
+      "int ffn) -> (Tensor, Tensor, Tensor)");
   m.def(
       "combine(Tensor[] returned, Tensor pair_index_TK, Tensor topk_weights_TK, int hidden, ScalarType payload) -> "
       "Tensor");
@@ -308,8 +318,7 @@ STABLE_TORCH_LIBRARY(switchgear, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(switchgear, CPU, m) {
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("pack", TORCH_BOX(&pack));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope_", TORCH_BOX(&rope_));

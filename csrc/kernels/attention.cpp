@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/ops.h"
 #include "kernels/table.h"
 #include "kernels/thread_pool.h"
@@ -49,6 +50,7 @@ int check_table(const sg_attention_args& a, const Run& run) {
 }  // namespace
 
 int sg_paged_attention(const sg_attention_args* args) {
+  const sg::FlushDenormals flush;
   const sg_attention_args& a = *args;
   if (a.head_size > sg::HEAD_SIZE_MAX) {
     return sg::fail("head size %lld of q_THC is over %lld", ll(a.head_size), ll(sg::HEAD_SIZE_MAX));

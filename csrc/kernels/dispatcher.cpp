@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/message.h"
 #include "kernels/ops.h"
 #include "kernels/table.h"
@@ -40,6 +41,7 @@ int64_t sg_dispatch_bytes_max(int64_t num_tokens, int64_t top_k, int64_t num_ran
 int sg_dispatch_pack(const float* x, const int32_t* slot_ids, int64_t num_tokens, int64_t hidden, int64_t top_k,
                      int64_t slots_per_rank, int64_t num_ranks, int payload, uint8_t* send, int64_t* send_offsets,
                      int32_t* pair_index) {
+  const sg::FlushDenormals flush;
   if (slots_per_rank < 1 || num_ranks < 1) {
     return sg::fail("slots_per_rank=%lld and num_ranks=%lld must be positive", ll(slots_per_rank), ll(num_ranks));
   }
@@ -110,6 +112,7 @@ int sg_dispatch_pack(const float* x, const int32_t* slot_ids, int64_t num_tokens
 
 int sg_combine(const sg_buffer* returned, int64_t num_ranks, const int32_t* pair_index, const float* topk_weights,
                int64_t num_tokens, int64_t top_k, int64_t hidden, int payload, float* out) {
+  const sg::FlushDenormals flush;
   const int64_t row_bytes = hidden * sg::ITEMSIZE[payload], num_pairs = num_tokens * top_k;
   std::vector<const uint8_t*> rows;  // of each pair
   rows.reserve(static_cast<size_t>(num_pairs));

@@ -1,27 +1,21 @@
-// The grouped expert FFN of one rank: the received (row, slot) pairs are grouped by slot, each slot's rows go through
-// w13 -> silu * up -> w2 together, and each result is written where its pair stands in the message it came in. A row's
-// result depends on that row and its expert only, so grouping changes no bit.
+// The grouped expert FFN of one rank as an op: the received (row, slot) pairs are grouped by slot, each slot's rows go
+// through w13 -> silu * up -> w2 together, read where they were received, and each result is written where its pair stands
+// in the message it came in. A row's result depends on that row and its expert only, so grouping changes no bit.
 #include <algorithm>
 #include <vector>
 
 #include "common/error.h"
-#include "kernels/linear.h"
+#include "common/flush.h"
+#include "kernels/expert_ffn.h"
 #include "kernels/message.h"
 #include "kernels/ops.h"
 #include "kernels/scratch.h"
 #include "kernels/table.h"
 #include "kernels/thread_pool.h"
 
-using sg::kernels;
-
 namespace {
 
 long long ll(int64_t value) { return static_cast<long long>(value); }
-
-struct Work {  // one pair
-  const uint8_t* row;
-  uint8_t* out;
-};
 
 int read_messages(const sg_buffer* recv, int64_t num_ranks, int64_t hidden, int payload,
                   std::vector<sg::Message>* messages) {
@@ -32,39 +26,6 @@ int read_messages(const sg_buffer* recv, int64_t num_ranks, int64_t hidden, int 
     }
   }
   return SG_OK;
-}
-
-// All rows of one slot.
-void run_slot(const sg_experts_args& a, int64_t slot, const Work* work, int64_t num_rows) {
-  thread_local sg::Scratch scratch;
-  const int64_t w13_tiles = (2 * a.ffn + sg::LANES - 1) / sg::LANES, w2_tiles = (a.hidden + sg::LANES - 1) / sg::LANES;
-  const int64_t itemsize = sg::ITEMSIZE[a.dtype];
-  const auto* w13 = static_cast<const uint8_t*>(a.w13_packed) + slot * w13_tiles * a.hidden * sg::LANES * itemsize;
-  const auto* w2 = static_cast<const uint8_t*>(a.w2_packed) + slot * w2_tiles * a.ffn * sg::LANES * itemsize;
-  float* x = scratch.get<float>(num_rows * (2 * a.hidden + 3 * a.ffn));
-  float* gate_up = x + num_rows * a.hidden;
-  float* act = gate_up + num_rows * 2 * a.ffn;
-  float* y = act + num_rows * a.ffn;
-  const auto& k = kernels();
-  for (int64_t i = 0; i < num_rows; ++i) {
-    if (a.payload == sg::BF16) {
-      k.from_bf16(reinterpret_cast<const sg::bf16*>(work[i].row), a.hidden, x + i * a.hidden);
-    } else {
-      std::memcpy(x + i * a.hidden, work[i].row, static_cast<size_t>(a.hidden * sg::ITEMSIZE[sg::F32]));
-    }
-  }
-  if (a.dtype == sg::BF16 && a.payload == sg::F32) k.round_to_bf16(x, num_rows * a.hidden, x);
-  sg::multiply({x, a.hidden, num_rows, w13, a.hidden, 2 * a.ffn, gate_up, 2 * a.ffn}, a.dtype);
-  k.silu_mul(gate_up, num_rows, a.ffn, act);
-  if (a.dtype == sg::BF16) k.round_to_bf16(act, num_rows * a.ffn, act);
-  sg::multiply({act, a.ffn, num_rows, w2, a.ffn, a.hidden, y, a.hidden}, a.dtype);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    if (a.payload == sg::BF16) {
-      k.to_bf16(y + i * a.hidden, a.hidden, reinterpret_cast<sg::bf16*>(work[i].out));
-    } else {
-      std::memcpy(work[i].out, y + i * a.hidden, static_cast<size_t>(a.hidden * sg::ITEMSIZE[sg::F32]));
-    }
-  }
 }
 
 }  // namespace
@@ -82,6 +43,13 @@ int sg_experts_plan(const sg_buffer* recv, int64_t num_ranks, int64_t hidden, in
 
 int sg_experts_forward(const sg_experts_args* args) {
   const sg_experts_args& a = *args;
+  const sg::FlushDenormals flush;
+  if (a.format < 0 || a.format >= sg::NUM_FORMATS || a.payload != sg::activation_dtype(a.format)) {
+    return sg::fail("payload=%d does not fit weights of format %d", a.payload, a.format);
+  }
+  if (a.payload == sg::BF16 && (a.hidden % 2 != 0 || a.ffn % 2 != 0)) {
+    return sg::fail("hidden=%lld and ffn=%lld must be even, as pairs of bf16 are multiplied", ll(a.hidden), ll(a.ffn));
+  }
   std::vector<sg::Message> messages;
   if (read_messages(a.recv, a.num_ranks, a.hidden, a.payload, &messages) != SG_OK) return SG_ERROR;
   const int64_t row_bytes = a.hidden * sg::ITEMSIZE[a.payload];
@@ -102,31 +70,25 @@ int sg_experts_forward(const sg_experts_args* args) {
   std::vector<int64_t> begin(static_cast<size_t>(a.num_slots) + 1, 0);
   for (int64_t s = 0; s < a.num_slots; ++s) {
     begin[static_cast<size_t>(s) + 1] = begin[static_cast<size_t>(s)] + a.rows_per_slot_S[s];
+    if (a.rows_per_slot_S[s] > 0 && (a.w13_packed_S[s] == nullptr || a.w2_packed_S[s] == nullptr)) {
+      return sg::fail("slot %lld got %lld rows and holds no expert", ll(a.first_slot + s), ll(a.rows_per_slot_S[s]));
+    }
   }
-  std::vector<Work> work(static_cast<size_t>(begin.back()));
+  thread_local sg::ScratchVector<const void*> x;
+  thread_local sg::ScratchVector<void*> y;
+  x.resize(begin.back());
+  y.resize(begin.back());
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
   for (int64_t r = 0; r < a.num_ranks; ++r) {
     const sg::Message& message = messages[static_cast<size_t>(r)];
     for (int64_t i = 0; i < message.header.num_pairs; ++i) {
       const sg::Pair pair = message.pair(i);
       const auto slot = static_cast<size_t>(static_cast<int64_t>(pair.slot) - a.first_slot);
-      work[static_cast<size_t>(next[slot]++)] = {message.row(pair.row, row_bytes),
-                                                 a.out + a.out_offsets_R1[r] + i * row_bytes};
+      x[next[slot]] = message.row(pair.row, row_bytes);
+      y[next[slot]++] = a.out + a.out_offsets_R1[r] + i * row_bytes;
     }
   }
-  std::vector<int64_t> active;
-  for (int64_t s = 0; s < a.num_slots; ++s) {
-    if (a.rows_per_slot_S[s] > 0) active.push_back(s);
-  }
-  auto run = [&](int64_t item) {
-    const int64_t slot = active[static_cast<size_t>(item)];
-    run_slot(a, slot, work.data() + begin[static_cast<size_t>(slot)], a.rows_per_slot_S[slot]);
-  };
-  const auto num_active = static_cast<int64_t>(active.size());
-  if (num_active < 2 * sg::num_threads()) {  // few slots: split the outputs inside each instead
-    for (int64_t item = 0; item < num_active; ++item) run(item);
-  } else {
-    sg::parallel_for(num_active, run);
-  }
+  sg::expert_ffn({a.w13_packed_S, a.w2_packed_S, a.num_slots, a.hidden, a.ffn, a.format}, begin.data(), x.data(), y.data(),
+                 a.payload);
   return SG_OK;
 }

@@ -1,69 +1,110 @@
-// Packing of weights, and the dense product over the pool: each task takes some tiles of 16 outputs for all rows.
+// Products over the pool: how they are cut into tasks, and the dense one as an op.
 #include "kernels/linear.h"
 
 #include <cstring>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/ops.h"
-#include "kernels/scratch.h"
 #include "kernels/thread_pool.h"
 
 namespace sg {
 
-void multiply(const GemmArgs& args, int dtype) {
-  const auto run = kernels().gemm[dtype];
-  const int64_t num_tiles = (args.num_out + LANES - 1) / LANES, threads = num_threads();
-  constexpr int64_t COST_MIN = 1 << 16;  // products; below this a task costs less than waking a thread
-  if (threads == 1 || args.num_rows * args.num_k * args.num_out < 2 * COST_MIN) return run(args, 0, num_tiles);
-  constexpr int64_t STEP = 24;  // a multiple of every blocking in isa/gemm.cpp, and at least one strip
-  int64_t chunk = (num_tiles + threads - 1) / threads;
-  if (chunk > STEP) chunk = (chunk / 2 + STEP - 1) / STEP * STEP;
-  parallel_for((num_tiles + chunk - 1) / chunk, [&](int64_t item) {
-    const int64_t begin = item * chunk, end = begin + chunk < num_tiles ? begin + chunk : num_tiles;
-    run(args, begin, end);
-  });
+namespace {
+
+// A task's rows: what of bf16 activations fits the L2 cache beside a panel. A multiple of every strip in isa/gemm.cpp.
+constexpr int64_t ROWS_PER_TASK = 192;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int64_t num_panels_of(const Weight& weight) {
+  return weight.gate_up ? num_panels_gate_up(weight.num_out / 2) : num_panels(weight.num_out);
+}
+
+void cut(const Weight& weight, int64_t num_rows, int32_t index, ScratchVector<GemmTask>* tasks) {
+  // A task streams at least so many bytes of weights, or does products that take as long.
+  constexpr int64_t COST_MIN = 96 << 10;
+  constexpr int64_t BYTES_PER_ROW = 12;  // of a bf16 panel row pair: rows beyond some ten cost more than the bytes
+  const int64_t panels = num_panels_of(weight);
+  const int64_t threads = num_threads();
+  const int64_t blocks = divide_up(num_rows, ROWS_PER_TASK);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = num_rows * block / blocks, end = num_rows * (block + 1) / blocks;
+    const int64_t bytes = panel_bytes(weight.format, weight.num_k);
+    const int64_t cost = bytes + (end - begin) * weight.num_k * BYTES_PER_ROW;
+    int64_t step = divide_up(COST_MIN, cost);
+    const int64_t share = divide_up(panels, 4 * threads);  // some four tasks a thread, where there is work for them
+    if (threads == 1) step = panels;
+    if (step < share) step = share;
+    for (int64_t panel = 0; panel < panels; panel += step) {
+      const int64_t last = panel + step < panels ? panel + step : panels;
+      tasks->push_back({index, static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(panel),
+                        static_cast<int32_t>(last)});
+    }
+  }
+}
+
+void run_task(const Weight& weight, const GemmTask& task, const void* const* x, void* const* y, int y_dtype,
+              Epilogue epilogue, float multiplier) {
+  thread_local Scratch decoded;
+  GemmArgs args = {.x = x,
+                   .packed = weight.packed,
+                   .num_k = weight.num_k,
+                   .num_out = weight.num_out,
+                   .bias = weight.bias,
+                   .multiplier = multiplier,
+                   .epilogue = epilogue,
+                   .y_dtype = y_dtype,
+                   .y = y,
+                   .decoded = nullptr};
+  if (weight.format == FORMAT_INT8 || weight.format == FORMAT_INT4) {
+    args.decoded = decoded.get<uint8_t>((weight.num_k + 1) / 2 * PANEL * 4);
+  }
+  kernels().gemm[weight.format](args, task.row_begin, task.row_end, task.panel_begin, task.panel_end);
+}
+
+void multiply(const Weight& weight, const void* const* x, int64_t num_rows, void* const* y, int y_dtype,
+              Epilogue epilogue, float multiplier) {
+  thread_local ScratchVector<GemmTask> tasks;
+  tasks.clear();
+  cut(weight, num_rows, 0, &tasks);
+  const GemmTask* all = tasks.data();
+  parallel_for(tasks.size(), [&](int64_t i) { run_task(weight, all[i], x, y, y_dtype, epilogue, multiplier); });
 }
 
 }  // namespace sg
 
-namespace {
-
-template <typename T>
-void pack(const T* weight, int64_t num_out, int64_t num_k, T* out) {
-  for (int64_t tile = 0; tile * sg::LANES < num_out; ++tile) {
-    for (int64_t lane = 0; lane < sg::LANES; ++lane) {
-      const int64_t n = tile * sg::LANES + lane;
-      T* to = out + tile * num_k * sg::LANES + lane;
-      for (int64_t k = 0; k < num_k; ++k) to[k * sg::LANES] = n < num_out ? weight[n * num_k + k] : T{};
-    }
+int sg_linear(const float* x, int64_t num_rows, const sg_weight* weight, int silu_mul, float* out) {
+  const sg::FlushDenormals flush;
+  const sg::Weight w = {static_cast<const uint8_t*>(weight->packed), weight->format, weight->gate_up, weight->num_out,
+                        weight->num_k, weight->bias_N};
+  const int64_t width = silu_mul ? w.num_out / 2 : w.num_out;
+  if (num_rows == 0 || width == 0) return SG_OK;
+  if (w.num_k == 0) {
+    std::memset(out, 0, static_cast<size_t>(num_rows * width) * sizeof(float));
+    return SG_OK;
   }
-}
-
-}  // namespace
-
-int sg_pack_weight(const void* weight, int dtype, int64_t batch, int64_t num_out, int64_t num_k, void* out) {
-  const int64_t out_size = (num_out + sg::LANES - 1) / sg::LANES * sg::LANES * num_k;
-  sg::parallel_for(batch, [&](int64_t b) {
-    if (dtype == sg::BF16) {
-      pack(static_cast<const uint16_t*>(weight) + b * num_out * num_k, num_out, num_k,
-           static_cast<uint16_t*>(out) + b * out_size);
-    } else {
-      pack(static_cast<const float*>(weight) + b * num_out * num_k, num_out, num_k,
-           static_cast<float*>(out) + b * out_size);
-    }
-  });
-  return SG_OK;
-}
-
-int sg_linear(const float* x, int64_t num_rows, int64_t num_k, const void* packed, int dtype, int64_t num_out,
-              float* out) {
-  if (num_rows == 0 || num_out == 0) return SG_OK;
-  thread_local sg::Scratch scratch;
-  if (dtype == sg::BF16) {
-    float* rounded = scratch.get<float>(num_rows * num_k);
-    sg::kernels().round_to_bf16(x, num_rows * num_k, rounded);
-    x = rounded;
+  thread_local sg::Scratch rounded;
+  thread_local sg::ScratchVector<const void*> x_rows;
+  thread_local sg::ScratchVector<void*> y_rows;
+  x_rows.resize(num_rows);
+  y_rows.resize(num_rows);
+  if (sg::activation_dtype(w.format) == sg::BF16) {
+    const int64_t stride = (w.num_k + 1) / 2 * 2;
+    auto* rows = rounded.get<sg::bf16>(num_rows * stride);
+    for (int64_t r = 0; r < num_rows; ++r) x_rows[r] = rows + r * stride;
+    sg::parallel_rows(num_rows, w.num_k, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        rows[r * stride + stride - 1].bits = 0;
+        sg::kernels().to_bf16(x + r * w.num_k, w.num_k, rows + r * stride);
+      }
+    });
+  } else {
+    for (int64_t r = 0; r < num_rows; ++r) x_rows[r] = x + r * w.num_k;
   }
-  sg::multiply({x, num_k, num_rows, packed, num_k, num_out, out, num_out}, dtype);
+  for (int64_t r = 0; r < num_rows; ++r) y_rows[r] = out + r * width;
+  sg::multiply(w, x_rows.data(), num_rows, y_rows.data(), sg::F32, silu_mul ? sg::EPILOGUE_SILU_MUL : sg::EPILOGUE_STORE);
   return SG_OK;
 }

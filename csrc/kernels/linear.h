@@ -1,11 +1,37 @@
-// The product of rows with one packed weight, as the other ops use it.
+// A product over the pool: `multiply`, and the rows it takes as pointers.
 #pragma once
 
+#include "kernels/scratch.h"
 #include "kernels/table.h"
 
 namespace sg {
 
-// Runs args over all tiles, on the pool when it pays. args.x holds values of the weight's dtype.
-void multiply(const GemmArgs& args, int dtype);
+// One matrix in memory, as pack.h lays it out.
+struct Weight {
+  const uint8_t* packed = nullptr;
+  int32_t format = 0;  // Format
+  int32_t gate_up = 0;
+  int64_t num_out = 0;  // rows of the source; 2F of gates and ups
+  int64_t num_k = 0;
+  const float* bias = nullptr;  // [num_out] or null
+};
+
+int64_t num_panels_of(const Weight& weight);
+
+// How products of several matrices are cut into tasks: rows [row_begin, row_end) of matrix `index` for some panels.
+struct GemmTask {
+  int32_t index;
+  int32_t row_begin, row_end;
+  int32_t panel_begin, panel_end;
+};
+// Appends the tasks of one product, about `target` weight bytes or products each.
+void cut(const Weight& weight, int64_t num_rows, int32_t index, ScratchVector<GemmTask>* tasks);
+
+// y = x * weight, for the rows at x and y. See GemmArgs.
+void multiply(const Weight& weight, const void* const* x, int64_t num_rows, void* const* y, int y_dtype,
+              Epilogue epilogue, float multiplier = 1.0f);
+// One task of it, on this thread.
+void run_task(const Weight& weight, const GemmTask& task, const void* const* x, void* const* y, int y_dtype,
+              Epilogue epilogue, float multiplier = 1.0f);
 
 }  // namespace sg

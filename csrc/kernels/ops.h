@@ -21,9 +21,19 @@ SG_API const char* sg_kernel_version();
 SG_API int sg_set_num_threads(int64_t num_threads);
 SG_API int64_t sg_num_threads();
 
-SG_API int sg_pack_weight(const void* weight_BNK, int dtype, int64_t batch, int64_t num_out, int64_t num_k, void* out);
-SG_API int sg_linear(const float* x_TK, int64_t num_rows, int64_t num_k, const void* packed, int dtype, int64_t num_out,
-                     float* out);
+// The layouts are in pack.h; `format`: 0 f32, 1 bf16, 2 int8, 3 int4. `gate_up`: rows are gates, then as many ups.
+SG_API const char* sg_pack_version();
+SG_API int64_t sg_packed_bytes(int format, int64_t num_out, int64_t num_k, int gate_up);
+SG_API int sg_pack(int format, const void* weight_NK, int weight_dtype, int64_t num_out, int64_t num_k, int gate_up,
+                   void* out);
+struct sg_weight {
+  const void* packed;
+  const float* bias_N;  // or null
+  int64_t num_out, num_k;
+  int32_t format, gate_up;
+};
+// [T, K] fp32 -> [T, N] fp32; with silu_mul [T, F] of a gate_up weight.
+SG_API int sg_linear(const float* x_TK, int64_t num_rows, const sg_weight* weight, int silu_mul, float* out);
 SG_API int sg_rms_norm(const float* x_TD, const float* weight_D, float eps, int64_t num_rows, int64_t size, float* out);
 SG_API int sg_rope(float* x_THC, const int64_t* positions_T, const float* cos_PC2, const float* sin_PC2,
                    int64_t num_tokens, int64_t num_heads, int64_t head_size, int64_t num_positions);
@@ -67,10 +77,10 @@ SG_API int sg_experts_plan(const sg_buffer* recv, int64_t num_ranks, int64_t hid
 struct sg_experts_args {
   const sg_buffer* recv;
   int64_t num_ranks;
-  const void* w13_packed;  // [S, ceil(2F / 16), D, 16]
-  const void* w2_packed;   // [S, ceil(D / 16), F, 16]
-  int dtype;
-  int payload;
+  const void* const* w13_packed_S;  // gate_up [2F, D] of each slot; null: no expert there
+  const void* const* w2_packed_S;   // [D, F]
+  int format;
+  int payload;  // the activation dtype of `format`
   int64_t num_slots, first_slot, hidden, ffn;
   const int64_t* out_offsets_R1;
   uint8_t* out;

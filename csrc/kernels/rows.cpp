@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/ops.h"
 #include "kernels/scratch.h"
 #include "kernels/table.h"
@@ -30,6 +31,7 @@ void select_top(float* choice, int64_t size, int64_t top_k, int32_t* ids) {
 }  // namespace
 
 int sg_rms_norm(const float* x, const float* weight, float eps, int64_t num_rows, int64_t size, float* out) {
+  const sg::FlushDenormals flush;
   parallel_rows(num_rows, size, [&](int64_t begin, int64_t end) {
     kernels().rms_norm(x + begin * size, weight, eps, end - begin, size, out + begin * size);
   });
@@ -38,6 +40,7 @@ int sg_rms_norm(const float* x, const float* weight, float eps, int64_t num_rows
 
 int sg_rope(float* x, const int64_t* positions, const float* cos, const float* sin, int64_t num_tokens,
             int64_t num_heads, int64_t head_size, int64_t num_positions) {
+  const sg::FlushDenormals flush;
   for (int64_t t = 0; t < num_tokens; ++t) {
     if (positions[t] < 0 || positions[t] >= num_positions) {
       return sg::fail("positions_T[%lld]=%lld is outside the table of %lld positions", ll(t), ll(positions[t]),
@@ -55,6 +58,7 @@ int sg_rope(float* x, const int64_t* positions, const float* cos, const float* s
 }
 
 int sg_silu_mul(const float* gate_up, int64_t num_rows, int64_t ffn, float* out) {
+  const sg::FlushDenormals flush;
   parallel_rows(num_rows, 8 * ffn, [&](int64_t begin, int64_t end) {
     kernels().silu_mul(gate_up + begin * 2 * ffn, end - begin, ffn, out + begin * ffn);
   });
@@ -63,6 +67,7 @@ int sg_silu_mul(const float* gate_up, int64_t num_rows, int64_t ffn, float* out)
 
 int sg_write_kv(const float* k, const float* v, void* k_cache, void* v_cache, int dtype, const int64_t* slots,
                 int64_t num_tokens, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_size) {
+  const sg::FlushDenormals flush;
   for (int64_t t = 0; t < num_tokens; ++t) {
     if (slots[t] < 0 || slots[t] >= num_blocks * block_size) {
       return sg::fail("slots_T[%lld]=%lld is outside the cache of %lld blocks of %lld", ll(t), ll(slots[t]),
@@ -90,6 +95,7 @@ int sg_write_kv(const float* k, const float* v, void* k_cache, void* v_cache, in
 
 int sg_topk_router(const float* logits, const float* bias, int64_t num_tokens, int64_t num_experts, int64_t top_k,
                    int sigmoid, int renormalize, float* weights, int32_t* ids) {
+  const sg::FlushDenormals flush;
   if (top_k < 1 || top_k > num_experts) {
     return sg::fail("top_k=%lld must be 1 to the %lld experts of logits_TE", ll(top_k), ll(num_experts));
   }

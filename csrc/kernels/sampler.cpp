@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/ops.h"
 #include "kernels/random.h"
 #include "kernels/scalar_math.h"
@@ -242,6 +243,7 @@ int check_row(const sg_sample_args& a, int64_t b) {
 }  // namespace
 
 int sg_sample(const sg_sample_args* args) {
+  const sg::FlushDenormals flush;
   const sg_sample_args& a = *args;
   if (a.batch > 0 && a.vocab_size < 1) return sg::fail("logits_BV has an empty vocabulary");
   if (check_ragged("history", a.history, a.num_history, a.history_offsets_B1, a.batch, a.vocab_size) != SG_OK ||
@@ -266,6 +268,7 @@ int sg_sample(const sg_sample_args* args) {
 }
 
 int sg_log_softmax_at(const float* logits, const int64_t* token_ids, int64_t batch, int64_t vocab_size, float* out) {
+  const sg::FlushDenormals flush;
   for (int64_t b = 0; b < batch; ++b) {
     if (token_ids[b] < 0 || token_ids[b] >= vocab_size) {
       return sg::fail("token_ids_B[%lld]=%lld is outside a vocabulary of %lld", ll(b), ll(token_ids[b]),

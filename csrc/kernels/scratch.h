@@ -33,4 +33,45 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// A vector of plain values over such a block; clear() keeps the room.
+template <typename T>
+class ScratchVector {
+ public:
+  void clear() { size_ = 0; }
+  void push_back(const T& value) {
+    if (size_ == capacity_) grow(size_ + 1);
+    data_[size_++] = value;
+  }
+  // Contents are arbitrary where the size grew.
+  void resize(int64_t size) {
+    if (size > capacity_) grow(size);
+    size_ = size;
+  }
+  int64_t size() const { return size_; }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+  ~ScratchVector() { std::free(data_); }
+  ScratchVector() = default;
+  ScratchVector(const ScratchVector&) = delete;
+  ScratchVector& operator=(const ScratchVector&) = delete;
+
+ private:
+  void grow(int64_t needed) {
+    int64_t capacity = capacity_ < 16 ? 16 : 2 * capacity_;
+    if (capacity < needed) capacity = needed;
+    const int64_t bytes = (capacity * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    auto* data = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (data == nullptr) throw std::bad_alloc();
+    for (int64_t i = 0; i < size_; ++i) data[i] = data_[i];
+    std::free(data_);
+    data_ = data;
+    capacity_ = capacity;
+  }
+
+  T* data_ = nullptr;
+  int64_t size_ = 0, capacity_ = 0;
+};
+
 }  // namespace sg

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/pack.h"
+
 namespace sg {
 
 struct bf16 {
@@ -18,16 +20,24 @@ inline constexpr int64_t LANES = 16;
 inline constexpr int64_t HEAD_SIZE_MAX = 512;
 inline constexpr int64_t QUERY_ROWS_MAX = 64;  // (query token, head) rows one attention task carries
 
-// One product: y[r, n] = sum over k of x[r, k] * w[n, k], for the tiles [tile_begin, tile_end) of 16 outputs each.
+enum Epilogue : int {
+  EPILOGUE_STORE = 0,     // y = sum (+ bias), in y_dtype
+  EPILOGUE_ADD = 1,       // y += multiplier * (sum (+ bias)), fp32
+  EPILOGUE_SILU_MUL = 2,  // gates and ups: y = silu(gate) * up, in y_dtype
+};
+
+// y[r, n] = sum over k of x[r, k] * w[n, k], and what becomes of it; see isa/gemm.cpp.
 struct GemmArgs {
-  const float* x;  // [num_rows, x_stride]
-  int64_t x_stride;
-  int64_t num_rows;
-  const void* packed;  // [ceil(num_out / 16), num_k, 16]
+  const void* const* x;   // a row each: fp32 for fp32 weights, else bf16; readable to an even K
+  const uint8_t* packed;  // pack.h
   int64_t num_k;
-  int64_t num_out;
-  float* y;  // [num_rows, y_stride]
-  int64_t y_stride;
+  int64_t num_out;    // 2F for gates and ups
+  const float* bias;  // [num_out] or null
+  float multiplier;
+  Epilogue epilogue;
+  int y_dtype;
+  void* const* y;    // a row each
+  uint8_t* decoded;  // integer formats: room for a panel in bf16, K * 128 bytes rounded up to even K
 };
 
 struct AttentionArgs {
@@ -45,7 +55,8 @@ struct AttentionArgs {
 
 struct KernelTable {
   const char* name;
-  void (*gemm[NUM_DTYPES])(const GemmArgs& args, int64_t tile_begin, int64_t tile_end);
+  void (*gemm[NUM_FORMATS])(const GemmArgs& args, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                            int64_t panel_end);
   // Tokens [token_begin, token_end) of sequence `sequence`, all query heads of KV head `kv_head`.
   void (*attention[NUM_DTYPES])(const AttentionArgs& args, int64_t token_begin, int64_t token_end, int64_t sequence,
                                 int64_t kv_head);

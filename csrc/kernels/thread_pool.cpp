@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/flush.h"
 #include "kernels/ops.h"
 
 namespace sg {
@@ -70,6 +71,7 @@ class ThreadPool {
   }
 
   void work(uint64_t seen) {
+    const FlushDenormals flush;
     for (;;) {
       for (int spin = 0; spin < SPINS && round_.load(std::memory_order_acquire) == seen; ++spin) pause();
       if (round_.load(std::memory_order_acquire) == seen) {

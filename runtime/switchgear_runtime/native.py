@@ -37,8 +37,10 @@ def core() -> ctypes.CDLL:
         raise _fail(path, error) from error
     library.sg_num_threads.restype = ctypes.c_int64
     library.sg_set_num_threads.argtypes = [ctypes.c_int64]
-    for name in ("sg_last_error", "sg_instruction_set", "sg_kernel_version"):
+    for name in ("sg_last_error", "sg_instruction_set", "sg_kernel_version", "sg_pack_version"):
         getattr(library, name).restype = ctypes.c_char_p
+    library.sg_packed_bytes.restype = ctypes.c_int64
+    library.sg_packed_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     library.sg_set_instruction_set.argtypes = [ctypes.c_char_p]
     forced = env.forced_instruction_set()
     if forced is not None and library.sg_set_instruction_set(forced.encode()):

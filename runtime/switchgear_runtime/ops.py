@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,19 +30,68 @@ def _ops() -> Any:
 # --- dense --------------------------------------------------------------------------------------------------------
 
 
-def pack_weight(weight_NK: Tensor) -> Tensor:
-    """[N, K] -> [ceil(N/16), K, 16], zero padded: for one k, 16 outputs lie together. What `linear` reads."""
-    return cast(Tensor, _ops().pack_weight(weight_NK))
+FORMATS = ("f32", "bf16", "int8", "int4")  # csrc/kernels/pack.h
 
 
-def pack_weights(weight_ENK: Tensor) -> Tensor:
-    """[E, N, K] -> [E, ceil(N/16), K, 16]: pack_weight of each."""
-    return cast(Tensor, _ops().pack_weights(weight_ENK))
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedWeight:
+    """A matrix [N, K] in the kernels' layout (csrc/kernels/pack.h). `gate_up`: N = 2F rows, gates first."""
+
+    data: Tensor  # uint8
+    format: str  # one of FORMATS
+    num_out: int
+    num_k: int
+    gate_up: bool = False
+    bias_N: Tensor | None = None  # fp32
+
+    @property
+    def payload(self) -> torch.dtype:
+        """What activations are rounded to before they meet it."""
+        return payload_dtype(self.format)
 
 
-def linear(x_TK: Tensor, packed: Tensor, num_out: int) -> Tensor:
-    """[T, K] fp32 times a packed weight of num_out rows -> [T, num_out] fp32. A bf16 weight rounds x to bf16 first."""
-    return cast(Tensor, _ops().linear(x_TK, packed, num_out))
+def payload_dtype(format: str) -> torch.dtype:
+    """The dtype of the activations that weights of this format take, and of rows between ranks."""
+    return torch.float32 if format == "f32" else torch.bfloat16
+
+
+def packed_bytes(format: str, num_out: int, num_k: int, *, gate_up: bool = False) -> int:
+    """Size of a packed [num_out, num_k]."""
+    return int(native.core().sg_packed_bytes(FORMATS.index(format), num_out, num_k, gate_up))
+
+
+def pack_into(out: Tensor, weight_NK: Tensor, format: str, *, gate_up: bool = False) -> None:
+    """Packs [N, K] (bf16 or fp32) into `out` (uint8, packed_bytes), quantising if the format says so.
+
+    ValueError names what does not fit: a shape, or a weight that is not finite and cannot be quantised.
+    """
+    _ops().pack(weight_NK, FORMATS.index(format), gate_up, out)
+
+
+def pack(weight_NK: Tensor, format: str, *, gate_up: bool = False, bias_N: Tensor | None = None) -> PackedWeight:
+    """`pack_into` memory of its own."""
+    num_out, num_k = weight_NK.shape
+    data = torch.empty(packed_bytes(format, num_out, num_k, gate_up=gate_up), dtype=torch.uint8)
+    pack_into(data, weight_NK, format, gate_up=gate_up)
+    return PackedWeight(data=data, format=format, num_out=num_out, num_k=num_k, gate_up=gate_up, bias_N=bias_N)
+
+
+def linear(x_TK: Tensor, weight: PackedWeight) -> Tensor:
+    """[T, K] fp32 -> x @ weight.T (+ bias), [T, N] fp32. Rounds x to bf16 first, unless the weight is fp32."""
+    return _linear(x_TK, weight, silu_mul=False)
+
+
+def gated_linear(x_TK: Tensor, weight: PackedWeight) -> Tensor:
+    """[T, K] fp32 -> [T, F] fp32: silu(x @ gates.T) * (x @ ups.T), of a weight packed with `gate_up`."""
+    return _linear(x_TK, weight, silu_mul=True)
+
+
+def _linear(x_TK: Tensor, weight: PackedWeight, *, silu_mul: bool) -> Tensor:
+    format = FORMATS.index(weight.format)
+    return cast(
+        Tensor,
+        _ops().linear(x_TK, weight.data, format, weight.num_out, weight.gate_up, weight.bias_N, silu_mul),
+    )
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -122,15 +172,23 @@ def dispatch_pack(
 
 
 def experts_forward(
-    recv: Sequence[Tensor], w13_packed: Tensor, w2_packed: Tensor, first_slot: int, ffn: int, payload: torch.dtype
+    recv: Sequence[Tensor],
+    w13_S: Sequence[Tensor],
+    w2_S: Sequence[Tensor],
+    format: str,
+    first_slot: int,
+    hidden: int,
+    ffn: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out uint8, out_offsets int64 [R + 1], rows_per_slot int64 [S]): w13 -> silu_mul -> w2 for every received pair.
 
     `recv[r]` is rank r's message. out[out_offsets[r] : out_offsets[r + 1]] goes back to rank r: one unweighted row per
-    pair, in the order its pairs came in. w13 [S, ceil(2F/16), D, 16] has the gate rows first; w2 is
-    [S, ceil(D/16), F, 16].
+    pair, in the order its pairs came in. w13_S and w2_S are packed matrices of `format` by slot ([2F, D] with gate_up,
+    and [D, F]); an empty tensor stands for a slot without an expert.
     """
-    result = _ops().experts_forward(list(recv), w13_packed, w2_packed, first_slot, ffn, payload)
+    result = _ops().experts_forward(
+        list(recv), list(w13_S), list(w2_S), FORMATS.index(format), first_slot, hidden, ffn
+    )
     return cast(tuple[Tensor, Tensor, Tensor], result)
 
 
@@ -247,6 +305,12 @@ def set_instruction_set(name: str) -> None:
 def instruction_set() -> str:
     name: bytes = native.core().sg_instruction_set()
     return name.decode()
+
+
+def pack_version() -> str:
+    """Rises with every change of the packed layout or of the quantiser: what is kept on disk under it is exchangeable."""
+    version: bytes = native.core().sg_pack_version()
+    return version.decode()
 
 
 def kernel_version() -> str:

@@ -15,6 +15,7 @@ namespace sg::SG_ISA {
 struct pairs16 {  // sixteen pairs, pair i for lane i
   __m512i v;
 };
+SG_INLINE pairs16 pairs_of(__m512i words) { return {words}; }
 SG_INLINE pairs16 load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 SG_INLINE pairs16 set1_pair(const bf16* p) {
   int32_t both;
@@ -35,15 +36,12 @@ SG_INLINE f32x16 low_halves(__m512i v) { return {_mm512_castsi512_ps(_mm512_slli
 SG_INLINE f32x16 high_halves(__m512i v) {
   return {_mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
 }
-SG_INLINE pairs16 load_pairs(const bf16* p) {
-  const __m512i v = _mm512_loadu_si512(p);
-  return {low_halves(v), high_halves(v)};
-}
+SG_INLINE pairs16 pairs_of(__m512i words) { return {low_halves(words), high_halves(words)}; }
+SG_INLINE pairs16 load_pairs(const bf16* p) { return pairs_of(_mm512_loadu_si512(p)); }
 SG_INLINE pairs16 set1_pair(const bf16* p) {
   int32_t both;
   __builtin_memcpy(&both, p, 4);
-  const __m512i v = _mm512_set1_epi32(both);
-  return {low_halves(v), high_halves(v)};
+  return pairs_of(_mm512_set1_epi32(both));
 }
 #elif defined(__AVX2__)
 SG_INLINE __m256 low_halves(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }

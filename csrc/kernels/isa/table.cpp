@@ -6,8 +6,10 @@
 
 namespace sg::SG_ISA {
 
-void gemm_f32(const GemmArgs&, int64_t, int64_t);
-void gemm_bf16(const GemmArgs&, int64_t, int64_t);
+void gemm_f32(const GemmArgs&, int64_t, int64_t, int64_t, int64_t);
+void gemm_bf16(const GemmArgs&, int64_t, int64_t, int64_t, int64_t);
+void gemm_int8(const GemmArgs&, int64_t, int64_t, int64_t, int64_t);
+void gemm_int4(const GemmArgs&, int64_t, int64_t, int64_t, int64_t);
 void attention_f32(const AttentionArgs&, int64_t, int64_t, int64_t, int64_t);
 void attention_bf16(const AttentionArgs&, int64_t, int64_t, int64_t, int64_t);
 void combine_f32(const void* const*, const float*, int64_t, int64_t, float*);
@@ -26,7 +28,7 @@ void from_bf16(const bf16*, int64_t, float*);
 extern const KernelTable table;
 const KernelTable table = {
     .name = SG_STRING(SG_ISA),
-    .gemm = {gemm_f32, gemm_bf16},
+    .gemm = {gemm_f32, gemm_bf16, gemm_int8, gemm_int4},
     .attention = {attention_f32, attention_bf16},
     .combine_row = {combine_f32, combine_bf16},
     .rms_norm = rms_norm,
