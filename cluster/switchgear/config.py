@@ -118,9 +118,14 @@ def split_settings(values: Mapping[str, Any]) -> tuple[ServeConfig, EngineConfig
 
 
 def resolve_model(engine: EngineConfig) -> EngineConfig:
-    """`model` as an absolute path; the bundled model when it is empty."""
+    """Paths become absolute, since ranks have other working directories; the bundled model when `model` is empty."""
     path = Path(engine.model).expanduser().resolve() if engine.model else bundled_model()
-    return replace(engine, model=str(path))
+    cache = engine.weight_cache_dir
+    return replace(
+        engine,
+        model=str(path),
+        weight_cache_dir=str(Path(cache).expanduser().resolve()) if cache else cache,
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -42,6 +42,11 @@ class EngineConfig:
         False, "Only this cluster reaches the network between its hosts; gloo sends in the clear."
     )
     step_timeout_s: float = setting(10.0, "Deadline of one wait for the other ranks, in seconds.")
+    weight_cache_dir: str | None = setting(
+        None,
+        "Where packed weights are kept for the next start and shared by the ranks of a host; empty: nowhere. "
+        "Default: switchgear/weights in the user's cache folder.",
+    )
     num_threads: int = setting(1, "Compute threads per rank.")
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from switchgear_runtime.errors import ConfigError
 
@@ -15,6 +16,7 @@ API_KEY = "SWITCHGEAR_API_KEY"
 ENVIRONMENT = {  # for docs/CONFIG.md
     "SWITCHGEAR_ISA": "the kernels' build: `generic`, `avx2`, `avx512` or `avx512_bf16` (same bits). Default: the best the CPU has",
     API_KEY: "the API key of `switchgear serve` where `--api-key` is absent; unlike a flag, it shows in no process list",
+    "XDG_CACHE_HOME": "where this user's caches lie; packed weights go to `switchgear/weights` there. Default: `~/.cache`",
 }
 
 
@@ -36,6 +38,18 @@ def api_key_of_environment() -> str | None:
     if value == "":
         raise ConfigError(f"{API_KEY}='' would let everybody in; set a key, or unset it")
     return value
+
+
+def user_cache_folder() -> Path | None:
+    """`XDG_CACHE_HOME`, or ~/.cache; None for a user without a home. A relative path does not count (XDG base
+    directory specification)."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if folder.is_absolute():
+        return folder
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None
 
 
 def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:

@@ -124,6 +124,11 @@ class Checkpoint:
         return torch.cat([self.tensor(gate_name), self.tensor(up_name)]), self.tensor(down_name)
 
     @property
+    def paths(self) -> list[Path]:
+        """The files with weights, in the order of their names."""
+        return sorted({file.path for file in self._files.values()})
+
+    @property
     def lm_head(self) -> str:
         """The tensor the logits come from."""
         return LM_HEAD if LM_HEAD in self else EMBED
