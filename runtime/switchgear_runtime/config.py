@@ -18,6 +18,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 
 DTYPES = ("auto", "bfloat16", "float32")
+QUANTIZATIONS = ("none", "int8", "int4")
 TRANSPORTS = ("auto", "shm", "gloo", "mpi", "loopback")
 
 
@@ -27,6 +28,11 @@ class EngineConfig:
 
     model: str = setting("", "Directory of a Hugging Face checkpoint. Empty: the bundled model.")
     dtype: str = setting("auto", "Weights and KV cache; auto: the checkpoint's own.", choices=DTYPES)
+    quantization: str = setting(
+        "none",
+        "Weights of experts and dense layers, made at load: int8 (a scale per output) or int4 (a scale per 32 inputs).",
+        choices=QUANTIZATIONS,
+    )
     max_model_len: int | None = setting(None, "Most tokens of prompt and output. Default: the model's limit.")
     block_size: int = setting(16, "Tokens per KV-cache block.")
     kv_cache_memory_bytes: int = setting(256 << 20, "KV-cache bytes per rank.")

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import ops
-from switchgear_runtime.batch import Batch
+from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.kv_cache import KVCache, num_blocks_in
 from switchgear_runtime.model.attention import AttentionMetadata
 from switchgear_runtime.model.checkpoint import Checkpoint
+from switchgear_runtime.model.matrices import expert_matrix_names
+from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.spec import DecoderSpec
+from switchgear_runtime.model.weight_store import WeightStore
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
-from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.load import ExpertLoad
@@ -67,13 +70,21 @@ class ModelRunner:
         ops.set_num_threads(config.num_threads)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
         self.kv_cache = KVCache(spec, num_blocks=self.num_kv_blocks, block_size=config.block_size, dtype=self.dtype)
-        self._decoder = load_decoder(checkpoint, self.dtype, num_positions=self.max_model_len, load=self.load)
+        self._store = WeightStore(
+            checkpoint, self.dtype, quantization=config.quantization, weight_cache=config.weight_cache_dir, rank=rank
+        )
+        expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
+        self._check(expert_map)
+        self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
+        self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
+        self._native: NativeDecoder | None = None
+        if NativeDecoder.supports(self._decoder):
+            self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._transport: Transport | None = None
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self._staged: dict[int, tuple[ExpertMap, list[ExpertSlots]]] = {}  # by epoch
-        self.expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
-        self._check(self.expert_map)
+        self.expert_map = expert_map
         self._place(self.expert_map, self._load_slots(self.expert_map))
 
     @property
@@ -95,6 +106,7 @@ class ModelRunner:
             "kernels": ops.kernel_version(),
             "instruction_set": ops.instruction_set(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self.config.quantization,
             "block_size": self.config.block_size,
             "checkpoint": self.checkpoint.identity(),
             "model": hashlib.sha256(repr(self.spec).encode()).hexdigest()[:16],
@@ -134,15 +146,28 @@ class ModelRunner:
         if self._transport is None:
             raise RuntimeError("forward before begin: the rank is in no generation")
         flat = batch.flatten(self.config.block_size)
-        token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
-        sampling_rows = torch.tensor(flat.sampling_rows, dtype=torch.int64)
         self.load.discard()  # what a broken step left
-        with torch.inference_mode():
-            x_TD = self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
-            logits = self._decoder.logits(x_TD, sampling_rows)
+        x_TD = self._hidden_states(flat, self._transport)
+        logits = self._logits(x_TD, torch.tensor(flat.sampling_rows, dtype=torch.int64))
         self.load.commit()
         self._prompt_states = (x_TD, torch.tensor(flat.prompt_rows)) if flat.prompt_rows else None
         return logits
+
+    def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
+        if self._native is not None:
+            routed_LE, rows_LE = self.load.step_counts_LE
+            return self._native.hidden_states(
+                flat, transport, timeout_s=self.config.step_timeout_s, routed_LE=routed_LE, rows_LE=rows_LE
+            )
+        with torch.inference_mode():
+            token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
+            return self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
+
+    def _logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        if self._native is not None:
+            return self._native.logits(x_TD, rows_S)
+        with torch.inference_mode():
+            return self._decoder.logits(x_TD, rows_S)
 
     def prompt_logits(self) -> Iterator[Tensor]:
         """Logits of the last batch's prompt rows (FlatBatch.prompt_rows), in order, a bounded number of rows at a
@@ -153,9 +178,7 @@ class ModelRunner:
         self._prompt_states = None
         num_rows = max(1, PROMPT_LOGITS_BYTES_MAX // (4 * self.spec.vocab_size))
         for chunk in torch.split(rows, num_rows):
-            with torch.inference_mode():
-                logits = self._decoder.logits(x_TD, chunk)
-            yield logits
+            yield self._logits(x_TD, chunk)
 
     def _check(self, expert_map: ExpertMap) -> None:
         expected = (self.world_size, self.spec.num_moe_layers, self.spec.num_experts)
@@ -175,17 +198,28 @@ class ModelRunner:
                     self.rank * expert_map.slots_per_rank,
                     hidden=self.spec.hidden_size,
                     ffn=self.spec.moe.ffn,
-                    dtype=self.dtype,
-                    read=partial(self.checkpoint.expert, decoder_layer),
+                    format=self._store.expert_format,
+                    read=partial(self._store.expert, decoder_layer),
                     held=layer.experts,
                 )
             )
-        self.checkpoint.release()
+        self._store.publish()
         return slots
+
+    def _expert_names(self, expert_map: ExpertMap) -> list[str]:
+        """Of the matrices that this rank needs."""
+        names: list[str] = []
+        for index, layer in enumerate(self.spec.moe_layers):
+            for expert in expert_map.local_experts(index, self.rank).tolist():
+                if expert != EMPTY:
+                    names += expert_matrix_names(layer, expert)
+        return names
 
     def _place(self, expert_map: ExpertMap, slots: list[ExpertSlots]) -> None:
         for index, layer in enumerate(self.moe_layers):
             layer.place(slots[index], torch.from_numpy(expert_map.slot_table(index, self.rank)))
+        if self._native is not None:
+            self._native.place()
         self.expert_map = expert_map
 
     def _connect(self, transport: Transport) -> None:

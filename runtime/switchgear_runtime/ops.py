@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import native
+from switchgear_runtime.packing import FORMATS, PAYLOAD, packed_bytes
 
 
 def _ops() -> Any:
@@ -30,15 +31,12 @@ def _ops() -> Any:
 # --- dense --------------------------------------------------------------------------------------------------------
 
 
-FORMATS = ("f32", "bf16", "int8", "int4")  # csrc/kernels/pack.h
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedWeight:
     """A matrix [N, K] in the kernels' layout (csrc/kernels/pack.h). `gate_up`: N = 2F rows, gates first."""
 
     data: Tensor  # uint8
-    format: str  # one of FORMATS
+    format: str  # one of packing.FORMATS
     num_out: int
     num_k: int
     gate_up: bool = False
@@ -52,12 +50,7 @@ class PackedWeight:
 
 def payload_dtype(format: str) -> torch.dtype:
     """The dtype of the activations that weights of this format take, and of rows between ranks."""
-    return torch.float32 if format == "f32" else torch.bfloat16
-
-
-def packed_bytes(format: str, num_out: int, num_k: int, *, gate_up: bool = False) -> int:
-    """Size of a packed [num_out, num_k]."""
-    return int(native.core().sg_packed_bytes(FORMATS.index(format), num_out, num_k, gate_up))
+    return torch.float32 if PAYLOAD[format] == "float32" else torch.bfloat16
 
 
 def pack_into(out: Tensor, weight_NK: Tensor, format: str, *, gate_up: bool = False) -> None:
@@ -305,12 +298,6 @@ def set_instruction_set(name: str) -> None:
 def instruction_set() -> str:
     name: bytes = native.core().sg_instruction_set()
     return name.decode()
-
-
-def pack_version() -> str:
-    """Rises with every change of the packed layout or of the quantiser: what is kept on disk under it is exchangeable."""
-    version: bytes = native.core().sg_pack_version()
-    return version.decode()
 
 
 def kernel_version() -> str:

@@ -42,23 +42,23 @@ class Attention:
         self, spec: AttentionSpec, qkv: Linear, out: Linear, rope: Rope, q_norm: RMSNorm | None, k_norm: RMSNorm | None
     ) -> None:
         self.spec = spec
-        self._qkv = qkv
-        self._out = out
-        self._rope = rope
-        self._q_norm = q_norm
-        self._k_norm = k_norm
-        self._scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        self.qkv = qkv
+        self.out = out
+        self.rope = rope
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
 
     def forward(self, x_TD: Tensor, metadata: AttentionMetadata, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         num_tokens, spec = x_TD.shape[0], self.spec
-        qkv = self._qkv(x_TD)
+        qkv = self.qkv(x_TD)
         k_begin = spec.num_heads * spec.head_dim
         v_begin = k_begin + spec.num_kv_heads * spec.head_dim
-        q_THC = self._heads(qkv[:, :k_begin], spec.num_heads, self._q_norm)
-        k_TGC = self._heads(qkv[:, k_begin:v_begin], spec.num_kv_heads, self._k_norm)
+        q_THC = self._heads(qkv[:, :k_begin], spec.num_heads, self.q_norm)
+        k_TGC = self._heads(qkv[:, k_begin:v_begin], spec.num_kv_heads, self.k_norm)
         v_TGC = self._heads(qkv[:, v_begin:], spec.num_kv_heads, None)
-        self._rope.rotate_(q_THC, metadata.positions_T)
-        self._rope.rotate_(k_TGC, metadata.positions_T)
+        self.rope.rotate_(q_THC, metadata.positions_T)
+        self.rope.rotate_(k_TGC, metadata.positions_T)
         ops.write_kv(k_TGC, v_TGC, k_cache, v_cache, metadata.slots_T)
         attended_THC = ops.paged_attention(
             q_THC,
@@ -67,10 +67,10 @@ class Attention:
             metadata.block_tables_SB,
             metadata.seq_ids_T,
             metadata.positions_T,
-            self._scale,
+            self.scale,
             spec.sliding_window or 0,
         )
-        return self._out(attended_THC.view(num_tokens, -1))
+        return self.out(attended_THC.view(num_tokens, -1))
 
     def _heads(self, x: Tensor, num_heads: int, norm: RMSNorm | None) -> Tensor:
         x = x.contiguous()

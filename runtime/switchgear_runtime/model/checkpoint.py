@@ -116,12 +116,17 @@ class Checkpoint:
         """A view of the mapped file, in the dtype it has on disk."""
         return self._files[name].read(name)
 
-    def expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-        """(gate and up rows [2F, D], down [D, F]) of one logical expert of decoder layer `layer`."""
-        gate_name, up_name, down_name = self.names.expert(layer, expert)
+    def expert_gate_up(self, layer: int, expert: int) -> Tensor:
+        """Gate and up rows [2F, D] of one logical expert of decoder layer `layer`."""
+        gate_name, up_name, _ = self.names.expert(layer, expert)
         if self.names.fused:
-            return self._files[gate_name].read(gate_name, expert), self._files[down_name].read(down_name, expert)
-        return torch.cat([self.tensor(gate_name), self.tensor(up_name)]), self.tensor(down_name)
+            return self._files[gate_name].read(gate_name, expert)
+        return torch.cat([self.tensor(gate_name), self.tensor(up_name)])
+
+    def expert_down(self, layer: int, expert: int) -> Tensor:
+        """[D, F]."""
+        _, _, down_name = self.names.expert(layer, expert)
+        return self._files[down_name].read(down_name, expert) if self.names.fused else self.tensor(down_name)
 
     @property
     def paths(self) -> list[Path]:

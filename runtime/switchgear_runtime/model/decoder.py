@@ -69,12 +69,12 @@ class Decoder:
         embedding_multiplier: float = 1.0,
         logits_scaling: float = 1.0,
     ) -> None:
-        self._embedding_VD = embedding_VD
+        self.embedding_VD = embedding_VD
         self.layers = tuple(layers)
-        self._norm = norm
-        self._lm_head = lm_head
-        self._embedding_multiplier = embedding_multiplier
-        self._logits_scaling = logits_scaling
+        self.norm = norm
+        self.lm_head = lm_head
+        self.embedding_multiplier = embedding_multiplier
+        self.logits_scaling = logits_scaling
 
     def forward(
         self, token_ids_T: Tensor, metadata: AttentionMetadata, sampling_rows: Tensor, kv_cache: KVCache
@@ -86,9 +86,9 @@ class Decoder:
         """x_TD, fp32, after the last layer: what `logits` takes rows of."""
         if token_ids_T.numel() == 0:
             return self._take_part()
-        x_TD = self._embedding_VD.index_select(0, token_ids_T).float()
-        if self._embedding_multiplier != 1.0:
-            x_TD = x_TD * self._embedding_multiplier
+        x_TD = self.embedding_VD.index_select(0, token_ids_T).float()
+        if self.embedding_multiplier != 1.0:
+            x_TD = x_TD * self.embedding_multiplier
         for layer, k_cache, v_cache in zip(self.layers, kv_cache.k, kv_cache.v, strict=True):
             x_TD = layer.forward(x_TD, metadata, k_cache, v_cache)
         return x_TD
@@ -97,15 +97,15 @@ class Decoder:
         """logits_SV, fp32, of rows of `hidden_states`; a row's bits do not depend on the others."""
         if rows_S.numel() == 0:
             return self.no_logits()
-        logits_SV = self._lm_head(self._norm(x_TD.index_select(0, rows_S)))
-        return logits_SV if self._logits_scaling == 1.0 else logits_SV / self._logits_scaling
+        logits_SV = self.lm_head(self.norm(x_TD.index_select(0, rows_S)))
+        return logits_SV if self.logits_scaling == 1.0 else logits_SV / self.logits_scaling
 
     def _take_part(self) -> Tensor:
         """No tokens here, but other ranks' tokens may need this rank's experts, in every MoE layer."""
-        x_TD = torch.empty((0, self._embedding_VD.shape[1]), dtype=torch.float32)
+        x_TD = torch.empty((0, self.embedding_VD.shape[1]), dtype=torch.float32)
         for layer in self.layers:
             layer.ffn.forward(x_TD)
         return x_TD
 
     def no_logits(self) -> Tensor:
-        return torch.empty((0, self._lm_head.num_out), dtype=torch.float32)
+        return torch.empty((0, self.lm_head.num_out), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The small parts of a decoder layer: `Linear`, the norms, `Rope`, `DenseMLP`, `SharedExpert`. They pack their weights.
+"""The small parts of a decoder layer: `Linear`, the norms, `Rope`, `DenseMLP`, `SharedExpert`, over packed weights.
 
 Activations between ops are fp32. Each part is row independent, since the native ops are, and torch only copies here and
 adds or multiplies element by element, one correctly rounded operation at a time.
@@ -9,7 +9,6 @@ Letters: T tokens, D hidden, N rows of a weight, K its columns, F ffn, H heads, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,19 +22,14 @@ POSITIONS_AT_ONCE = 4096  # bounds the memory that building the rotary tables ta
 
 
 class Linear:
-    """x @ weight.T + bias. Several weights are stacked by rows into one product (q, k and v; gate and up)."""
+    """x @ weight.T + bias."""
 
-    def __init__(self, weights_NK: Sequence[Tensor], dtype: torch.dtype, biases_N: Sequence[Tensor] = ()) -> None:
-        weight_NK = (
-            torch.cat([weight.to(dtype) for weight in weights_NK]) if len(weights_NK) > 1 else weights_NK[0].to(dtype)
-        )
-        self.num_out = weight_NK.shape[0]
-        self._packed = ops.pack_weight(weight_NK.contiguous())
-        self._bias_N = torch.cat([bias.float() for bias in biases_N]) if biases_N else None
+    def __init__(self, weight: ops.PackedWeight) -> None:
+        self.weight = weight
+        self.num_out = weight.num_out
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        y_TN = ops.linear(x_TK, self._packed, self.num_out)
-        return y_TN if self._bias_N is None else y_TN + self._bias_N
+        return ops.linear(x_TK, self.weight)
 
 
 class Norm(Protocol):
@@ -51,11 +45,11 @@ class RMSNorm:
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
         self.size = weight_D.shape[0]
-        self._weight_D = weight_D.float().contiguous().clone()
-        self._eps = eps
+        self.weight_D = weight_D.float().contiguous().clone()
+        self.eps = eps
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return ops.rms_norm(x_TD, self._weight_D, self._eps)
+        return ops.rms_norm(x_TD, self.weight_D, self.eps)
 
 
 class LayerNorm:
@@ -66,7 +60,7 @@ class LayerNorm:
 
     def __init__(self, weight_D: Tensor, bias_D: Tensor, eps: float) -> None:
         self.size = weight_D.shape[0]
-        self._mean = Linear([torch.full((1, self.size), 1.0 / self.size)], torch.float32)
+        self._mean = Linear(ops.pack(torch.full((1, self.size), 1.0 / self.size), "f32"))
         self._norm = RMSNorm(weight_D, eps)
         self._bias_D = bias_D.float().contiguous().clone()
 
@@ -75,16 +69,16 @@ class LayerNorm:
 
 
 class DenseMLP:
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)). `gate_up` is packed with gate_up."""
 
-    def __init__(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, dtype: torch.dtype) -> None:
-        self._gate_up = Linear([gate_FD, up_FD], dtype)
-        self._down = Linear([down_DF], dtype)
+    def __init__(self, gate_up: ops.PackedWeight, down: ops.PackedWeight) -> None:
+        self.gate_up = gate_up
+        self.down = down
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if x_TD.shape[0] == 0:
             return x_TD
-        return self._down(ops.silu_mul(self._gate_up(x_TD)))
+        return ops.linear(ops.gated_linear(x_TD, self.gate_up), self.down)
 
 
 class SharedExpert:
@@ -93,15 +87,15 @@ class SharedExpert:
     It is a dense weight, computed where the token is. The gate is a router of one expert, and has its precision.
     """
 
-    def __init__(self, mlp: DenseMLP, gate_1D: Tensor | None) -> None:
-        self._mlp = mlp
-        self._gate = None if gate_1D is None else Linear([gate_1D], torch.float32)
+    def __init__(self, mlp: DenseMLP, gate: Linear | None) -> None:
+        self.mlp = mlp
+        self.gate = gate
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        y_TD = self._mlp.forward(x_TD)
-        if self._gate is None:
+        y_TD = self.mlp.forward(x_TD)
+        if self.gate is None:
             return y_TD
-        gate_T1, _ = ops.topk_router(self._gate(x_TD), 1, "sigmoid", False)
+        gate_T1, _ = ops.topk_router(self.gate(x_TD), 1, "sigmoid", False)
         return gate_T1 * y_TD
 
 
@@ -118,14 +112,14 @@ class Rope:
         powers = np.array([math.pow(spec.theta, float(exponent)) for exponent in exponents], np.float32)
         frequencies = np.zeros(-(-half // 16) * 16, np.float32)
         frequencies[:half] = np.float32(1.0) / powers
-        self._cos = torch.empty((num_positions, half))
-        self._sin = torch.empty((num_positions, half))
+        self.cos_PC2 = torch.empty((num_positions, half))
+        self.sin_PC2 = torch.empty((num_positions, half))
         for begin in range(0, num_positions, POSITIONS_AT_ONCE):
             end = min(begin + POSITIONS_AT_ONCE, num_positions)
             positions = np.arange(begin, end, dtype=np.float32)
             angles = (positions[:, None] * frequencies).astype(np.float64)
-            self._cos[begin:end] = torch.from_numpy(np.cos(angles)[:, :half])
-            self._sin[begin:end] = torch.from_numpy(np.sin(angles)[:, :half])
+            self.cos_PC2[begin:end] = torch.from_numpy(np.cos(angles)[:, :half])
+            self.sin_PC2[begin:end] = torch.from_numpy(np.sin(angles)[:, :half])
 
     def rotate_(self, x_THC: Tensor, positions_T: Tensor) -> None:
-        ops.rope_(x_THC, positions_T, self._cos, self._sin)
+        ops.rope_(x_THC, positions_T, self.cos_PC2, self.sin_PC2)

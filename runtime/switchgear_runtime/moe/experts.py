@@ -16,8 +16,8 @@ from torch import Tensor
 from switchgear_runtime import ops
 from switchgear_runtime.moe.expert_map import EMPTY
 
-LANES = 16  # rows of a weight that lie together (ops.pack_weight)
-ReadExpert = Callable[[int], tuple[Tensor, Tensor]]  # logical expert -> (gate and up rows [2F, D], down [D, F])
+ReadExpert = Callable[[int], tuple[ops.PackedWeight, ops.PackedWeight]]  # logical expert -> (gate and up, down)
+_NO_EXPERT = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,13 +31,15 @@ class ExpertRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExpertSlots:
-    """Immutable, so that the next epoch's slots can be staged beside those in use; unchanged layers are shared."""
+    """Immutable, so that the next epoch's slots can be staged beside those in use; an expert's weights are shared."""
 
     experts: NDArray[np.int32]  # [S] logical expert of each slot, EMPTY for none
     first_slot: int  # global id of the first
+    hidden: int
     ffn: int
-    w13_packed: Tensor  # [S, ceil(2F / 16), D, 16]
-    w2_packed: Tensor  # [S, ceil(D / 16), F, 16]
+    format: str  # of all of them (packing.FORMATS)
+    w13_S: Sequence[Tensor]  # packed gate and up [2F, D], uint8; empty where there is no expert
+    w2_S: Sequence[Tensor]  # packed down [D, F]
 
     @classmethod
     def load(
@@ -47,32 +49,32 @@ class ExpertSlots:
         *,
         hidden: int,
         ffn: int,
-        dtype: torch.dtype,
+        format: str,
         read: ReadExpert,
         held: ExpertSlots | None = None,
     ) -> ExpertSlots:
-        """Slots for `experts`: copied from `held` where it has them, read from the checkpoint where not."""
+        """Slots for `experts`: taken from `held` where it has them, read where not."""
         if held is not None and held.first_slot == first_slot and np.array_equal(held.experts, experts):
             return held
         slot_of = {} if held is None else {expert: slot for slot, expert in enumerate(held.experts.tolist())}
-        num_slots = len(experts)
-        w13_packed = torch.zeros((num_slots, -(-2 * ffn // LANES), hidden, LANES), dtype=dtype)
-        w2_packed = torch.zeros((num_slots, -(-hidden // LANES), ffn, LANES), dtype=dtype)
-        for slot, expert in enumerate(experts.tolist()):
+        w13_S, w2_S = [], []
+        for expert in experts.tolist():
             if expert == EMPTY:
-                continue
-            if held is not None and expert in slot_of:
-                w13_packed[slot] = held.w13_packed[slot_of[expert]]
-                w2_packed[slot] = held.w2_packed[slot_of[expert]]
+                w13, w2 = _NO_EXPERT, _NO_EXPERT
+            elif held is not None and expert in slot_of:
+                w13, w2 = held.w13_S[slot_of[expert]], held.w2_S[slot_of[expert]]
             else:
-                w13_2FD, w2_DF = read(expert)
-                w13_packed[slot] = ops.pack_weight(w13_2FD.to(dtype).contiguous())
-                w2_packed[slot] = ops.pack_weight(w2_DF.to(dtype).contiguous())
-        return cls(experts=experts, first_slot=first_slot, ffn=ffn, w13_packed=w13_packed, w2_packed=w2_packed)
+                gate_up, down = read(expert)
+                w13, w2 = gate_up.data, down.data
+            w13_S.append(w13)
+            w2_S.append(w2)
+        return cls(
+            experts=experts, first_slot=first_slot, hidden=hidden, ffn=ffn, format=format, w13_S=w13_S, w2_S=w2_S
+        )
 
     def __call__(self, recv: Sequence[Tensor]) -> ExpertRows:
         """Group the received pairs by slot, compute, return each source rank's rows in its own order."""
         data, offsets, rows_per_slot_S = ops.experts_forward(
-            recv, self.w13_packed, self.w2_packed, self.first_slot, self.ffn, self.w13_packed.dtype
+            recv, self.w13_S, self.w2_S, self.format, self.first_slot, self.hidden, self.ffn
         )
         return ExpertRows(data=data, offsets=offsets.tolist(), rows_per_slot_S=rows_per_slot_S)

@@ -25,28 +25,35 @@ class MoELayer:
     """
 
     def __init__(
-        self, index: int, router: TopKRouter, load: ExpertLoad, shared: Callable[[Tensor], Tensor] | None = None
+        self,
+        index: int,
+        router: TopKRouter,
+        load: ExpertLoad,
+        shared: Callable[[Tensor], Tensor] | None = None,
+        *,
+        expert_format: str = "bf16",
     ) -> None:
         self.index = index
         self.router = router
+        self.expert_format = expert_format  # of the experts' packed weights
         self.load = load
         self.shared = shared
         self.experts: ExpertSlots | None = None
-        self._slot_table_E: Tensor | None = None
+        self.slot_table_E: Tensor | None = None
         self._dispatcher: Dispatcher | None = None
 
     def place(self, experts: ExpertSlots, slot_table_E: Tensor) -> None:
         """The epoch's experts of this rank, and for each logical expert the slot this rank's tokens go to (int32)."""
         self.experts = experts
-        self._slot_table_E = slot_table_E
+        self.slot_table_E = slot_table_E
 
     def connect(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     def remap(self, topk_ids_TK: Tensor) -> Tensor:
         """Logical experts -> one physical replica each."""
-        assert self._slot_table_E is not None
-        return torch.index_select(self._slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
+        assert self.slot_table_E is not None
+        return torch.index_select(self.slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         assert self.experts is not None

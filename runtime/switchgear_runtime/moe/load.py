@@ -24,6 +24,11 @@ class ExpertLoad:
         self._step_routed_LE = np.zeros(shape, np.int64)
         self._step_rows_LE = np.zeros(shape, np.int64)
 
+    @property
+    def step_counts_LE(self) -> tuple[Int64, Int64]:
+        """(routed, rows) of the step that runs, for who counts by itself."""
+        return self._step_routed_LE, self._step_rows_LE
+
     def record_routed(self, layer: int, topk_ids_TK: NDArray[np.int32]) -> None:
         self._step_routed_LE[layer] += np.bincount(topk_ids_TK.reshape(-1), minlength=self._step_routed_LE.shape[1])
 

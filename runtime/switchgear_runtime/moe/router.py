@@ -15,12 +15,13 @@ from switchgear_runtime.moe.spec import MoESpec
 class TopKRouter:
     """x_TD -> (topk_weights_TK fp32, topk_ids_TK int32), best first."""
 
-    def __init__(self, weight_ED: Tensor, spec: MoESpec) -> None:
+    def __init__(self, weight: ops.PackedWeight, spec: MoESpec) -> None:
+        """`weight`: [E, D], packed as f32."""
         self.spec = spec
-        self._packed = ops.pack_weight(weight_ED.float().contiguous())
+        self.weight = weight
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TE = ops.linear(x_TD, self._packed, self.spec.num_experts)
+        logits_TE = ops.linear(x_TD, self.weight)
         if self.spec.scoring == "sparsemixer":
             return sparsemixer(logits_TE, self.spec.top_k, self.spec.jitter_eps)
         return ops.topk_router(logits_TE, self.spec.top_k, self.spec.scoring, self.spec.renormalize)

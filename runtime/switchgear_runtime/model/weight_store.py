@@ -1,0 +1,104 @@
+"""The packed weights of one rank: `WeightStore`, matrices by name from the weight cache, packed from the checkpoint once.
+
+Only what is asked for is read or packed, so a rank touches the bytes of its own experts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime import ops
+from switchgear_runtime.errors import CheckpointError
+from switchgear_runtime.model.checkpoint import Checkpoint
+from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names, matrices
+from switchgear_runtime.model.weight_cache import WeightCache, WeightCacheKey, weight_cache_folder
+from switchgear_runtime.packing import pack_version
+
+
+class WeightStore:
+    """Not thread-safe. `weight_cache`: EngineConfig's setting of that name."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        *,
+        quantization: str = "none",
+        weight_cache: str | None = "",
+        rank: int = 0,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.matrices = matrices(
+            checkpoint.spec,
+            checkpoint.names,
+            lm_head=checkpoint.lm_head,
+            dtype=str(dtype).removeprefix("torch."),
+            quantization=quantization,
+        )
+        key = WeightCacheKey.of(checkpoint, format=f"{dtype} {quantization}", layout=pack_version())
+        blobs = {name: matrix.num_bytes for name, matrix in self.matrices.items()}
+        self.cache = WeightCache.open(weight_cache_folder(weight_cache), key, blobs, rank=rank)
+
+    @property
+    def expert_format(self) -> str:
+        """Of all routed experts (packing.FORMATS)."""
+        return next(matrix.format for matrix in self.matrices.values() if matrix.expert is not None)
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Pack what no rank of this host has packed yet; ranks that start together share the work."""
+        self.cache.prepare({name: partial(self._fill, self.matrices[name]) for name in names})
+
+    def publish(self) -> None:
+        """After loading: lets go of the checkpoint's pages and of scratch memory."""
+        self.cache.publish()
+        self.checkpoint.release()
+
+    def dense_names(self) -> list[str]:
+        """Of everything but the routed experts."""
+        return [name for name, matrix in self.matrices.items() if matrix.expert is None]
+
+    def embedding(self) -> Tensor:
+        """[V, D] in the run's dtype. Not to be written to."""
+        matrix = self.matrices[EMBEDDING]
+        data = self.cache.get(EMBEDDING, partial(self._fill, matrix))
+        return data.view(self.dtype).view(matrix.num_out, matrix.num_k)
+
+    def matrix(self, name: str, bias_N: Tensor | None = None) -> ops.PackedWeight:
+        matrix = self.matrices[name]
+        return ops.PackedWeight(
+            data=self.cache.get(name, partial(self._fill, matrix)),
+            format=matrix.format,
+            num_out=matrix.num_out,
+            num_k=matrix.num_k,
+            gate_up=matrix.gate_up,
+            bias_N=bias_N,
+        )
+
+    def expert(self, layer: int, expert: int) -> tuple[ops.PackedWeight, ops.PackedWeight]:
+        """(gate and up, down) of one logical expert of decoder layer `layer`."""
+        gate_up, down = expert_matrix_names(layer, expert)
+        return self.matrix(gate_up), self.matrix(down)
+
+    def _fill(self, matrix: Matrix, out: Tensor) -> None:
+        weight_NK = self._read(matrix)
+        if matrix.name == EMBEDDING:
+            out.view(self.dtype).view(weight_NK.shape).copy_(weight_NK)
+            return
+        if weight_NK.dtype == torch.float16:
+            weight_NK = weight_NK.float()
+        try:
+            ops.pack_into(out, weight_NK.contiguous(), matrix.format, gate_up=matrix.gate_up)
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.model_dir}: {matrix.name}: {error}") from None
+
+    def _read(self, matrix: Matrix) -> Tensor:
+        if matrix.expert is not None:
+            read = self.checkpoint.expert_gate_up if matrix.gate_up else self.checkpoint.expert_down
+            return read(*matrix.expert)
+        tensors = [self.checkpoint.tensor(name) for name in matrix.tensors]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]

@@ -1,0 +1,22 @@
+"""The formats that weights are packed in, and their sizes (csrc/kernels/pack.h). Imports no torch.
+
+Letters: N outputs (rows of the matrix), K inputs (its columns).
+"""
+
+from __future__ import annotations
+
+from switchgear_runtime import native
+
+FORMATS = ("f32", "bf16", "int8", "int4")
+PAYLOAD = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # of activations
+
+
+def packed_bytes(format: str, num_out: int, num_k: int, *, gate_up: bool = False) -> int:
+    """Bytes of a packed [num_out, num_k]. `gate_up`: its rows are gates, then as many ups."""
+    return int(native.core().sg_packed_bytes(FORMATS.index(format), num_out, num_k, gate_up))
+
+
+def pack_version() -> str:
+    """Rises with every change of the layout or of the quantiser: what is kept on disk under it is exchangeable."""
+    version: bytes = native.core().sg_pack_version()
+    return version.decode()
