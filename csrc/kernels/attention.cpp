@@ -1,10 +1,11 @@
-// Paged attention over the pool. A task is a run of tokens of one sequence and one KV head: it shares the widened K and
-// V tiles, and changes no bit, since each (token, head) keeps its own sum.
+// Paged attention over the pool. A task is a run of tokens of one sequence and one KV head: its rows share what is read
+// of K and V, and change no bit, since each (token, head) keeps its own sum.
 #include <algorithm>
 #include <vector>
 
 #include "common/error.h"
 #include "common/flush.h"
+#include "kernels/kv_cache.h"
 #include "kernels/ops.h"
 #include "kernels/table.h"
 #include "kernels/thread_pool.h"
@@ -55,15 +56,21 @@ int sg_paged_attention(const sg_attention_args* args) {
   if (a.head_size > sg::HEAD_SIZE_MAX) {
     return sg::fail("head size %lld of q_THC is over %lld", ll(a.head_size), ll(sg::HEAD_SIZE_MAX));
   }
+  if (sg::check_cache(a.dtype, a.block_size, a.head_size) != SG_OK) return SG_ERROR;
+  if (!(a.scale > 0.0f)) return sg::fail("scale=%g must be positive", static_cast<double>(a.scale));
   const int64_t heads_per_kv = a.num_heads / a.num_kv_heads;
   if (heads_per_kv > sg::QUERY_ROWS_MAX) {
     return sg::fail("%lld query heads per KV head are over %lld", ll(heads_per_kv), ll(sg::QUERY_ROWS_MAX));
   }
-  const int64_t tokens_max = std::max<int64_t>(1, std::min<int64_t>(16, sg::QUERY_ROWS_MAX / heads_per_kv));
-  std::vector<Run> runs;
+  const int64_t tokens_max = sg::QUERY_ROWS_MAX / heads_per_kv;
+  thread_local std::vector<Run> kept;  // keeps its room between calls
+  std::vector<Run>& runs = kept;       // the caller's, also where a lambda runs on another thread
+  runs.clear();
   for (int64_t t = 0; t < a.num_tokens; ++t) {
     if (check_token(a, t) != SG_OK) return SG_ERROR;
-    if (!runs.empty() && runs.back().sequence == a.seq_ids_T[t] && t - runs.back().begin < tokens_max) {
+    // Runs end at multiples of their length, so that their rows end in one group of 16 positions.
+    if (!runs.empty() && runs.back().sequence == a.seq_ids_T[t] && a.positions_T[t] % tokens_max != 0 &&
+        t - runs.back().begin < tokens_max) {
       runs.back().end = t + 1;
     } else {
       runs.push_back({t, t + 1, a.seq_ids_T[t]});
@@ -87,9 +94,12 @@ int sg_paged_attention(const sg_attention_args* args) {
                                       .sliding_window = a.sliding_window,
                                       .scale = a.scale};
   const auto run_task = sg::kernels().attention[a.dtype];
-  sg::parallel_for(static_cast<int64_t>(runs.size()) * a.num_kv_heads, [&](int64_t item) {
-    const Run& run = runs[static_cast<size_t>(item / a.num_kv_heads)];
-    run_task(kernel_args, run.begin, run.end, run.sequence, item % a.num_kv_heads);
+  // A thread stays with a KV head, for its cache's sake, and takes the long contexts of a prefill first, since what
+  // ends last should be short.
+  const int64_t num_runs = static_cast<int64_t>(runs.size());
+  sg::parallel_for(num_runs * a.num_kv_heads, [&](int64_t item) {
+    const Run& run = runs[static_cast<size_t>(num_runs - 1 - item % num_runs)];
+    run_task(kernel_args, run.begin, run.end, run.sequence, item / num_runs);
   });
   return SG_OK;
 }

@@ -46,7 +46,7 @@ SG_API int sg_topk_router(const float* logits_TE, const float* bias_E, int64_t n
 
 struct sg_attention_args {
   const float* q_THC;
-  const void* k_cache;  // [B, G, Z, C]
+  const void* k_cache;  // [B, G, Z, C]; kv_cache.cpp has the layout
   const void* v_cache;
   int dtype;
   const int32_t* block_tables_SB;

@@ -1,4 +1,4 @@
-// Ops on rows: norm, rotary embedding, activation, KV write, router. Checks indices, splits rows over the pool.
+// Ops on rows: norm, rotary embedding, activation, router. Checks indices, splits rows over the pool.
 #include <cmath>
 #include <limits>
 
@@ -62,34 +62,6 @@ int sg_silu_mul(const float* gate_up, int64_t num_rows, int64_t ffn, float* out)
   parallel_rows(num_rows, 8 * ffn, [&](int64_t begin, int64_t end) {
     kernels().silu_mul(gate_up + begin * 2 * ffn, end - begin, ffn, out + begin * ffn);
   });
-  return SG_OK;
-}
-
-int sg_write_kv(const float* k, const float* v, void* k_cache, void* v_cache, int dtype, const int64_t* slots,
-                int64_t num_tokens, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_size) {
-  const sg::FlushDenormals flush;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    if (slots[t] < 0 || slots[t] >= num_blocks * block_size) {
-      return sg::fail("slots_T[%lld]=%lld is outside the cache of %lld blocks of %lld", ll(t), ll(slots[t]),
-                      ll(num_blocks), ll(block_size));
-    }
-  }
-  auto write = [&](const float* row, void* cache, int64_t at) {
-    if (dtype == sg::BF16) {
-      kernels().to_bf16(row, head_size, static_cast<sg::bf16*>(cache) + at);
-    } else {
-      std::copy(row, row + head_size, static_cast<float*>(cache) + at);
-    }
-  };
-  // One thread: two tokens may name one slot (a caller's padding), and the later must win.
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
-    for (int64_t g = 0; g < num_kv_heads; ++g) {
-      const int64_t at = ((block * num_kv_heads + g) * block_size + offset) * head_size;
-      write(k + (t * num_kv_heads + g) * head_size, k_cache, at);
-      write(v + (t * num_kv_heads + g) * head_size, v_cache, at);
-    }
-  }
   return SG_OK;
 }
 

@@ -2,6 +2,11 @@
 
 The memory is one anonymous mapping: zero, page aligned, and costing nothing until a block is written.
 
+Within the Z * C elements of a (block, KV head), an fp32 cache holds a row of C per position. A bf16 cache holds what a
+product of bf16 pairs reads: K as [Z / 16][C / 2][16][2] (pairs of channels, 16 positions side by side) and V as
+[Z / 2][C][2] (pairs of positions, channels side by side), so Z is a multiple of 16 and C is even. `ops.write_kv` writes
+both; ops_reference.unpack_k and unpack_v give rows again.
+
 Letters: B blocks, G KV heads, Z block size, C head size.
 """
 
@@ -33,7 +38,7 @@ def num_blocks_in(num_bytes: int, spec: DecoderSpec, block_size: int, dtype: tor
 
 
 class KVCache:
-    """k[layer] and v[layer], each [B, G, Z, C] in the weights' dtype."""
+    """k[layer] and v[layer], each [B, G, Z, C] in the weights' dtype; of a bf16 cache the last two only say how much."""
 
     def __init__(self, spec: DecoderSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.num_blocks = num_blocks

@@ -33,7 +33,7 @@ from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.load import ExpertLoad
 
-KV_TILE = 16  # attention walks tiles of so many positions
+KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
 MAILBOX_BYTES_MIN = 64 << 10
 MAILBOX_BYTES_MAX = 1 << 20  # a larger message goes in chunks
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored

@@ -119,7 +119,8 @@ def topk_router(
 
 
 def write_kv(k_TGC: Tensor, v_TGC: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
-    """Writes each token's k and v to its slot (int64; block * Z + offset) of the caches [B, G, Z, C]."""
+    """Writes each token's k and v to its slot (int64; block * Z + offset) of the caches [B, G, Z, C]; kv_cache.py has their
+    layout. Of two tokens with one slot the later wins."""
     _ops().write_kv(k_TGC, v_TGC, k_cache, v_cache, slots_T)
 
 
@@ -138,7 +139,7 @@ def paged_attention(
 
     All are written before. One routine for prefill, chunks and decode. `sliding_window` > 0 keeps the last so many
     positions, the token's own included; `sinks_H` adds a score without a value per head. Tables and seq_ids are
-    int32, positions int64.
+    int32, positions int64. Over a bf16 cache q and the softmax's weights are rounded to bf16.
     """
     return cast(
         Tensor,

@@ -50,12 +50,47 @@ def rope_(x_THC: Tensor, positions_T: Tensor, cos_PC2: Tensor, sin_PC2: Tensor) 
     x_THC.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], -1))
 
 
+def pack_k(rows_BGZC: Tensor) -> Tensor:
+    """Keys, a row per position, in the order a cache of that dtype holds them (csrc/kernels/kv_cache.cpp)."""
+    if rows_BGZC.dtype != torch.bfloat16:
+        return rows_BGZC.clone()
+    b, g, z, c = rows_BGZC.shape
+    return rows_BGZC.view(b, g, z // LANES, LANES, c // 2, 2).transpose(3, 4).reshape(b, g, z, c)
+
+
+def unpack_k(k_cache: Tensor) -> Tensor:
+    """The inverse of pack_k: a copy of the cache with a row per position."""
+    if k_cache.dtype != torch.bfloat16:
+        return k_cache.clone()
+    b, g, z, c = k_cache.shape
+    return k_cache.view(b, g, z // LANES, c // 2, LANES, 2).transpose(3, 4).reshape(b, g, z, c)
+
+
+def pack_v(rows_BGZC: Tensor) -> Tensor:
+    """Values, a row per position, in the order a cache of that dtype holds them."""
+    if rows_BGZC.dtype != torch.bfloat16:
+        return rows_BGZC.clone()
+    b, g, z, c = rows_BGZC.shape
+    return rows_BGZC.view(b, g, z // 2, 2, c).transpose(3, 4).reshape(b, g, z, c)
+
+
+def unpack_v(v_cache: Tensor) -> Tensor:
+    """The inverse of pack_v."""
+    if v_cache.dtype != torch.bfloat16:
+        return v_cache.clone()
+    b, g, z, c = v_cache.shape
+    return v_cache.view(b, g, z // 2, c, 2).transpose(3, 4).reshape(b, g, z, c)
+
+
 def write_kv(k_TGC: Tensor, v_TGC: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor) -> None:
     block_size = k_cache.shape[2]
+    k, v = unpack_k(k_cache), unpack_v(v_cache)
     for t, slot in enumerate(slots_T.tolist()):
         block, offset = divmod(slot, block_size)
-        k_cache[block, :, offset] = k_TGC[t].to(k_cache.dtype)
-        v_cache[block, :, offset] = v_TGC[t].to(v_cache.dtype)
+        k[block, :, offset] = k_TGC[t].to(k_cache.dtype)
+        v[block, :, offset] = v_TGC[t].to(v_cache.dtype)
+    k_cache.copy_(pack_k(k))
+    v_cache.copy_(pack_v(v))
 
 
 def paged_attention(
@@ -69,17 +104,20 @@ def paged_attention(
     sliding_window: int = 0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
+    """q is rounded to the cache's dtype; the weights of a bf16 cache, which the native op rounds, are exact here."""
     num_heads = q_THC.shape[1]
     _, num_kv_heads, block_size, head_size = k_cache.shape
-    out_THC = torch.empty_like(q_THC)
+    k_BGZC, v_BGZC = unpack_k(k_cache), unpack_v(v_cache)
+    q_THC = q_THC.to(k_cache.dtype)
+    out_THC = torch.empty(q_THC.shape)
     for t in range(q_THC.shape[0]):
         last = int(positions_T[t])
         first = max(0, last - sliding_window + 1) if sliding_window > 0 else 0
         table = block_tables_SB[int(seq_ids_T[t])][: last // block_size + 1].long()
         for head in range(num_heads):
             group = head * num_kv_heads // num_heads
-            k = k_cache[table, group].reshape(-1, head_size)[first : last + 1].double()
-            v = v_cache[table, group].reshape(-1, head_size)[first : last + 1].double()
+            k = k_BGZC[table, group].reshape(-1, head_size)[first : last + 1].double()
+            v = v_BGZC[table, group].reshape(-1, head_size)[first : last + 1].double()
             scores = (k @ q_THC[t, head].double()) * scale
             if sinks_H is not None:
                 scores = torch.cat([scores, sinks_H[head].double()[None]])

@@ -1,4 +1,4 @@
-"""rms_norm, rope_, silu_mul, topk_router, write_kv, log_softmax_at: against the twin, row by row, bit by bit."""
+"""rms_norm, rope_, silu_mul, topk_router, log_softmax_at: against the twin, row by row, bit by bit."""
 
 from __future__ import annotations
 
@@ -117,25 +117,6 @@ def test_router_ties_go_to_the_lowest_id() -> None:
             ops.topk_router(logits_TE, top_k, "softmax", True)
     with pytest.raises(ValueError, match="scoring='relu'"):
         ops.topk_router(logits_TE, 1, "relu", True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_write_kv(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    for block_size, head_size in ((16, 64), (5, 18)):
-        k, v = torch.randn(9, 2, head_size), torch.randn(9, 2, head_size)
-        shape = (4, 2, block_size, head_size)
-        caches = [torch.zeros(shape, dtype=dtype) for _ in range(4)]
-        slots = torch.randperm(4 * block_size)[:9]
-        ops.write_kv(k, v, caches[0], caches[1], slots)
-        ops_reference.write_kv(k, v, caches[2], caches[3], slots)
-        assert torch.equal(caches[0], caches[2])
-        assert torch.equal(caches[1], caches[3])
-        for bad in (-1, 4 * block_size):
-            slots[4] = bad
-            with pytest.raises(ValueError, match=rf"slots_T\[4\]={bad}"):
-                ops.write_kv(k, v, caches[0], caches[1], slots)
-        assert torch.equal(caches[0], caches[2])  # nothing is written when a slot is wrong
 
 
 @pytest.mark.parametrize("vocab_size", [1, 15, 1024, 5003])

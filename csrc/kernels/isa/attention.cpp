@@ -1,12 +1,12 @@
-// Paged attention with an online softmax, one routine for prefill, chunked prefill and decode.
+// Paged attention over an fp32 cache with an online softmax, one routine for prefill, chunked prefill and decode.
 //
-// Layout: caches [B, G, Z, C] (blocks, KV heads, positions of a block, head size), bf16 or fp32; a block table gives
-// the block of each Z positions of a sequence. Order: a (query token, head) walks the tiles of 16 positions that hold
-// what it attends, at absolute positions 0, 16, 32, ..., whatever Z is; so its bits depend on its own position only. In
-// a tile: 16 dots (over C by lanes, then hsum's tree), the tile's maximum, one rescaling of what came before, then the
-// 16 values in order of position. The sum of weights runs in 16 lanes, lane = position mod 16. A position outside the
-// mask is never read as a value. The online softmax is Milakov and Gimelshein's (2018), tiled as in FlashAttention (Dao
-// et al., 2022). A tile is widened to fp32 once for all the query rows of a task.
+// Layout: caches [B, G, Z, C] (blocks, KV heads, positions of a block, head size); a block table gives the block of
+// each Z positions of a sequence. Order: a (query token, head) walks the tiles of 16 positions that hold what it
+// attends, at absolute positions 0, 16, 32, ..., whatever Z is; so its bits depend on its own position only. In a tile:
+// 16 dots (over C by lanes, then hsum's tree), the tile's maximum, one rescaling of what came before, then the 16
+// values in order of position. The sum of weights runs in 16 lanes, lane = position mod 16. A position outside the mask
+// is never read. The online softmax is Milakov and Gimelshein's (2018), tiled as in FlashAttention (Dao et al., 2022).
+// attention_bf16.cpp has the routine for a bf16 cache.
 #include "kernels/isa/simd.h"
 
 namespace sg::SG_ISA {
@@ -24,24 +24,10 @@ struct RowState {  // one (query token, head)
   float sum_lanes[LANES];
 };
 
-template <typename T>
-SG_INLINE void widen_rows(const T* base, const AttentionArgs& args, const int32_t* table, int64_t kv_head, int64_t tile,
-                          int64_t begin, int64_t end, float* out_TC) {
-  const int64_t c = args.head_size, z = args.block_size;
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t position = tile + j, block = table[position / z];
-    const T* row = base + ((block * args.num_kv_heads + kv_head) * z + position % z) * c;
-    float* out = out_TC + j * c;
-    int64_t i = 0;
-    for (; i + LANES <= c; i += LANES) store(out + i, load(row + i));
-    if (i < c) store_first(out + i, load_first(row + i, c - i), c - i);
-  }
-}
-
 // Sixteen dots at once: q with positions j, lanes over the head size, then hsum's tree.
-SG_INLINE void dots(const float* q, const float* k_TC, int64_t c, int64_t begin, int64_t end, float* scores) {
+SG_INLINE void dots(const float* q, const float* const* k_T, int64_t c, int64_t begin, int64_t end, float* scores) {
   for (int64_t j = begin; j < end; ++j) {
-    const float* k = k_TC + j * c;
+    const float* k = k_T[j];
     f32x16 acc = zero();
     int64_t i = 0;
     for (; i + LANES <= c; i += LANES) acc = fma(load(q + i), load(k + i), acc);
@@ -50,7 +36,7 @@ SG_INLINE void dots(const float* q, const float* k_TC, int64_t c, int64_t begin,
   }
 }
 
-SG_INLINE void add_values(float* out, const float* v_TC, const float* weights, float correction, int64_t c,
+SG_INLINE void add_values(float* out, const float* const* v_T, const float* weights, float correction, int64_t c,
                           int64_t begin, int64_t end) {
   const f32x16 scale = set1(correction);
   int64_t i = 0;
@@ -60,7 +46,7 @@ SG_INLINE void add_values(float* out, const float* v_TC, const float* weights, f
     f32x16 acc2 = mul(load(out + i + 32), scale), acc3 = mul(load(out + i + 48), scale);
     for (int64_t j = begin; j < end; ++j) {
       const f32x16 weight = set1(weights[j]);
-      const float* v = v_TC + j * c + i;
+      const float* v = v_T[j] + i;
       acc0 = fma(weight, load(v), acc0);
       acc1 = fma(weight, load(v + 16), acc1);
       acc2 = fma(weight, load(v + 32), acc2);
@@ -74,17 +60,18 @@ SG_INLINE void add_values(float* out, const float* v_TC, const float* weights, f
   for (; i < c; i += LANES) {
     const int64_t n = c - i < LANES ? c - i : LANES;
     f32x16 acc = mul(load_first(out + i, n), scale);
-    for (int64_t j = begin; j < end; ++j) acc = fma(set1(weights[j]), load_first(v_TC + j * c + i, n), acc);
+    for (int64_t j = begin; j < end; ++j) acc = fma(set1(weights[j]), load_first(v_T[j] + i, n), acc);
     store_first(out + i, acc, n);
   }
 }
 
-SG_INLINE void tile_step(RowState& row, const float* k_TC, const float* v_TC, int64_t tile, int64_t c, float scale) {
+SG_INLINE void tile_step(RowState& row, const float* const* k_T, const float* const* v_T, int64_t tile, int64_t c,
+                         float scale) {
   const int64_t begin = row.first > tile ? row.first - tile : 0;
   const int64_t end = row.last - tile + 1 < TILE ? row.last - tile + 1 : TILE;
   float lanes[TILE];
   store(lanes, set1(-__builtin_inff()));
-  dots(row.q, k_TC, c, begin, end, lanes);
+  dots(row.q, k_T, c, begin, end, lanes);
   const f32x16 scores = mul(load(lanes), set1(scale));
   const float tile_max = hmax(scores);
   const float new_max = tile_max > row.max_score ? tile_max : row.max_score;
@@ -94,16 +81,17 @@ SG_INLINE void tile_step(RowState& row, const float* k_TC, const float* v_TC, in
   const f32x16 weights = exp(sub(scores, set1(new_max)));
   store(row.sum_lanes, fma(load(row.sum_lanes), set1(correction), weights));
   store(lanes, weights);
-  add_values(row.out, v_TC, lanes, correction, c, begin, end);
+  add_values(row.out, v_T, lanes, correction, c, begin, end);
   row.max_score = new_max;
 }
 
-template <typename T>
-void attention(const AttentionArgs& args, int64_t token_begin, int64_t token_end, int64_t sequence, int64_t kv_head) {
-  const int64_t c = args.head_size, heads_per_kv = args.num_heads / args.num_kv_heads;
+}  // namespace
+
+void attention_f32(const AttentionArgs& args, int64_t token_begin, int64_t token_end, int64_t sequence,
+                   int64_t kv_head) {
+  const int64_t c = args.head_size, z = args.block_size, heads_per_kv = args.num_heads / args.num_kv_heads;
   const int32_t* table = args.block_tables + sequence * args.table_width;
-  alignas(64) float k_TC[TILE * HEAD_SIZE_MAX];
-  alignas(64) float v_TC[TILE * HEAD_SIZE_MAX];
+  const float *k_T[TILE], *v_T[TILE];
   RowState rows[QUERY_ROWS_MAX];
   int64_t num_rows = 0, low = INT64_MAX, high = -1;
   for (int64_t t = token_begin; t < token_end; ++t) {
@@ -125,28 +113,20 @@ void attention(const AttentionArgs& args, int64_t token_begin, int64_t token_end
   }
   for (int64_t tile = low / TILE * TILE; tile <= high; tile += TILE) {
     const int64_t begin = low > tile ? low - tile : 0, end = high - tile + 1 < TILE ? high - tile + 1 : TILE;
-    widen_rows(static_cast<const T*>(args.k_cache), args, table, kv_head, tile, begin, end, k_TC);
-    widen_rows(static_cast<const T*>(args.v_cache), args, table, kv_head, tile, begin, end, v_TC);
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t position = tile + j, block = table[position / z];
+      const int64_t at = ((block * args.num_kv_heads + kv_head) * z + position % z) * c;
+      k_T[j] = static_cast<const float*>(args.k_cache) + at;
+      v_T[j] = static_cast<const float*>(args.v_cache) + at;
+    }
     for (int64_t r = 0; r < num_rows; ++r) {
-      if (rows[r].last >= tile && rows[r].first < tile + TILE) tile_step(rows[r], k_TC, v_TC, tile, c, args.scale);
+      if (rows[r].last >= tile && rows[r].first < tile + TILE) tile_step(rows[r], k_T, v_T, tile, c, args.scale);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) {
     const float total = hsum(load(rows[r].sum_lanes));
     for (int64_t i = 0; i < c; ++i) rows[r].out[i] = rows[r].out[i] / total;
   }
-}
-
-}  // namespace
-
-void attention_f32(const AttentionArgs& args, int64_t token_begin, int64_t token_end, int64_t sequence,
-                   int64_t kv_head) {
-  attention<float>(args, token_begin, token_end, sequence, kv_head);
-}
-
-void attention_bf16(const AttentionArgs& args, int64_t token_begin, int64_t token_end, int64_t sequence,
-                    int64_t kv_head) {
-  attention<bf16>(args, token_begin, token_end, sequence, kv_head);
 }
 
 }  // namespace sg::SG_ISA

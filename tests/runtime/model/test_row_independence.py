@@ -22,6 +22,7 @@ from switchgear_runtime.batch import Batch, ScheduledSequence
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.ops_reference import unpack_k, unpack_v
 from switchgear_runtime.sequence import Sequence
 
 FRESH_SEEDS = [random.SystemRandom().randrange(1 << 32) for _ in range(3)]
@@ -60,7 +61,8 @@ def keys_values(runner: ModelRunner, sequence: Sequence) -> list[torch.Tensor]:
     block_size = runner.config.block_size
     positions = torch.arange(len(sequence.token_ids))
     blocks = torch.tensor(sequence.block_table)[positions // block_size]
-    return [cache[blocks, :, positions % block_size].clone() for cache in (*runner.kv_cache.k, *runner.kv_cache.v)]
+    keys, values = map(unpack_k, runner.kv_cache.k), map(unpack_v, runner.kv_cache.v)
+    return [cache[blocks, :, positions % block_size] for cache in (*keys, *values)]
 
 
 def run_jobs(runner: ModelRunner, jobs: dict[int, Job], num_steps: int, rng: random.Random) -> dict[int, Trace]:
