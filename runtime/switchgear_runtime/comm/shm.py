@@ -129,6 +129,12 @@ class ShmTransport:
     def world_size(self) -> int:
         return self._world_size
 
+    @property
+    def handle(self) -> int:
+        """For native code: the `sg_shm*` of csrc/comm/shm.h, good until `close`. No two calls on it may overlap."""
+        channel, _ = self._open()
+        return channel.handle
+
     def __enter__(self) -> ShmTransport:
         return self
 

@@ -50,6 +50,9 @@ def library() -> ctypes.CDLL:
         ("failed_peers", u64, (handle,)),
         ("failed_text", ctypes.c_char_p, (handle,)),
         ("stats", None, (handle, pointer)),
+        ("base", pointer, (handle,)),
+        ("exchanger_create", handle, (handle,)),
+        ("exchanger_free", None, (handle,)),
     ):
         function = getattr(core, f"sg_shm_{name}")
         function.restype = result
@@ -95,6 +98,10 @@ class NativeChannel:
         self._headers = (ctypes.c_ubyte * (world_size * HEADER_BYTES_MAX))()
         self._header_lengths = (ctypes.c_uint32 * world_size)()
         self._headers_view = memoryview(self._headers).cast("B")
+
+    @property
+    def handle(self) -> int:
+        return int(self._handle)
 
     def __enter__(self) -> NativeChannel:
         return self
