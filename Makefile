@@ -61,7 +61,7 @@ type: dev
 check: lint type test
 
 bench: dev
-	@$(VENV)/bin/switchgear bench
+	@$(VENV)/bin/switchgear bench throughput
 
 docs: dev
 	@$(RUN) -m switchgear.flags > docs/CONFIG.md

@@ -134,7 +134,7 @@ class Ranks:
         exchange_s, written_s = 0.0, 0.0
         for rank, (lines, _) in enumerate(self._ranks):
             line = lines.readline()
-            answer = json.loads(line) if line else {"error": "the process has ended"}
+            answer: dict[str, Any] = json.loads(line) if line else {"error": "the process has ended"}
             if "error" in answer:
                 raise RuntimeError(f"{call}, rank {rank}, {num_bytes} bytes: {answer['error']}")
             if answer["mismatches"]:

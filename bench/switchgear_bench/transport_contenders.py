@@ -47,8 +47,7 @@ class Contender:
 def _native(name: str, *arguments: Any) -> Call:
     """A loop of the library with these arguments between job and timing; a function of another library is a pointer."""
     arguments = tuple(
-        ctypes.cast(argument, ctypes.c_void_p) if isinstance(argument, ctypes._CFuncPtr) else argument
-        for argument in arguments
+        ctypes.cast(argument, ctypes.c_void_p) if callable(argument) else argument for argument in arguments
     )
 
     def run(job: Job) -> Timing:
@@ -184,9 +183,7 @@ class GlooContender(Contender):
         from switchgear_runtime.comm.gloo import GlooTransport
 
         network = Network(store=FolderStore(folder, rank), address="127.0.0.1", trusted=False)
-        self._transport = GlooTransport(
-            network, rank, NUM_RANKS, mailbox_bytes=GLOO_FIRST_BYTES, timeout_s=TIMEOUT_S
-        )
+        self._transport = GlooTransport(network, rank, NUM_RANKS, mailbox_bytes=GLOO_FIRST_BYTES, timeout_s=TIMEOUT_S)
         self.calls = {"gloo python": _python(self.send, _through(self._transport))}
         self.version = f"torch {torch.__version__}"
 
