@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev test test-slow test-gpu lint format type bench docs mpi ray-serve lock check clean
+.PHONY: demo serve dev test test-slow test-gpu sanitize lint format type bench docs mpi ray-serve lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -36,6 +36,15 @@ test-slow: dev
 test-gpu: dev
 	@$(RUN) -m pytest -q -m gpu
 
+# The native programs of CMakeLists.txt under each sanitizer. Threads are ranks there: TSan sees one process.
+sanitize:
+	@mkdir -p build
+	@for kind in thread address undefined; do \
+	  cmake -S . -B build/sanitize-$$kind -DSWITCHGEAR_SANITIZE=$$kind -DSWITCHGEAR_CUDA=OFF > build/sanitize-$$kind.log && \
+	  cmake --build build/sanitize-$$kind --target native_tests -j 2 >> build/sanitize-$$kind.log && \
+	  ctest --test-dir build/sanitize-$$kind --output-on-failure --timeout 300 || exit 1; \
+	done
+
 lint: dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -52,7 +61,7 @@ type: dev
 check: lint type test
 
 bench: dev
-	@$(VENV)/bin/switchgear bench
+	@$(VENV)/bin/switchgear bench throughput
 
 docs: dev
 	@$(RUN) -m switchgear.flags > docs/CONFIG.md

@@ -156,7 +156,7 @@ def _sizes(
     expert = slot_bytes(spec, dtype)
     pool = spec.num_moe_layers * slots * expert
     block = kv_block_bytes(spec, dtype, engine.block_size)
-    mailbox = mailbox_bytes(spec, dtype, engine.max_num_batched_tokens)
+    mailbox = mailbox_bytes(spec, dtype, engine.max_num_batched_tokens, num_ranks)
     segment = segment_bytes(num_ranks, mailbox) if num_ranks > 1 else 0
     step = step_bytes_bound(
         spec,

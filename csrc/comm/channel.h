@@ -43,10 +43,22 @@ class Channel {
   Status all_gather(const void* header, uint32_t length, double timeout_s, unsigned char* headers, uint32_t* lengths);
   // kNeedsRoom: some received_bytes exceed room_bytes; make room and call again with the same messages.
   Status all_to_all_v(const Exchange& exchange, double timeout_s);
+  // Its two halves: `post` publishes all that fits the mailboxes and waits for nobody; `collect` does the rest. The
+  // caller may compute between, with the messages and the arrays of `exchange` left as they are.
+  Status post(const Exchange& exchange, double timeout_s);
+  Status collect(const Exchange& exchange, double timeout_s);
+  // Where the next exchange's message to `dst` lies, before it is posted: a message written there and given as
+  // exchange.send[dst] is not copied. Null when it does not fit the mailbox, and between post and collect.
+  unsigned char* reserve(uint32_t dst, uint64_t num_bytes);
   Status barrier(double timeout_s);
   void abort(const char* reason);
   void close();
 
+  uint32_t rank() const { return rank_; }
+  bool posted() const { return posted_; }
+  uint64_t mailbox_bytes() const { return layout_.mailbox_bytes(); }
+  uint32_t world_size() const { return world_size_; }
+  const unsigned char* base() const { return layout_.base(); }
   const Failure& failure() const { return failure_; }
   uint64_t num_calls() const { return num_calls_.load(std::memory_order_relaxed); }
   uint64_t sent_bytes() const { return sent_bytes_.load(std::memory_order_relaxed); }
@@ -64,14 +76,30 @@ class Channel {
     uint64_t base = 0;  // the mailbox's piece count before it
   };
 
+  struct Buffers {  // of one outgoing mailbox: those of the latest two messages, and the one that is free
+    uint32_t latest = 2;
+    uint32_t previous = 1;
+    uint32_t free = 0;
+  };
+
   template <typename Advance>
   Status wait(Advance advance);
   Status enter(Call call, double timeout_s);
+  void start_clock(double timeout_s);
   Status gather(const void* header, uint32_t length, unsigned char* headers, uint32_t* lengths);
-  bool push(uint32_t dst, const Exchange& exchange);
+  void choose_buffer(uint32_t dst, const void* data, uint64_t length);
+  bool has_entered(uint32_t peer, uint64_t length) const;
+  bool push(uint32_t dst, const Exchange& exchange, uint64_t& to_ring);
+  void push_all(const Exchange& exchange);
   bool pull(uint32_t src, const Exchange& exchange);
-  void ring(uint32_t peer, bool urgent);
-  void ring_all();
+  void own_next_mailboxes() const;
+  void ring(uint64_t peers, bool urgent);
+  void ring_all() { ring(others_, true); }
+  // By the rank's own calls alone, so that no locked instruction is needed.
+  static void count(std::atomic<uint64_t>& counter, uint64_t more) {
+    counter.store(counter.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
+  }
+  uint64_t spin_budget_ns() const;
   uint64_t left_peers() const;
   uint64_t absent_peers() const;
   bool interrupted();
@@ -86,7 +114,7 @@ class Channel {
   const uint32_t rank_;
   const uint32_t world_size_;
   const uint64_t others_;  // a bit for each rank but this
-  const uint64_t spin_ns_;
+  uint64_t spin_ns_ = 0;
 
   Call call_ = Call::kJoin;
   uint64_t call_number_ = 0;  // of all kinds
@@ -94,12 +122,13 @@ class Channel {
   uint64_t num_exchanges_ = 0;
   uint64_t entered_ns_ = 0;
   uint64_t deadline_ns_ = 0;
-  bool resuming_ = false;  // between kNeedsRoom and the call that brings it
+  bool posted_ = false;  // an exchange is under way
   bool needs_room_ = false;
   uint64_t to_send_ = 0;
   uint64_t to_receive_ = 0;
   std::array<Message, kMaxRanks> outgoing_;
   std::array<Message, kMaxRanks> incoming_;
+  std::array<Buffers, kMaxRanks> buffers_;
 
   Failure failure_;
   PeerWatch watch_;

@@ -29,6 +29,25 @@ inline void futex_wake(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
+// Orders all stores before it ahead of all loads after it, also between processes.
+inline void full_fence() {
+#if defined(__SANITIZE_THREAD__)  // knows no fences, and orders nothing by them; a locked instruction does on x86
+  static std::atomic<uint32_t> word{0};
+  word.fetch_add(1, std::memory_order_seq_cst);
+#else
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
+}
+
+// Asks for the cache line of `address` as its only owner; a hint.
+inline void prefetch_to_write(const void* address) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw (%0)" ::"r"(address));  // the builtin would read it shared, unless the target is recent
+#else
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 inline void pause_briefly() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();

@@ -17,6 +17,10 @@
 // the last rank to arrive.) GatherSlots need two: they are copied out inside the call, so all have finished call n once
 // all have given call n + 1.
 //
+// The slot header of call n is that of buffer n % 3, where the receiver looks for it; it says which buffer has the
+// payload. That is the one which has been free longest, n % 3 too, but for a message of kReuseBytes or more whose
+// receiver has entered call n already: then it is the buffer of call n - 2, whose lines are more likely in a cache.
+//
 // Messages longer than a mailbox go through their buffer as a ring of kNumPieces pieces. `published` and `taken` count
 // the pieces of all long messages of this mailbox since the start; piece i of a message may be written when fewer than
 // kNumPieces published pieces are untaken. Both ends advance all their messages before either sleeps, so the ring
@@ -29,15 +33,17 @@
 
 namespace sg::comm {
 
-constexpr uint32_t kMagic = 0x53474331;  // "SGC1"; also the version of this layout
+constexpr uint32_t kMagic = 0x53474332;  // "SGC2"; also the version of this layout
 constexpr uint32_t kMaxRanks = 64;       // sets of ranks are 64-bit masks
 constexpr uint32_t kNumBuffers = 3;
 constexpr uint32_t kNumGatherBuffers = 2;
 constexpr uint32_t kNumPieces = 4;
-constexpr uint32_t kHeaderBytesMax = 256;  // transport.py's HEADER_BYTES_MAX
+constexpr uint64_t kReuseBytes = uint64_t{1} << 20;  // three buffers of such messages outgrow a cache before two do
+constexpr uint32_t kHeaderBytesMax = 256;            // transport.py's HEADER_BYTES_MAX
 constexpr uint32_t kReasonBytes = 512;
-constexpr size_t kLine = 64;       // a cache line, and the alignment of payloads
-constexpr size_t kLinePair = 128;  // what the adjacent-line prefetcher fetches together
+constexpr uint32_t kCpuWords = 16;  // 1024 processors, as in cpu_set_t
+constexpr size_t kLine = 64;        // a cache line, and the alignment of payloads
+constexpr size_t kLinePair = 128;   // what the adjacent-line prefetcher fetches together
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
@@ -62,6 +68,10 @@ struct alignas(kLinePair) RankState {
   uint64_t start_time;                 // of the process, from /proc/<pid>/stat: tells it from a later one with its pid
   std::atomic<uint64_t> heartbeat_ns;  // CLOCK_MONOTONIC, every 50 ms by a thread of its own
   std::atomic<uint64_t> progress;      // call number << 8 | Call: which call the rank entered last
+  uint64_t cpus[kCpuWords];            // which it may run on, valid from kMapped on
+
+  alignas(
+      kLinePair) std::atomic<uint64_t> exchanges;  // calls of all_to_all_v entered: views of two before are done with
 
   // The only futex of the rank: everything it may wait for rings it. See Channel::wait.
   alignas(kLinePair) std::atomic<uint32_t> doorbell;
@@ -82,6 +92,7 @@ struct alignas(kLinePair) MailboxFlow {
 struct alignas(kLine) SlotHeader {
   std::atomic<uint64_t> sequence;  // the all_to_all_v this holds; written last
   uint64_t length;
+  uint32_t buffer;  // that holds the payload
 };
 
 // Where everything is. Cheap to copy; owns nothing.
@@ -92,6 +103,7 @@ class Layout {
         world_size_(world_size),
         mailbox_bytes_(round_up(mailbox_bytes ? mailbox_bytes : 1, kLine * kNumPieces)) {}
 
+  unsigned char* base() const { return base_; }
   uint64_t mailbox_bytes() const { return mailbox_bytes_; }
   uint64_t piece_bytes() const { return mailbox_bytes_ / kNumPieces; }
   uint64_t segment_bytes() const { return mailbox_offset(world_size_, 0); }
@@ -103,13 +115,13 @@ class Layout {
   }
   MailboxFlow& flow(uint32_t src, uint32_t dst) const { return at<MailboxFlow>(mailbox_offset(src, dst)); }
   SlotHeader& slot(uint32_t src, uint32_t dst, uint64_t call) const {
-    return at<SlotHeader>(slot_offset(src, dst, call));
+    return at<SlotHeader>(buffer_offset(src, dst, static_cast<uint32_t>(call % kNumBuffers)));
   }
-  uint64_t payload_offset(uint32_t src, uint32_t dst, uint64_t call) const {
-    return slot_offset(src, dst, call) + sizeof(SlotHeader);
+  uint64_t payload_offset(uint32_t src, uint32_t dst, uint32_t buffer) const {
+    return buffer_offset(src, dst, buffer) + sizeof(SlotHeader);
   }
-  unsigned char* payload(uint32_t src, uint32_t dst, uint64_t call) const {
-    return base_ + payload_offset(src, dst, call);
+  unsigned char* payload(uint32_t src, uint32_t dst, uint32_t buffer) const {
+    return base_ + payload_offset(src, dst, buffer);
   }
 
  private:
@@ -128,8 +140,8 @@ class Layout {
     const uint64_t column = dst > src ? dst - 1 : dst;
     return mailboxes_offset() + (uint64_t{src} * (world_size_ - 1) + column) * mailbox_stride();
   }
-  uint64_t slot_offset(uint32_t src, uint32_t dst, uint64_t call) const {
-    return mailbox_offset(src, dst) + sizeof(MailboxFlow) + call % kNumBuffers * slot_stride();
+  uint64_t buffer_offset(uint32_t src, uint32_t dst, uint32_t buffer) const {
+    return mailbox_offset(src, dst) + sizeof(MailboxFlow) + buffer * slot_stride();
   }
   template <typename T>
   T& at(uint64_t offset) const {

@@ -51,9 +51,23 @@ int32_t sg_shm_all_to_all_v(sg_shm* channel, const sg::comm::Exchange* exchange,
   return guarded([&] { return channel->all_to_all_v(*exchange, timeout_s); });
 }
 
+int32_t sg_shm_post(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s) {
+  return guarded([&] { return channel->post(*exchange, timeout_s); });
+}
+
+int32_t sg_shm_collect(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s) {
+  return guarded([&] { return channel->collect(*exchange, timeout_s); });
+}
+
+unsigned char* sg_shm_reserve(sg_shm* channel, uint32_t dst, uint64_t num_bytes) {
+  return channel->reserve(dst, num_bytes);
+}
+
 int32_t sg_shm_barrier(sg_shm* channel, double timeout_s) {
   return guarded([&] { return channel->barrier(timeout_s); });
 }
+
+const unsigned char* sg_shm_base(const sg_shm* channel) { return channel->base(); }
 
 void sg_shm_abort(sg_shm* channel, const char* reason) { channel->abort(reason); }
 
@@ -69,4 +83,44 @@ void sg_shm_stats(const sg_shm* channel, uint64_t counters[3]) {
   counters[0] = channel->num_calls();
   counters[1] = channel->sent_bytes();
   counters[2] = channel->received_bytes();
+}
+
+sg_shm_exchanger* sg_shm_exchanger_create(sg_shm* channel) {
+  try {
+    return new sg_shm_exchanger(*channel);
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void sg_shm_exchanger_free(sg_shm_exchanger* exchanger) { delete exchanger; }
+
+unsigned char* sg_shm_exchanger_reserve(sg_shm_exchanger* exchanger, uint32_t dst, uint64_t num_bytes) {
+  return exchanger->reserve(dst, num_bytes);
+}
+
+void sg_shm_exchanger_shrink(sg_shm_exchanger* exchanger, uint32_t dst, uint64_t num_bytes) {
+  exchanger->shrink(dst, num_bytes);
+}
+
+void sg_shm_exchanger_give(sg_shm_exchanger* exchanger, uint32_t dst, const void* data, uint64_t num_bytes) {
+  exchanger->give(dst, data, num_bytes);
+}
+
+int32_t sg_shm_exchanger_post(sg_shm_exchanger* exchanger, double timeout_s) {
+  return guarded([&] { return exchanger->post(timeout_s); });
+}
+
+int32_t sg_shm_exchanger_collect(sg_shm_exchanger* exchanger, double timeout_s) {
+  return guarded([&] { return exchanger->collect(timeout_s); });
+}
+
+int32_t sg_shm_exchanger_exchange(sg_shm_exchanger* exchanger, double timeout_s) {
+  return guarded([&] { return exchanger->exchange(timeout_s); });
+}
+
+const unsigned char* sg_shm_exchanger_received(const sg_shm_exchanger* exchanger, uint32_t src, uint64_t* num_bytes) {
+  const auto received = exchanger->received(src);
+  *num_bytes = received.size();
+  return received.data();
 }

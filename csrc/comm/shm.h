@@ -5,9 +5,11 @@
 #include <stdint.h>
 
 #include "comm/channel.h"
+#include "comm/exchanger.h"
 #include "common/api.h"
 
 using sg_shm = sg::comm::Channel;
+using sg_shm_exchanger = sg::comm::Exchanger;
 
 // Bytes of the segment; all ranks give the same arguments.
 SG_API uint64_t sg_shm_segment_bytes(uint32_t world_size, uint64_t mailbox_bytes);
@@ -21,7 +23,13 @@ SG_API int32_t sg_shm_join(sg_shm* channel, const char* path, double timeout_s);
 SG_API int32_t sg_shm_all_gather(sg_shm* channel, const void* header, uint32_t length, double timeout_s,
                                  unsigned char* headers, uint32_t* lengths);
 SG_API int32_t sg_shm_all_to_all_v(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s);
+// Halves of all_to_all_v, and messages written in place. Native code of this library uses comm/exchanger.h instead.
+SG_API int32_t sg_shm_post(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s);
+SG_API int32_t sg_shm_collect(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s);
+SG_API unsigned char* sg_shm_reserve(sg_shm* channel, uint32_t dst, uint64_t num_bytes);
 SG_API int32_t sg_shm_barrier(sg_shm* channel, double timeout_s);
+// Where the segment begins, from which Exchange::received_offset counts.
+SG_API const unsigned char* sg_shm_base(const sg_shm* channel);
 // Any thread; idempotent.
 SG_API void sg_shm_abort(sg_shm* channel, const char* reason);
 // Any thread; idempotent. Lets out the own calls inside, tells the peers, never waits for them.
@@ -34,3 +42,15 @@ SG_API uint64_t sg_shm_failed_peers(const sg_shm* channel);
 SG_API const char* sg_shm_failed_text(const sg_shm* channel);
 // counters: calls, bytes sent to peers, bytes received from peers.
 SG_API void sg_shm_stats(const sg_shm* channel, uint64_t counters[3]);
+
+// The C ABI of Exchanger, for other libraries. It is freed before its channel. Null when memory is short.
+SG_API sg_shm_exchanger* sg_shm_exchanger_create(sg_shm* channel);
+SG_API void sg_shm_exchanger_free(sg_shm_exchanger* exchanger);
+SG_API unsigned char* sg_shm_exchanger_reserve(sg_shm_exchanger* exchanger, uint32_t dst, uint64_t num_bytes);
+SG_API void sg_shm_exchanger_shrink(sg_shm_exchanger* exchanger, uint32_t dst, uint64_t num_bytes);
+SG_API void sg_shm_exchanger_give(sg_shm_exchanger* exchanger, uint32_t dst, const void* data, uint64_t num_bytes);
+SG_API int32_t sg_shm_exchanger_post(sg_shm_exchanger* exchanger, double timeout_s);
+SG_API int32_t sg_shm_exchanger_collect(sg_shm_exchanger* exchanger, double timeout_s);
+SG_API int32_t sg_shm_exchanger_exchange(sg_shm_exchanger* exchanger, double timeout_s);
+SG_API const unsigned char* sg_shm_exchanger_received(const sg_shm_exchanger* exchanger, uint32_t src,
+                                                      uint64_t* num_bytes);

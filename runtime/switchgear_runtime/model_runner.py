@@ -20,6 +20,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.kv_cache import KVCache, num_blocks_in
+from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import expert_matrix_names
@@ -34,8 +35,6 @@ from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.load import ExpertLoad
 
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
-MAILBOX_BYTES_MIN = 64 << 10
-MAILBOX_BYTES_MAX = 1 << 20  # a larger message goes in chunks
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
 
 
@@ -92,13 +91,10 @@ class ModelRunner:
         """Of the experts in use."""
         return self.expert_map.epoch
 
-    @property
-    def mailbox_bytes(self) -> int:
-        """For the transport: a step's largest message to one rank (the way back, a row per pair), within bounds."""
-        moe = self.spec.moe
-        row_bytes = self.spec.hidden_size * self.dtype.itemsize
-        num_rows = self.config.max_num_batched_tokens * moe.top_k
-        return min(MAILBOX_BYTES_MAX, max(MAILBOX_BYTES_MIN, _round_up(num_rows * (row_bytes + 8), 4096)))
+    def mailbox_bytes(self, world_size: int) -> int:
+        """For the transport of that many ranks."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return footprint.mailbox_bytes(self.spec, dtype, self.config.max_num_batched_tokens, world_size)
 
     def fingerprint(self) -> str:
         """Ranks whose fingerprints differ could compute different bits, and may not join one generation."""
@@ -232,10 +228,6 @@ class ModelRunner:
         for layer in self.moe_layers:
             layer.connect(dispatcher)
         self._transport = transport
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:

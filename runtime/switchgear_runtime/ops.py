@@ -180,9 +180,7 @@ def experts_forward(
     pair, in the order its pairs came in. w13_S and w2_S are packed matrices of `format` by slot ([2F, D] with gate_up,
     and [D, F]); an empty tensor stands for a slot without an expert.
     """
-    result = _ops().experts_forward(
-        list(recv), list(w13_S), list(w2_S), FORMATS.index(format), first_slot, hidden, ffn
-    )
+    result = _ops().experts_forward(list(recv), list(w13_S), list(w2_S), FORMATS.index(format), first_slot, hidden, ffn)
     return cast(tuple[Tensor, Tensor, Tensor], result)
 
 

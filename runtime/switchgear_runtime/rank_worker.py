@@ -130,7 +130,7 @@ class RankWorker:
                     engine_config.transport,
                     descriptor,
                     config.rank,
-                    mailbox_bytes=runner.mailbox_bytes,
+                    mailbox_bytes=runner.mailbox_bytes(descriptor.world_size),
                     timeout_s=engine_config.step_timeout_s,
                     hub=LoopbackHub(1, self._system) if engine_config.transport == "loopback" else None,
                     network=Network(

@@ -1,4 +1,4 @@
-"""`switchgear bench` end to end on the bundled model, small."""
+"""`switchgear bench throughput` end to end on the bundled model, small."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_weight_bytes_of_the_bundled_model() -> None:
 def test_bench_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
     arguments = ["--ranks", "2", "--batch-sizes", "2", "--input-len", "8", "--output-len", "4", "--num-repeats", "1"]
-    assert main(["bench", *arguments, "--output", str(output)]) == 0
+    assert main(["bench", "throughput", *arguments, "--output", str(output)]) == 0
     result = json.loads(output.read_text(encoding="utf-8"))
     assert [row["num_ranks"] for row in result["rows"]] == [1, 2]  # one rank is the baseline, asked for or not
     assert result["rows"][0]["decode_ratio_to_one_rank"] == 1.0

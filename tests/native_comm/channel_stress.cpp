@@ -1,8 +1,9 @@
 // A stress of Channel without Python, for the sanitizers: the ranks are threads over one mapping.
 //
-// Usage: channel_stress SEED WORLD_SIZE NUM_CALLS. Every byte received is checked, views also after the next call
-// (their lifetime), and the run ends in an abort from a second thread or in a close under a pending call. Exit status
-// 0: all held.
+// Usage: channel_stress SEED WORLD_SIZE NUM_CALLS MAILBOX_BYTES. Each exchange is one call, its two halves, or an
+// Exchanger's, with messages written in place, copied, or shorter than reserved. Every byte received is checked, views
+// also after the next call (their lifetime), and the run ends in an abort from a second thread or in a close under a
+// pending call. Exit status 0: all held.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -13,11 +14,13 @@
 #include <vector>
 
 #include "comm/channel.h"
+#include "comm/exchanger.h"
 
 namespace {
 
 using sg::comm::Channel;
 using sg::comm::Exchange;
+using sg::comm::Exchanger;
 using sg::comm::Status;
 
 constexpr double kTimeoutS = 60;
@@ -62,52 +65,126 @@ void check(const std::vector<View>& views, uint64_t call, uint32_t rank, const C
   }
 }
 
+// One rank's messages of one call, and what came back.
+struct Traffic {
+  const std::vector<std::vector<uint64_t>>& lengths;  // by source and destination
+  uint64_t call;
+  uint32_t rank;
+
+  void write(unsigned char* data, uint32_t dst) const {
+    for (uint64_t i = 0; i < lengths[rank][dst]; ++i) data[i] = byte_at(call, rank, dst, i);
+  }
+};
+
+using Rooms = std::vector<std::vector<unsigned char>>;
+
+// By Channel itself, in one call or in two.
+std::vector<View> exchange_plainly(Channel& channel, const Traffic& traffic, Rooms& rooms, std::mt19937_64& random) {
+  const uint32_t world_size = channel.world_size();
+  Rooms messages(world_size);
+  std::vector<const void*> send(world_size);
+  std::vector<uint64_t> send_bytes(world_size), offsets(world_size), received(world_size), room_bytes(world_size);
+  std::vector<void*> room(world_size);
+  for (uint32_t dst = 0; dst < world_size; ++dst) {
+    send_bytes[dst] = traffic.lengths[traffic.rank][dst];
+    unsigned char* data = random() % 2 ? channel.reserve(dst, send_bytes[dst]) : nullptr;
+    if (!data) {
+      messages[dst].resize(send_bytes[dst]);
+      data = messages[dst].data();
+    }
+    traffic.write(data, dst);
+    send[dst] = data;
+  }
+  const bool in_halves = random() % 2;
+  Status status;
+  bool posted = false;
+  do {
+    for (uint32_t src = 0; src < world_size; ++src) {
+      if (received[src] > rooms[src].size()) rooms[src].resize(received[src]);
+      room[src] = rooms[src].data();
+      room_bytes[src] = rooms[src].size();
+    }
+    const Exchange exchange{send.data(),     send_bytes.data(), offsets.data(),
+                            received.data(), room.data(),       room_bytes.data()};
+    if (in_halves && !posted) {
+      posted = true;
+      require(channel.post(exchange, kTimeoutS) == Status::kOk, "post", traffic.rank, channel);
+      require(!channel.reserve(1 % world_size, 1), "reserve between the halves", traffic.rank, channel);
+    }
+    status = in_halves ? channel.collect(exchange, kTimeoutS) : channel.all_to_all_v(exchange, kTimeoutS);
+  } while (status == Status::kNeedsRoom);
+  require(status == Status::kOk, "all_to_all_v", traffic.rank, channel);
+  std::vector<View> views(world_size);
+  for (uint32_t src = 0; src < world_size; ++src) {
+    if (src == traffic.rank) continue;
+    const bool in_room = offsets[src] == sg::comm::kInRoom;
+    views[src] = {in_room ? rooms[src].data() : channel.base() + offsets[src], received[src]};
+  }
+  return views;
+}
+
+std::vector<View> exchange_by_exchanger(Exchanger& exchanger, const Traffic& traffic, std::mt19937_64& random) {
+  const Channel& channel = exchanger.channel();
+  const uint32_t world_size = channel.world_size();
+  Rooms messages(world_size);
+  for (uint32_t dst = 0; dst < world_size; ++dst) {
+    const uint64_t length = traffic.lengths[traffic.rank][dst];
+    if (length == 0 && random() % 2) continue;  // not named: an empty message
+    if (random() % 3) {
+      const bool shrinks = random() % 2;
+      unsigned char* data = exchanger.reserve(dst, length + shrinks * (random() % 100));
+      require(data, "reserve", traffic.rank, channel);
+      traffic.write(data, dst);
+      exchanger.shrink(dst, length);
+    } else {
+      messages[dst].resize(length);
+      traffic.write(messages[dst].data(), dst);
+      exchanger.give(dst, messages[dst].data(), length);
+    }
+  }
+  Status status;
+  if (random() % 2) {
+    require(exchanger.post(kTimeoutS) == Status::kOk, "post", traffic.rank, channel);
+    status = exchanger.collect(kTimeoutS);
+  } else {
+    status = exchanger.exchange(kTimeoutS);
+  }
+  require(status == Status::kOk, "exchange", traffic.rank, channel);
+  std::vector<View> views(world_size);
+  for (uint32_t src = 0; src < world_size; ++src) {
+    const auto received = exchanger.received(src);
+    views[src] = {received.data(), received.size()};
+  }
+  const View& own = views[traffic.rank];
+  for (uint64_t i = 0; i < own.length; ++i) {
+    require(own.data[i] == byte_at(traffic.call, traffic.rank, traffic.rank, i), "an own byte is wrong", traffic.rank,
+            channel);
+  }
+  return views;
+}
+
 void run_rank(unsigned char* base, uint32_t rank, uint32_t world_size, uint64_t mailbox_bytes, uint64_t seed,
               uint64_t num_calls) {
   Channel channel(base, rank, world_size, mailbox_bytes);
   require(channel.join("/nonexistent", kTimeoutS) == Status::kOk, "join", rank, channel);
+  Exchanger exchanger(channel);
   Plan plan(seed);
   std::mt19937_64 own_random(seed * 1000 + rank);
   std::vector<View> views[2];
-  std::vector<std::vector<unsigned char>> rooms[2];
-  rooms[0].resize(world_size);
-  rooms[1].resize(world_size);
+  Rooms rooms[2] = {Rooms(world_size), Rooms(world_size)};
+  Status status;
   for (uint64_t call = 1; call <= num_calls; ++call) {
     std::vector<std::vector<uint64_t>> lengths(world_size, std::vector<uint64_t>(world_size));
     for (auto& row : lengths) {
       for (auto& length : row) length = plan.length(mailbox_bytes);
     }
     if (own_random() % 16 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own_random() % 300));
-    std::vector<std::vector<unsigned char>> messages(world_size);
-    std::vector<const void*> send(world_size);
-    std::vector<uint64_t> send_bytes(world_size), offsets(world_size), received(world_size), room_bytes(world_size);
-    std::vector<void*> room(world_size);
-    for (uint32_t dst = 0; dst < world_size; ++dst) {
-      messages[dst].resize(lengths[rank][dst]);
-      for (uint64_t i = 0; i < messages[dst].size(); ++i) messages[dst][i] = byte_at(call, rank, dst, i);
-      send[dst] = messages[dst].data();
-      send_bytes[dst] = messages[dst].size();
-    }
-    auto& own_rooms = rooms[call % 2];
-    Status status;
-    do {
-      for (uint32_t src = 0; src < world_size; ++src) {
-        if (received[src] > own_rooms[src].size()) own_rooms[src].resize(received[src]);
-        room[src] = own_rooms[src].data();
-        room_bytes[src] = own_rooms[src].size();
-      }
-      const Exchange exchange{send.data(),     send_bytes.data(), offsets.data(),
-                              received.data(), room.data(),       room_bytes.data()};
-      status = channel.all_to_all_v(exchange, kTimeoutS);
-    } while (status == Status::kNeedsRoom);
-    require(status == Status::kOk, "all_to_all_v", rank, channel);
+    const Traffic traffic{lengths, call, rank};
     auto& latest = views[call % 2];
-    latest.assign(world_size, {});
+    latest = own_random() % 2 ? exchange_by_exchanger(exchanger, traffic, own_random)
+                              : exchange_plainly(channel, traffic, rooms[call % 2], own_random);
     for (uint32_t src = 0; src < world_size; ++src) {
-      if (src == rank) continue;
-      require(received[src] == lengths[src][rank], "a length is wrong", rank, channel);
-      const bool in_room = offsets[src] == sg::comm::kInRoom;
-      latest[src] = {in_room ? own_rooms[src].data() : base + offsets[src], received[src]};
+      if (src != rank) require(latest[src].length == lengths[src][rank], "a length is wrong", rank, channel);
     }
     check(latest, call, rank, channel);
     if (call > 1) check(views[(call - 1) % 2], call - 1, rank, channel);  // valid until the second-next call
@@ -155,11 +232,11 @@ void run_rank(unsigned char* base, uint32_t rank, uint32_t world_size, uint64_t 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 5) return 2;
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const auto world_size = static_cast<uint32_t>(std::strtoul(argv[2], nullptr, 10));
   const uint64_t num_calls = std::strtoull(argv[3], nullptr, 10);
-  const uint64_t mailbox_bytes = 1024;
+  const uint64_t mailbox_bytes = std::strtoull(argv[4], nullptr, 10);
   const uint64_t num_bytes = sg::comm::Layout(nullptr, world_size, mailbox_bytes).segment_bytes();
   void* base = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return 2;

@@ -53,6 +53,8 @@ _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.argtypes = (ctypes.c_void_p,)
 _release_buffer.restype = None
 _CONTIGUOUS = 0  # PyBUF_SIMPLE
+_Byte = ctypes.c_char
+_address = ctypes.addressof
 
 
 class _Exchanges:
@@ -61,25 +63,29 @@ class _Exchanges:
     def __init__(self, world_size: int, mailbox_bytes: int) -> None:
         self._mailbox_bytes = mailbox_bytes
         pointers, numbers = ctypes.c_void_p * world_size, ctypes.c_uint64 * world_size
-        self.send, self.room = pointers(), pointers()
-        self.send_bytes, self.received_offset, self.received_bytes, self.room_bytes = (numbers() for _ in range(4))
-        self.arguments = Exchange(
-            self.send, self.send_bytes, self.received_offset, self.received_bytes, self.room, self.room_bytes
+        send, room = pointers(), pointers()
+        send_bytes, received_offset, received_bytes, room_bytes = (numbers() for _ in range(4))
+        self._arguments = Exchange(send, send_bytes, received_offset, received_bytes, room, room_bytes)
+        self.pointer = ctypes.addressof(self._arguments)
+        # Memoryviews of the arrays: their items cost half of what a ctypes array's do.
+        self.starts, self.lengths, self._offsets, self._received_bytes, self._room, self._room_bytes = (
+            memoryview(array).cast("B").cast("Q")
+            for array in (send, send_bytes, received_offset, received_bytes, room, room_bytes)
         )
         self._views: list[memoryview] = [memoryview(b"")] * world_size
 
     def make_room(self) -> None:
-        for peer, num_bytes in enumerate(self.received_bytes):
-            if num_bytes <= max(self._mailbox_bytes, self.room_bytes[peer]):
+        for peer, num_bytes in enumerate(self._received_bytes):
+            if num_bytes <= max(self._mailbox_bytes, self._room_bytes[peer]):
                 continue
-            num_bytes = max(num_bytes, min(2 * self.room_bytes[peer], num_bytes + (64 << 20)))
+            num_bytes = max(num_bytes, min(2 * self._room_bytes[peer], num_bytes + (64 << 20)))
             buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.room[peer] = address_of(buffer)
-            self.room_bytes[peer] = num_bytes
+            self._room[peer] = address_of(buffer)
+            self._room_bytes[peer] = num_bytes
             self._views[peer] = memoryview(buffer).toreadonly()
 
     def view(self, peer: int, segment: memoryview) -> memoryview:
-        start, num_bytes = self.received_offset[peer], self.received_bytes[peer]
+        start, num_bytes = self._offsets[peer], self._received_bytes[peer]
         return self._views[peer][:num_bytes] if start == IN_ROOM else segment[start : start + num_bytes]
 
 
@@ -98,6 +104,7 @@ class ShmTransport:
             raise ConfigError(f"mailbox_bytes={mailbox_bytes} must be 1 to {MAILBOX_BYTES_MAX}")
         self._rank = rank
         self._world_size = world_size
+        self._peers = [peer for peer in range(world_size) if peer != rank]
         self._exchanges = (_Exchanges(world_size, mailbox_bytes), _Exchanges(world_size, mailbox_bytes))
         self._buffers = (_PyBuffer * world_size)()
         self._buffer_pointers = [ctypes.addressof(buffer) for buffer in self._buffers]
@@ -129,6 +136,12 @@ class ShmTransport:
     def world_size(self) -> int:
         return self._world_size
 
+    @property
+    def handle(self) -> int:
+        """For native code: the `sg_shm*` of csrc/comm/shm.h, good until `close`. No two calls on it may overlap."""
+        channel, _ = self._open()
+        return channel.handle
+
     def __enter__(self) -> ShmTransport:
         return self
 
@@ -153,22 +166,31 @@ class ShmTransport:
         if own.ndim != 1 or own.format != "B":
             own = own.cast("B")
         exchange, other = self._exchanges
-        num_held = 0
+        starts, lengths = exchange.starts, exchange.lengths
+        held: list[object] = []  # keep the messages where they are
+        num_buffers = 0
         try:
-            for peer, (message, pointer) in enumerate(zip(send, self._buffer_pointers, strict=True)):
-                _get_buffer(message, pointer, _CONTIGUOUS)  # holds the message in place until it is released
-                num_held += 1
-                exchange.send[peer] = self._buffers[peer].buf
-                exchange.send_bytes[peer] = self._buffers[peer].len
-            while not channel.all_to_all_v(exchange.arguments, timeout_s=timeout_s):
+            for peer in self._peers:
+                message = send[peer]
+                if type(message) is memoryview and not message.readonly and message.nbytes:
+                    first = _Byte.from_buffer(message)  # half the price of what is below
+                    held.append(first)
+                    starts[peer], lengths[peer] = _address(first), message.nbytes
+                else:
+                    _get_buffer(message, self._buffer_pointers[num_buffers], _CONTIGUOUS)
+                    buffer = self._buffers[num_buffers]
+                    num_buffers += 1
+                    starts[peer], lengths[peer] = buffer.buf or 0, buffer.len
+            while not channel.all_to_all_v(exchange.pointer, timeout_s=timeout_s):
                 exchange.make_room()
         finally:
-            for pointer in self._buffer_pointers[:num_held]:
+            for pointer in self._buffer_pointers[:num_buffers]:
                 _release_buffer(pointer)
         self._exchanges = (other, exchange)  # this call's room is next written by the second-next call
-        return [
-            own.toreadonly() if peer == self._rank else exchange.view(peer, segment) for peer in range(self._world_size)
-        ]
+        views = [own.toreadonly()] * self._world_size
+        for peer in self._peers:
+            views[peer] = exchange.view(peer, segment)
+        return views
 
     def barrier(self, *, timeout_s: float) -> None:
         channel, _ = self._open()

@@ -50,6 +50,9 @@ def library() -> ctypes.CDLL:
         ("failed_peers", u64, (handle,)),
         ("failed_text", ctypes.c_char_p, (handle,)),
         ("stats", None, (handle, pointer)),
+        ("base", pointer, (handle,)),
+        ("exchanger_create", handle, (handle,)),
+        ("exchanger_free", None, (handle,)),
     ):
         function = getattr(core, f"sg_shm_{name}")
         function.restype = result
@@ -96,6 +99,10 @@ class NativeChannel:
         self._header_lengths = (ctypes.c_uint32 * world_size)()
         self._headers_view = memoryview(self._headers).cast("B")
 
+    @property
+    def handle(self) -> int:
+        return int(self._handle)
+
     def __enter__(self) -> NativeChannel:
         return self
 
@@ -121,12 +128,13 @@ class NativeChannel:
         starts = range(0, len(view), HEADER_BYTES_MAX)
         return [bytes(view[start : start + length]) for start, length in zip(starts, self._header_lengths, strict=True)]
 
-    def all_to_all_v(self, exchange: Exchange, *, timeout_s: float) -> bool:
-        """False when a message needs more room: enlarge it and call again with the same messages."""
-        status = self._library.sg_shm_all_to_all_v(self._handle, ctypes.byref(exchange), timeout_s)
+    def all_to_all_v(self, exchange: int, *, timeout_s: float) -> bool:
+        """`exchange`: address of an Exchange. False when a message needs more room: enlarge it and call again, the same."""
+        status = self._library.sg_shm_all_to_all_v(self._handle, exchange, timeout_s)
         if status == _NEEDS_ROOM:
             return False
-        self._check(status)
+        if status != _OK:
+            self._check(status)
         return True
 
     def barrier(self, *, timeout_s: float) -> None:

@@ -18,7 +18,8 @@ FP32 = 4
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 LANES = 16  # rows of a weight that lie together (ops.pack_weight)
 MAILBOX_BYTES_MIN = 64 << 10
-MAILBOX_BYTES_MAX = 1 << 20
+MAILBOX_BUFFERS = 3  # of csrc/comm/layout.h
+MAILBOXES_BYTES_MAX = 96 << 20  # of one rank, to all others, with three buffers each
 PROMPT_LOGITS_BYTES = 32 << 20  # of prompts that are scored, in pieces of half as much
 
 
@@ -113,10 +114,14 @@ def kv_block_bytes(spec: DecoderSpec, dtype: str, block_size: int) -> int:
     return 2 * block_size * per_token * ITEMSIZE[dtype]
 
 
-def mailbox_bytes(spec: DecoderSpec, dtype: str, max_num_batched_tokens: int) -> int:
-    """The transport's mailbox from one rank to another: a step's largest message, within bounds."""
-    num_bytes = max_num_batched_tokens * spec.moe.top_k * (spec.hidden_size * ITEMSIZE[dtype] + 8)
-    return min(MAILBOX_BYTES_MAX, max(MAILBOX_BYTES_MIN, -(-num_bytes // 4096) * 4096))
+def mailbox_bytes(spec: DecoderSpec, dtype: str, max_num_batched_tokens: int, num_ranks: int) -> int:
+    """The transport's mailbox from one rank to another: a step's largest message (the way back, a row per pair), in bounds.
+
+    A message that fits is read where it was written; a longer one is copied once more, in pieces.
+    """
+    largest = max_num_batched_tokens * spec.moe.top_k * (spec.hidden_size * ITEMSIZE[dtype] + 8)
+    share = MAILBOXES_BYTES_MAX // (MAILBOX_BUFFERS * max(num_ranks - 1, 1))
+    return max(MAILBOX_BYTES_MIN, min(-(-largest // 4096), share // 4096) * 4096)
 
 
 def segment_bytes(num_ranks: int, mailbox: int) -> int:

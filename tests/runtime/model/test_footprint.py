@@ -55,8 +55,11 @@ def compare(runner: ModelRunner, dtype: str, *, num_holders: int) -> None:
     assert tensor_bytes(*caches) == runner.num_kv_blocks * block
     dense = footprint.dense_bytes(spec, dtype, num_positions=runner.max_model_len)
     assert tensor_bytes(runner, skip=(*experts, runner.kv_cache)) == dense.total
-    expected = footprint.mailbox_bytes(spec, dtype, runner.config.max_num_batched_tokens)
-    assert runner.mailbox_bytes == expected
+    for num_ranks in (1, 2, 5, 64):
+        mailbox = runner.mailbox_bytes(num_ranks)
+        assert mailbox == footprint.mailbox_bytes(spec, dtype, runner.config.max_num_batched_tokens, num_ranks)
+        outgoing = mailbox * footprint.MAILBOX_BUFFERS * (num_ranks - 1)
+        assert mailbox == footprint.MAILBOX_BYTES_MIN or outgoing <= footprint.MAILBOXES_BYTES_MAX
 
 
 @pytest.mark.parametrize("arch", SIZES)
