@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any, NoReturn
 
 import msgspec
@@ -102,6 +103,7 @@ class RankWorker:
 
     def _load(self, inbox: Inbox[Any], link: RankLink, store: LinkStore) -> Any:
         # Imported here: they bring torch, and a rank should connect, and be able to report, before that.
+        start_s = time.monotonic()
         from switchgear_runtime.comm.loopback import LoopbackHub
         from switchgear_runtime.comm.network import Network, check_network
         from switchgear_runtime.comm.rendezvous import open_transport
@@ -111,6 +113,7 @@ class RankWorker:
         from switchgear_runtime.model.spec import load_spec
         from switchgear_runtime.model_runner import ModelRunner
 
+        imported_s = time.monotonic()
         config = self.config
         engine_config = EngineConfig(**config.engine)
         if engine_config.transport == "loopback" and config.world_size > 1:
@@ -120,6 +123,10 @@ class RankWorker:
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         runner = ModelRunner(engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size)
+
+        log.info(
+            "imported torch in %.2f s, loaded weights in %.2f s", imported_s - start_s, time.monotonic() - imported_s
+        )
 
         def meet(descriptor: GenerationDescriptor) -> Transport:
             self._meeting = descriptor.channel
