@@ -150,6 +150,7 @@ class WeightCache:
     def publish(self) -> None:
         """After loading: drop scratch memory, and let a thread make durable what this rank has seen. Until then a
         power cut loses it, and nothing else does."""
+        log.info("weights: %d mapped, %d packed, %d private", self.num_mapped, self.num_filled, self.num_private)
         self._scratch = None
         file, seen = self._file, self._seen
         self._seen = set()
