@@ -2,6 +2,8 @@
 // expert keeps all threads busy, and a cold one costs one pass over its bytes.
 #include "kernels/expert_ffn.h"
 
+#include <cstring>
+
 #include "kernels/thread_pool.h"
 
 namespace sg {
@@ -16,6 +18,8 @@ void expert_ffn(const ExpertSlots& slots, const int64_t* begin, const void* cons
   auto* memory = act.get<uint8_t>(num_rows * stride);
   act_rows.resize(num_rows);
   for (int64_t r = 0; r < num_rows; ++r) act_rows[r] = memory + r * stride;
+  if (slots.ffn % 2 != 0)
+    std::memset(memory, 0, static_cast<size_t>(num_rows * stride));  // the last of a row has no mate
   void* const* acts = act_rows.data();
 
   tasks.clear();

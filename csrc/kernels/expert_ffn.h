@@ -15,9 +15,7 @@ struct ExpertSlots {
   Weight gate_up(int64_t slot) const {
     return {static_cast<const uint8_t*>(w13[slot]), format, 1, 2 * ffn, hidden, nullptr};
   }
-  Weight down(int64_t slot) const {
-    return {static_cast<const uint8_t*>(w2[slot]), format, 0, hidden, ffn, nullptr};
-  }
+  Weight down(int64_t slot) const { return {static_cast<const uint8_t*>(w2[slot]), format, 0, hidden, ffn, nullptr}; }
 };
 
 // Rows begin[s] .. begin[s + 1] - 1 of x and y belong to slot s. x in the format's activation dtype, y in y_dtype.

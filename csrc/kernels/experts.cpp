@@ -1,7 +1,8 @@
 // The grouped expert FFN of one rank as an op: the received (row, slot) pairs are grouped by slot, each slot's rows go
-// through w13 -> silu * up -> w2 together, read where they were received, and each result is written where its pair stands
-// in the message it came in. A row's result depends on that row and its expert only, so grouping changes no bit.
+// through w13 -> silu * up -> w2 together, read where they were received, and each result is written where its pair
+// stands in the message it came in. A row's result depends on that row and its expert only, so grouping changes no bit.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/error.h"
@@ -47,9 +48,6 @@ int sg_experts_forward(const sg_experts_args* args) {
   if (a.format < 0 || a.format >= sg::NUM_FORMATS || a.payload != sg::activation_dtype(a.format)) {
     return sg::fail("payload=%d does not fit weights of format %d", a.payload, a.format);
   }
-  if (a.payload == sg::BF16 && (a.hidden % 2 != 0 || a.ffn % 2 != 0)) {
-    return sg::fail("hidden=%lld and ffn=%lld must be even, as pairs of bf16 are multiplied", ll(a.hidden), ll(a.ffn));
-  }
   std::vector<sg::Message> messages;
   if (read_messages(a.recv, a.num_ranks, a.hidden, a.payload, &messages) != SG_OK) return SG_ERROR;
   const int64_t row_bytes = a.hidden * sg::ITEMSIZE[a.payload];
@@ -88,7 +86,16 @@ int sg_experts_forward(const sg_experts_args* args) {
       y[next[slot]++] = a.out + a.out_offsets_R1[r] + i * row_bytes;
     }
   }
-  sg::expert_ffn({a.w13_packed_S, a.w2_packed_S, a.num_slots, a.hidden, a.ffn, a.format}, begin.data(), x.data(), y.data(),
-                 a.payload);
+  thread_local sg::Scratch padded;
+  if (a.payload == sg::BF16 && a.hidden % 2 != 0) {  // products take pairs: give the last of a row a zero beside it
+    auto* rows = padded.get<sg::bf16>(x.size() * (a.hidden + 1));
+    for (int64_t i = 0; i < x.size(); ++i, rows += a.hidden + 1) {
+      std::memcpy(rows, x[i], static_cast<size_t>(row_bytes));
+      rows[a.hidden].bits = 0;
+      x[i] = rows;
+    }
+  }
+  sg::expert_ffn({a.w13_packed_S, a.w2_packed_S, a.num_slots, a.hidden, a.ffn, a.format}, begin.data(), x.data(),
+                 y.data(), a.payload);
   return SG_OK;
 }

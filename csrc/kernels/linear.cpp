@@ -78,8 +78,12 @@ void multiply(const Weight& weight, const void* const* x, int64_t num_rows, void
 
 int sg_linear(const float* x, int64_t num_rows, const sg_weight* weight, int silu_mul, float* out) {
   const sg::FlushDenormals flush;
-  const sg::Weight w = {static_cast<const uint8_t*>(weight->packed), weight->format, weight->gate_up, weight->num_out,
-                        weight->num_k, weight->bias_N};
+  const sg::Weight w = {static_cast<const uint8_t*>(weight->packed),
+                        weight->format,
+                        weight->gate_up,
+                        weight->num_out,
+                        weight->num_k,
+                        weight->bias_N};
   const int64_t width = silu_mul ? w.num_out / 2 : w.num_out;
   if (num_rows == 0 || width == 0) return SG_OK;
   if (w.num_k == 0) {
@@ -105,6 +109,7 @@ int sg_linear(const float* x, int64_t num_rows, const sg_weight* weight, int sil
     for (int64_t r = 0; r < num_rows; ++r) x_rows[r] = x + r * w.num_k;
   }
   for (int64_t r = 0; r < num_rows; ++r) y_rows[r] = out + r * width;
-  sg::multiply(w, x_rows.data(), num_rows, y_rows.data(), sg::F32, silu_mul ? sg::EPILOGUE_SILU_MUL : sg::EPILOGUE_STORE);
+  sg::multiply(w, x_rows.data(), num_rows, y_rows.data(), sg::F32,
+               silu_mul ? sg::EPILOGUE_SILU_MUL : sg::EPILOGUE_STORE);
   return SG_OK;
 }

@@ -1,4 +1,5 @@
-// Packs one matrix into the layout of pack.h, a panel at a time over the pool; quantises on the way where the format says.
+// Packs one matrix into the layout of pack.h, a panel at a time over the pool; quantises on the way where the format
+// says.
 #include "kernels/pack.h"
 
 #include <cstring>
@@ -55,8 +56,7 @@ struct Source {
   uint16_t bf16_at(int64_t row, int64_t k) const {
     if (row < 0 || k >= num_k) return 0;
     const int64_t i = row * num_k + k;
-    return dtype == 1 ? static_cast<const uint16_t*>(weight)[i]
-                      : round_to_bf16(static_cast<const float*>(weight)[i]);
+    return dtype == 1 ? static_cast<const uint16_t*>(weight)[i] : round_to_bf16(static_cast<const float*>(weight)[i]);
   }
   const uint8_t* row_data(int64_t row) const {
     return static_cast<const uint8_t*>(weight) + row * num_k * (dtype == 0 ? 4 : 2);
@@ -102,15 +102,13 @@ bool quantize_rows(const Source& source, int64_t panel, Code pad, int64_t scales
 bool pack_int8(const Source& source, int64_t panel, uint8_t* out) {
   std::vector<int8_t> codes;
   std::vector<float> scales;
-  const bool finite = quantize_rows(source, panel, int8_t{0}, 1, &codes, &scales,
-                                    [&](const uint8_t* row, int8_t* row_codes, float* row_scales) {
-                                      if (source.dtype == 0) {
-                                        return sg::quantize_int8(reinterpret_cast<const float*>(row), 1, source.num_k,
-                                                                 row_codes, row_scales);
-                                      }
-                                      return sg::quantize_int8(reinterpret_cast<const uint16_t*>(row), 1, source.num_k,
-                                                               row_codes, row_scales);
-                                    });
+  const bool finite = quantize_rows(
+      source, panel, int8_t{0}, 1, &codes, &scales, [&](const uint8_t* row, int8_t* row_codes, float* row_scales) {
+        if (source.dtype == 0) {
+          return sg::quantize_int8(reinterpret_cast<const float*>(row), 1, source.num_k, row_codes, row_scales);
+        }
+        return sg::quantize_int8(reinterpret_cast<const uint16_t*>(row), 1, source.num_k, row_codes, row_scales);
+      });
   if (!finite) return false;
   std::memcpy(out, scales.data(), static_cast<size_t>(sg::INT8_SCALE_BYTES));
   auto* to = reinterpret_cast<int8_t*>(out + sg::INT8_SCALE_BYTES);
@@ -129,15 +127,14 @@ bool pack_int4(const Source& source, int64_t panel, uint8_t* out) {
   const int64_t num_groups = (source.num_k + GROUP - 1) / GROUP;
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scales;
-  const bool finite = quantize_rows(source, panel, sg::INT4_PAD, num_groups, &codes, &scales,
-                                    [&](const uint8_t* row, uint8_t* row_codes, uint16_t* row_scales) {
-                                      if (source.dtype == 0) {
-                                        return sg::quantize_int4(reinterpret_cast<const float*>(row), 1, source.num_k,
-                                                                 row_codes, row_scales);
-                                      }
-                                      return sg::quantize_int4(reinterpret_cast<const uint16_t*>(row), 1, source.num_k,
-                                                               row_codes, row_scales);
-                                    });
+  const bool finite = quantize_rows(
+      source, panel, sg::INT4_PAD, num_groups, &codes, &scales,
+      [&](const uint8_t* row, uint8_t* row_codes, uint16_t* row_scales) {
+        if (source.dtype == 0) {
+          return sg::quantize_int4(reinterpret_cast<const float*>(row), 1, source.num_k, row_codes, row_scales);
+        }
+        return sg::quantize_int4(reinterpret_cast<const uint16_t*>(row), 1, source.num_k, row_codes, row_scales);
+      });
   if (!finite) return false;
   for (int64_t group = 0; group < num_groups; ++group) {
     uint8_t* to = out + group * sg::INT4_GROUP_BYTES;

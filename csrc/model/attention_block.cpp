@@ -19,7 +19,8 @@ void prepare_heads(const sg_attention_spec& a, const float* from, int64_t num_he
     std::memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
   }
   if (a.clip_qkv > 0.0f) {
-    for (int64_t i = 0; i < size; ++i) to[i] = to[i] < -a.clip_qkv ? -a.clip_qkv : to[i] > a.clip_qkv ? a.clip_qkv : to[i];
+    for (int64_t i = 0; i < size; ++i)
+      to[i] = to[i] < -a.clip_qkv ? -a.clip_qkv : to[i] > a.clip_qkv ? a.clip_qkv : to[i];
   }
   if (position >= 0) kernels().rope_row(to, a.cos_PC2 + position * half, a.sin_PC2 + position * half, num_heads, half);
 }
@@ -60,8 +61,7 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
       const float* row = work.qkv.f32(t);
       const int64_t position = step.positions_T[t];
       prepare_heads(a, row, a.num_heads, a.q_norm, a.q_norm_size, spec.norm_eps, position, q + t * q_size);
-      prepare_heads(a, row + q_size, a.num_kv_heads, a.k_norm, a.k_norm_size, spec.norm_eps, position,
-                    k + t * kv_size);
+      prepare_heads(a, row + q_size, a.num_kv_heads, a.k_norm, a.k_norm_size, spec.norm_eps, position, k + t * kv_size);
       prepare_heads(a, row + q_size + kv_size, a.num_kv_heads, nullptr, 0, spec.norm_eps, -1, v + t * kv_size);
     }
   });

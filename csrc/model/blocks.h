@@ -26,13 +26,13 @@ struct Rows {
 };
 
 struct Workspace {
-  Rows normed;        // fp32
-  Rows activations;   // of the format that reads them
-  Rows hidden_act;    // inside a gated ffn
-  Rows branch;        // fp32: what a branch gives before its norm
-  Rows qkv;           // fp32
-  Rows expert_rows;   // payload, by (token, k)
-  Rows combined;      // fp32
+  Rows normed;       // fp32
+  Rows activations;  // of the format that reads them
+  Rows hidden_act;   // inside a gated ffn
+  Rows branch;       // fp32: what a branch gives before its norm
+  Rows qkv;          // fp32
+  Rows expert_rows;  // payload, by (token, k)
+  Rows combined;     // fp32
   ScratchVector<void*> x_rows;
   Scratch q, k, v, attended, logits, weights, ids, slot_ids, pair_index, scores;
   std::vector<int64_t> begin, next, send_offsets, out_offsets, rows_per_slot;

@@ -1,8 +1,8 @@
 // A decoder's steps in native code: one call computes all layers of a step, one more the logits of some rows.
 //
-// The caller owns every weight, cache and counter that the structures point to and keeps them alive. The same arithmetic,
-// op by op, is in runtime/switchgear_runtime/model/ (decoder, attention, moe/layer); tests hold the two equal in every bit.
-// Mirrored in runtime/switchgear_runtime/model/native_structs.py.
+// The caller owns every weight, cache and counter that the structures point to and keeps them alive. The same
+// arithmetic, op by op, is in runtime/switchgear_runtime/model/ (decoder, attention, moe/layer); tests hold the two
+// equal in every bit. Mirrored in runtime/switchgear_runtime/model/native_structs.py.
 #pragma once
 
 #include <cstdint>
@@ -68,8 +68,8 @@ struct sg_placement {
   int64_t slots_per_rank, first_slot;
 };
 
-// One all-to-all: sends send[r] to each rank r and points recv[r] at what came; valid until the second-next one. Returns 0
-// or, after it kept the error for its caller, another number.
+// One all-to-all: sends send[r] to each rank r and points recv[r] at what came; valid until the second-next one.
+// Returns 0 or, after it kept the error for its caller, another number.
 typedef int (*sg_exchange_fn)(void* context, const struct sg_buffer* send, struct sg_buffer* recv);
 
 struct sg_step {

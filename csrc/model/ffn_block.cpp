@@ -1,4 +1,6 @@
 // The dense gated ffn of one layer, also the shared expert's.
+#include <cstring>
+
 #include "model/blocks.h"
 
 namespace sg::model {
@@ -8,6 +10,11 @@ void gated_ffn(Workspace& work, const sg_mlp& mlp, int64_t num_rows, void* const
   const Weight gate_up = weight_of(mlp.gate_up), down = weight_of(mlp.down);
   const int act_dtype = activation_dtype(down.format);
   work.hidden_act.shape(num_rows, (down.num_k + 1) / 2 * 2 * ITEMSIZE[act_dtype]);
+  if (down.num_k % 2 != 0) {  // products take pairs: the last of a row has a zero beside it
+    for (int64_t r = 0; r < num_rows; ++r) {
+      std::memset(work.hidden_act.at[r], 0, static_cast<size_t>((down.num_k + 1) * ITEMSIZE[act_dtype]));
+    }
+  }
   to_activations(work.normed.read(), num_rows, gate_up.num_k, gate_up.format, &work.activations);
   multiply(gate_up, work.activations.read(), num_rows, work.hidden_act.data(), act_dtype, EPILOGUE_SILU_MUL);
   multiply(down, work.hidden_act.read(), num_rows, y, F32, epilogue, multiplier);

@@ -1,4 +1,5 @@
-// The mixture of experts of one layer: route, send each token to its experts' ranks, compute here what came, sum at home.
+// The mixture of experts of one layer: route, send each token to its experts' ranks, compute here what came, sum at
+// home.
 #include <algorithm>
 #include <cstring>
 
@@ -19,7 +20,8 @@ struct Routed {
 
 int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, const sg_step& step, Routed* routed) {
   Workspace& work = decoder.work;
-  const int64_t num_tokens = step.num_tokens, num_experts = decoder.spec.num_experts, num_pairs = num_tokens * moe.top_k;
+  const int64_t num_tokens = step.num_tokens, num_experts = decoder.spec.num_experts,
+                num_pairs = num_tokens * moe.top_k;
   float* logits = work.logits.get<float>(num_tokens * num_experts);
   work.grouped_y.resize(num_tokens);
   for (int64_t t = 0; t < num_tokens; ++t) work.grouped_y[t] = logits + t * num_experts;
@@ -96,8 +98,8 @@ int remote_experts(Decoder& decoder, const sg_moe& moe, const sg_placement& plac
   for (int64_t t = 0; t < num_tokens; ++t) {
     std::memcpy(x + t * hidden, work.normed.at[t], static_cast<size_t>(hidden) * sizeof(float));
   }
-  auto* send = work.send.get<uint8_t>(
-      sg_dispatch_bytes_max(num_tokens, moe.top_k, num_ranks, hidden, ITEMSIZE[payload]));
+  auto* send =
+      work.send.get<uint8_t>(sg_dispatch_bytes_max(num_tokens, moe.top_k, num_ranks, hidden, ITEMSIZE[payload]));
   auto* pair_index = work.pair_index.get<int32_t>(num_tokens * moe.top_k);
   work.send_offsets.resize(static_cast<size_t>(num_ranks) + 1);
   work.out_offsets.resize(static_cast<size_t>(num_ranks) + 1);

@@ -11,18 +11,26 @@ struct F32Codec {
   using X = float;
   using Vector = f32x16;
   static constexpr int64_t BYTES = 64, K_PER_STEP = 1;
-  static inline __attribute__((always_inline)) Vector load(const uint8_t* w) { return sg::SG_ISA::load(reinterpret_cast<const float*>(w)); }
+  static inline __attribute__((always_inline)) Vector load(const uint8_t* w) {
+    return sg::SG_ISA::load(reinterpret_cast<const float*>(w));
+  }
   static inline __attribute__((always_inline)) Vector broadcast(const float* x) { return set1(*x); }
-  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) { return fma(a, b, acc); }
+  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) {
+    return fma(a, b, acc);
+  }
 };
 
 struct Bf16Codec {
   using X = bf16;
   using Vector = pairs16;
   static constexpr int64_t BYTES = 64, K_PER_STEP = 2;
-  static inline __attribute__((always_inline)) Vector load(const uint8_t* w) { return load_pairs(reinterpret_cast<const bf16*>(w)); }
+  static inline __attribute__((always_inline)) Vector load(const uint8_t* w) {
+    return load_pairs(reinterpret_cast<const bf16*>(w));
+  }
   static inline __attribute__((always_inline)) Vector broadcast(const bf16* x) { return set1_pair(x); }
-  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) { return dot(acc, a, b); }
+  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) {
+    return dot(acc, a, b);
+  }
 };
 
 // Sixteen integers of the even k, then sixteen of the odd k.
@@ -31,7 +39,9 @@ struct Int8Codec {
   using Vector = pairs16;
   static constexpr int64_t BYTES = 32, K_PER_STEP = 2;
   static inline __attribute__((always_inline)) Vector broadcast(const bf16* x) { return set1_pair(x); }
-  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) { return dot(acc, a, b); }
+  static inline __attribute__((always_inline)) f32x16 multiply_add(f32x16 acc, Vector a, Vector b) {
+    return dot(acc, a, b);
+  }
 #if defined(__AVX512F__)
   SG_INLINE __m512i floats(const uint8_t* w) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));

@@ -6,9 +6,9 @@
 // threads can change a bit. Blocking: ROWS x TILES accumulators in registers, as in Goto and van de Geijn, "Anatomy of
 // high-performance matrix multiplication" (2008), without their split of K.
 //
-// Integers are exact in bf16, so quantised weights take the same dot products: int8 scales a finished chain, int4 scales
-// the chain of each group of 32 k and adds it to the row's sum. One to three strips of rows decode weights in registers;
-// more rows decode a panel once, into bf16.
+// Integers are exact in bf16, so quantised weights take the same dot products: int8 scales a finished chain, int4
+// scales the chain of each group of 32 k and adds it to the row's sum. One to three strips of rows decode weights in
+// registers; more rows decode a panel once, into bf16.
 #include "kernels/isa/codecs.h"
 #include "kernels/pack.h"
 #include "kernels/scratch.h"
@@ -28,7 +28,7 @@ constexpr int ROWS_MAX = 4;
 constexpr int TILES = 1;
 #endif
 constexpr int64_t PANEL_TILES = PANEL / LANES;
-constexpr int64_t STRIPS_DIRECT = 3;     // of rows that decode integers in registers
+constexpr int64_t STRIPS_DIRECT = 3;      // of rows that decode integers in registers
 constexpr int64_t PREFETCH_BYTES = 2048;  // ahead in the stream of weights
 constexpr int64_t PAIRS_PER_GROUP = GROUP / 2;
 

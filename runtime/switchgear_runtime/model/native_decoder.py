@@ -124,7 +124,7 @@ class NativeDecoder:
             np.array(values, np.int64) for values in (flat.token_ids_T, flat.positions_T, flat.slots_T)
         )
         seq_ids_T = np.array(flat.seq_ids_T, np.int32)
-        tables_SB = np.array(flat.block_tables_SB, np.int32).reshape(len(flat.block_tables_SB), -1)
+        tables_SB = np.array(flat.block_tables_SB or np.empty((0, 0)), np.int32)
         x_TD = torch.empty((len(token_ids_T), self.hidden), dtype=torch.float32)
         self._exchange.begin(transport, timeout_s)
         step = c.Step(
