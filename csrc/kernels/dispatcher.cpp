@@ -67,15 +67,8 @@ int sg_dispatch_pack(const float* x, const int32_t* slot_ids, int64_t num_tokens
     send_offsets[r] = destination.offset = offset;
     destination.first_pair = first_pair;
     if (bytes > 0) {
-      const sg::MessageHeader header = {static_cast<uint32_t>(destination.num_rows),
-                                        static_cast<uint32_t>(destination.num_pairs), static_cast<uint32_t>(hidden),
-                                        static_cast<uint32_t>(sg::ITEMSIZE[payload])};
-      uint8_t* message = send + offset;
-      const int64_t rows = sg::rows_at(destination.num_pairs), rows_end = rows + destination.num_rows * row_bytes;
-      std::memset(message, 0, static_cast<size_t>(sg::ALIGN));
-      std::memset(message + rows - sg::ALIGN, 0, static_cast<size_t>(destination.num_pairs > 0 ? sg::ALIGN : 0));
-      std::memset(message + rows_end, 0, static_cast<size_t>(bytes - rows_end));
-      std::memcpy(message, &header, sizeof(header));
+      sg::write_message_frame(send + offset, destination.num_rows, destination.num_pairs, hidden,
+                              sg::ITEMSIZE[payload]);
     }
     offset += bytes;
     first_pair += destination.num_pairs;

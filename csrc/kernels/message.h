@@ -32,6 +32,19 @@ inline int64_t message_bytes(int64_t num_rows, int64_t num_pairs, int64_t row_by
   return num_rows == 0 ? 0 : rows_at(num_pairs) + align(num_rows * row_bytes);
 }
 
+// Everything of a message but its pairs and rows: the header and all padding.
+inline void write_message_frame(uint8_t* message, int64_t num_rows, int64_t num_pairs, int64_t hidden,
+                                int64_t itemsize) {
+  const MessageHeader header = {static_cast<uint32_t>(num_rows), static_cast<uint32_t>(num_pairs),
+                                static_cast<uint32_t>(hidden), static_cast<uint32_t>(itemsize)};
+  const int64_t rows = rows_at(num_pairs), rows_end = rows + num_rows * hidden * itemsize;
+  std::memset(message, 0, static_cast<size_t>(ALIGN));
+  if (num_pairs > 0) std::memset(message + rows - ALIGN, 0, static_cast<size_t>(ALIGN));
+  std::memset(message + rows_end, 0,
+              static_cast<size_t>(message_bytes(num_rows, num_pairs, hidden * itemsize) - rows_end));
+  std::memcpy(message, &header, sizeof(header));
+}
+
 // A received message whose sizes have been checked; its pairs have not.
 struct Message {
   MessageHeader header{};

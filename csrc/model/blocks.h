@@ -6,6 +6,7 @@
 #include "common/error.h"
 #include "kernels/linear.h"
 #include "model/decoder.h"
+#include "model/peers.h"
 
 namespace sg::model {
 
@@ -34,12 +35,13 @@ struct Workspace {
   Rows expert_rows;  // payload, by (token, k)
   Rows combined;     // fp32
   ScratchVector<void*> x_rows;
-  Scratch q, k, v, attended, logits, weights, ids, slot_ids, pair_index, scores;
-  std::vector<int64_t> begin, next, send_offsets, out_offsets, rows_per_slot;
+  Scratch q, k, v, attended, logits, weights, ids, slot_ids, gates;
+  std::vector<int64_t> begin, next, rows_per_slot;
   ScratchVector<const void*> grouped_x;
   ScratchVector<void*> grouped_y;
-  Scratch send, out;
-  std::vector<sg_buffer> to, from;
+  ScratchVector<const void*> returned;  // by (token, k)
+  ScratchVector<int32_t> places;        // by (token, k): place among the pairs sent to one rank
+  CallbackPeers callback_peers;
 };
 
 struct Decoder {
@@ -62,7 +64,8 @@ void add_branch(const Decoder& decoder, const float* norm, const Rows& rows, int
 
 int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step);
 int mlp_block(Decoder& decoder, const sg_layer& layer, const sg_step& step);
-int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step);
+// `peers` is not used with one rank.
+int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step, Peers& peers);
 // y = down(silu(gate(x)) * up(x)) for the normed rows in work.normed.
 void gated_ffn(Workspace& work, const sg_mlp& mlp, int64_t num_rows, void* const* y, Epilogue epilogue,
                float multiplier);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <new>
 
 #include "common/error.h"
@@ -81,6 +82,13 @@ int embed(const Decoder& decoder, const sg_step& step) {
 }
 
 int run_layers(Decoder& decoder, const sg_step& step) {
+  decoder.work.callback_peers.begin(step.exchange, step.exchange_context, step.num_ranks);
+  std::unique_ptr<Peers> shm_peers;
+  if (step.exchanger != nullptr) {
+    shm_peers.reset(new_shm_peers(step.exchanger, step.timeout_s));
+    if (shm_peers == nullptr) return fail("no memory for an exchange");
+  }
+  Peers& peers = shm_peers ? *shm_peers : decoder.work.callback_peers;
   if (embed(decoder, step) != SG_OK) return SG_ERROR;
   for (const sg_layer& layer : decoder.layers) {
     if (step.num_tokens > 0) {
@@ -89,7 +97,7 @@ int run_layers(Decoder& decoder, const sg_step& step) {
     if (layer.mlp.gate_up.packed != nullptr) {
       if (step.num_tokens == 0) continue;
       if (const int status = mlp_block(decoder, layer, step); status != SG_OK) return status;
-    } else if (const int status = moe_block(decoder, layer, step); status != SG_OK) {
+    } else if (const int status = moe_block(decoder, layer, step, peers); status != SG_OK) {
       return status;  // also without tokens: other ranks' tokens may need the experts here
     }
   }

@@ -79,8 +79,10 @@ struct sg_step {
   const int64_t* slots_T;
   const int32_t* block_tables_SB;
   int64_t num_tokens, num_seqs, table_width;
-  int64_t num_ranks;
-  sg_exchange_fn exchange;  // not called with one rank
+  int64_t num_ranks, rank;
+  void* exchanger;          // sg_shm_exchanger, or null: then `exchange` moves the messages
+  double timeout_s;         // of one exchange over it
+  sg_exchange_fn exchange;  // neither is used with one rank
   void* exchange_context;
   int64_t* routed_LE;  // counters that the step adds to: tokens of this rank by expert, rows computed here
   int64_t* rows_LE;

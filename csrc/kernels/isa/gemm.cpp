@@ -29,7 +29,7 @@ constexpr int TILES = 1;
 #endif
 constexpr int64_t PANEL_TILES = PANEL / LANES;
 constexpr int64_t STRIPS_DIRECT = 3;      // of rows that decode integers in registers
-constexpr int64_t PREFETCH_BYTES = 2048;  // ahead in the stream of weights
+constexpr int64_t PREFETCH_BYTES = 4096;  // ahead in the stream of weights
 constexpr int64_t PAIRS_PER_GROUP = GROUP / 2;
 
 template <typename Codec, int ROWS, int NUM_TILES>

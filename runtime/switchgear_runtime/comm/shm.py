@@ -137,10 +137,10 @@ class ShmTransport:
         return self._world_size
 
     @property
-    def handle(self) -> int:
-        """For native code: the `sg_shm*` of csrc/comm/shm.h, good until `close`. No two calls on it may overlap."""
+    def channel(self) -> NativeChannel:
+        """For native code, good until `close`. No two calls on it may overlap."""
         channel, _ = self._open()
-        return channel.handle
+        return channel
 
     def __enter__(self) -> ShmTransport:
         return self

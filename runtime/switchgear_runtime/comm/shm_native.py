@@ -160,3 +160,19 @@ class NativeChannel:
         peers = [peer for peer in range(self._world_size) if mask >> peer & 1]
         text = self._library.sg_shm_failed_text(self._handle).decode(errors="replace") or "out of memory"
         raise _ERRORS.get(status, TransportError)(f"rank {self._rank}: {text}", rank=self._rank, peers=peers)
+
+
+class NativeExchanger:
+    """An Exchanger of csrc/comm/exchanger.h over a channel, for other native code; its handle goes before the channel's."""
+
+    def __init__(self, channel: NativeChannel) -> None:
+        self._library = library()
+        self._channel = channel  # kept: it must be freed after this
+        self.handle = int(self._library.sg_shm_exchanger_create(channel.handle) or 0)
+        if not self.handle:
+            raise TransportError("out of memory for an exchanger")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", 0):
+            self._library.sg_shm_exchanger_free(self.handle)
+            self.handle = 0

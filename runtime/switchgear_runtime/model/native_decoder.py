@@ -19,7 +19,10 @@ from torch import Tensor
 
 from switchgear_runtime import native
 from switchgear_runtime.batch import FlatBatch
+from switchgear_runtime.comm.shm import ShmTransport
+from switchgear_runtime.comm.shm_native import NativeExchanger
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.errors import TransportError
 from switchgear_runtime.kv_cache import KVCache
 from switchgear_runtime.model import native_structs as c
 from switchgear_runtime.model.attention import Attention
@@ -72,6 +75,8 @@ class NativeDecoder:
             raise MemoryError("no memory for a native decoder")
         weakref.finalize(self, self._library.sg_decoder_free, self._handle)
         self._exchange = _Exchange()
+        self._shm: ShmTransport | None = None
+        self._exchanger: NativeExchanger | None = None
 
     @staticmethod
     def supports(decoder: Decoder) -> bool:
@@ -137,6 +142,9 @@ class NativeDecoder:
             num_seqs=tables_SB.shape[0],
             table_width=tables_SB.shape[1],
             num_ranks=transport.world_size,
+            rank=transport.rank,
+            exchanger=self._exchanger_of(transport),
+            timeout_s=timeout_s,
             exchange=self._exchange.function,
             routed_LE=routed_LE.ctypes.data,
             rows_LE=rows_LE.ctypes.data,
@@ -144,7 +152,10 @@ class NativeDecoder:
         )
         status = self._library.sg_decoder_step(self._handle, ctypes.byref(step))
         error = self._exchange.end()
-        if status == c.EXCHANGE_FAILED and error is not None:
+        if status == c.EXCHANGE_FAILED:
+            if error is None:  # it came from the channel, of which every later call fails in the same way
+                transport.barrier(timeout_s=timeout_s)
+                raise TransportError("an exchange failed and left no error", rank=transport.rank)
             raise error
         if status:
             raise ValueError(native.last_error())
@@ -158,6 +169,15 @@ class NativeDecoder:
         ):
             raise ValueError(native.last_error())
         return logits_SV
+
+    def _exchanger_of(self, transport: Transport) -> int | None:
+        """Native code's own way over shared memory; None: it calls back."""
+        if not isinstance(transport, ShmTransport):
+            return None
+        if self._shm is not transport:
+            self._shm, self._exchanger = transport, NativeExchanger(transport.channel)
+        assert self._exchanger is not None
+        return self._exchanger.handle
 
     def _layer(self, layer: DecoderLayer, k_cache: Tensor, v_cache: Tensor) -> c.Layer:
         attention_norm, ffn_norm = layer.attention_branch.norm, layer.ffn_branch.norm

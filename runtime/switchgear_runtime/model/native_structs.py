@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 
 from switchgear_runtime import native
 
@@ -125,6 +125,9 @@ class Step(ctypes.Structure):
         ("num_seqs", c_int64),
         ("table_width", c_int64),
         ("num_ranks", c_int64),
+        ("rank", c_int64),
+        ("exchanger", c_void_p),
+        ("timeout_s", c_double),
         ("exchange", ExchangeFunction),
         ("exchange_context", c_void_p),
         ("routed_LE", c_void_p),
