@@ -73,6 +73,9 @@ struct KernelTable {
   void (*round_to_bf16)(const float* x, int64_t size, float* out);   // values of bf16, still in fp32
   void (*to_bf16)(const float* x, int64_t size, bf16* out);
   void (*from_bf16)(const bf16* x, int64_t size, float* out);
+  // By the dtype of the (finite) weights [num_rows, num_k]; see kernels/quantize.h.
+  void (*quantize_int8[NUM_DTYPES])(const void* weight, int64_t num_rows, int64_t num_k, int8_t* codes, float* scales);
+  void (*quantize_int4[NUM_DTYPES])(const void* weight, int64_t num_rows, int64_t num_k, uint8_t* codes, bf16* scales);
 };
 
 // The table in use: the best this CPU runs, unless sg_set_instruction_set forced another.

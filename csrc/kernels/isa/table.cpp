@@ -24,6 +24,10 @@ double sum_exp(const float*, int64_t, float);
 void round_row(const float*, int64_t, float*);
 void to_bf16(const float*, int64_t, bf16*);
 void from_bf16(const bf16*, int64_t, float*);
+void quantize_int8_f32(const void*, int64_t, int64_t, int8_t*, float*);
+void quantize_int8_bf16(const void*, int64_t, int64_t, int8_t*, float*);
+void quantize_int4_f32(const void*, int64_t, int64_t, uint8_t*, bf16*);
+void quantize_int4_bf16(const void*, int64_t, int64_t, uint8_t*, bf16*);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -41,6 +45,8 @@ const KernelTable table = {
     .round_to_bf16 = round_row,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
+    .quantize_int8 = {quantize_int8_f32, quantize_int8_bf16},
+    .quantize_int4 = {quantize_int4_f32, quantize_int4_bf16},
 };
 
 }  // namespace sg::SG_ISA
