@@ -32,12 +32,14 @@ TORCH_FREE = {
     "config",
     "sampling_params",
     "errors",
+    "weight_format",
+    "packing",
     "system",
     "env",
     "link",
     "link_store",
 }
-LEAVES = {"errors", "env", "config", "system"}  # import nothing of ours but each other
+LEAVES = {"errors", "env", "config", "system", "weight_format"}  # import nothing of ours but each other
 # Lower may not import higher. Names are the modules (or subpackages) of switchgear_runtime.
 LAYERS = ["native", "ops_reference", "ops", "comm", "moe", "model", "model_runner", "engine", "rank_worker"]
 THE_RUNTIMES_PUBLIC_NAMES = {

@@ -53,6 +53,7 @@ class Plan:
     model: str
     architecture: str
     dtype: str
+    quantization: str
     num_ranks: int
     survive: int
     num_moe_layers: int
@@ -151,9 +152,9 @@ def _sizes(
     """The numbers, without choices and advice."""
     dtype = run_dtype(spec, engine.dtype)
     num_blocks, max_model_len = _kv_blocks(spec, engine, dtype)
-    dense = dense_bytes(spec, dtype, num_positions=max_model_len)
+    dense = dense_bytes(spec, dtype, engine.quantization, num_positions=max_model_len)
     slots = slots_per_layer(spec, num_ranks - survive)
-    expert = slot_bytes(spec, dtype)
+    expert = slot_bytes(spec, dtype, engine.quantization)
     pool = spec.num_moe_layers * slots * expert
     block = kv_block_bytes(spec, dtype, engine.block_size)
     mailbox = mailbox_bytes(spec, dtype, engine.max_num_batched_tokens, num_ranks)
@@ -171,6 +172,7 @@ def _sizes(
         model=model,
         architecture=spec.architecture,
         dtype=dtype,
+        quantization=engine.quantization,
         num_ranks=num_ranks,
         survive=survive,
         num_moe_layers=spec.num_moe_layers,
@@ -259,5 +261,10 @@ def _advice(spec: DecoderSpec, engine: EngineConfig, plan: Plan) -> list[str]:
         found.append(_kv_cache_flag(engine, plan, plan.largest_kv_cache_bytes))
     if plan.dtype == "float32" and sizes(engine=replace(engine, dtype="bfloat16")).fits:
         found.append("--dtype bfloat16 (not the same tokens as float32)")
+    if plan.dtype == "bfloat16":
+        for quantization in ("int8", "int4"):
+            if plan.quantization == "none" and sizes(engine=replace(engine, quantization=quantization)).fits:
+                found.append(f"--quantization {quantization} (not the same tokens as bfloat16)")
+                break
     found.append(f"{format_bytes(plan.total_bytes)} of memory per rank")
     return found

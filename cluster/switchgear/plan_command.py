@@ -24,6 +24,7 @@ _ENGINE_SETTINGS = frozenset(
         "max_num_batched_tokens",
         "max_num_seqs",
         "num_kv_blocks",
+        "quantization",
     }
 )
 
@@ -98,8 +99,9 @@ def plan_text(plan: Plan) -> str:
         ("the process", plan.process_bytes, "Python, torch, Ray (measured, rounded up)"),
         ("total", plan.total_bytes, f"x {plan.num_ranks} ranks = {format_bytes(plan.cluster_bytes)}"),
     ]
+    weights = plan.dtype if plan.quantization == "none" else f"{plan.dtype} with {plan.quantization} weights"
     lines = [
-        f"{plan.model}: {plan.architecture}, {plan.dtype}, {plan.num_moe_layers} MoE layers of {plan.num_experts} "
+        f"{plan.model}: {plan.architecture}, {weights}, {plan.num_moe_layers} MoE layers of {plan.num_experts} "
         f"experts, top-{plan.top_k}",
         f"Each of {plan.num_ranks} ranks holds:",
         *(f"  {name:<17}{format_bytes(size):>11}  {note}" for name, size, note in rows),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.weight_format import QUANTIZATIONS, check_quantization
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -18,7 +19,6 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 
 DTYPES = ("auto", "bfloat16", "float32")
-QUANTIZATIONS = ("none", "int8", "int4")
 TRANSPORTS = ("auto", "shm", "gloo", "mpi", "loopback")
 
 
@@ -30,7 +30,8 @@ class EngineConfig:
     dtype: str = setting("auto", "Weights and KV cache; auto: the checkpoint's own.", choices=DTYPES)
     quantization: str = setting(
         "none",
-        "Weights of experts and dense layers, made at load: int8 (a scale per output) or int4 (a scale per 32 inputs).",
+        "Weights of experts, dense layers and logits, made at load from bfloat16: int8 (a scale per output) or int4 "
+        "(a codebook, a scale per 32 inputs). Routers and norms keep their precision.",
         choices=QUANTIZATIONS,
     )
     max_model_len: int | None = setting(None, "Most tokens of prompt and output. Default: the model's limit.")
@@ -65,6 +66,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        if self.dtype == "float32":
+            check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
         if self.step_timeout_s < 1.0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} is below 1; a busy host needs at least a second")
         if self.max_num_batched_tokens < self.max_num_seqs:

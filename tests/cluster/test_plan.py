@@ -87,6 +87,20 @@ def test_a_big_model_from_its_config_alone(big_model: Path, capsys: pytest.Captu
     assert numbers["kv_cache_tokens"] == numbers["max_model_len"] == (3 << 30) // (94 * 2 * 4 * 128 * 2 * 16) * 16
 
 
+def test_quantised_weights(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits a weight: 8 and 4.5, beside a scale per output; tables and norms are not part of it."""
+    sizes = {}
+    for name in ("none", "int8", "int4"):
+        _, numbers = plan(capsys, str(big_model), "--dtype", "bfloat16", "--quantization", name)
+        assert numbers["quantization"] == name
+        sizes[name] = numbers["expert_bytes"]
+    assert sizes["none"] == 3 * 1536 * 4096 * 2
+    assert sizes["int8"] == 3 * 1536 * 4096 + (2 * 1536 + 4096) * 4
+    assert sizes["int4"] == 3 * 1536 * 4096 * 4.5 / 8
+    assert main(["plan", str(big_model), "--quantization", "int4"]) == 0
+    assert "bfloat16 with int4 weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -134,6 +148,7 @@ def test_the_text_says_the_same(big_model: Path, capsys: pytest.CaptureFixture[s
         (("--max-model-len", "2049"), "max_position_embeddings=2048"),
         (("--max-model-len", "100", "--num-kv-blocks", "2"), "raise kv_cache_memory_bytes to 229376"),
         (("--block-size", "7"), "block_size=7"),
+        (("--quantization", "int4", "--dtype", "float32"), "quantization='int4' needs dtype='bfloat16'"),
         (("/no/such/model",), "/no/such/model"),
     ],
 )

@@ -8,15 +8,17 @@ Letters: D hidden, F ffn, E logical experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from switchgear_runtime.comm import shm_native
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, MoESpec
+from switchgear_runtime.packing import packed_bytes
+from switchgear_runtime.weight_format import KINDS, Format, Kind, weight_format
 
 FP32 = 4
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
-LANES = 16  # rows of a weight that lie together (ops.pack_weight)
 MAILBOX_BYTES_MIN = 64 << 10
 MAILBOX_BUFFERS = 3  # of csrc/comm/layout.h
 MAILBOXES_BYTES_MAX = 96 << 20  # of one rank, to all others, with three buffers each
@@ -30,11 +32,6 @@ def run_dtype(spec: DecoderSpec, requested: str) -> str:
     if spec.dtype is None:
         raise ConfigError("dtype='auto' needs a dtype in config.json, which has none; give bfloat16 or float32")
     return "float32" if spec.dtype == "float16" else spec.dtype
-
-
-def packed_bytes(num_rows: int, num_columns: int, itemsize: int) -> int:
-    """A packed weight: rows padded to whole lanes."""
-    return -(-num_rows // LANES) * LANES * num_columns * itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,25 +52,30 @@ class DenseBytes:
         return sum(getattr(self, name) for name in self.__slots__)
 
 
-def dense_bytes(spec: DecoderSpec, dtype: str, *, num_positions: int) -> DenseBytes:
-    """`num_positions`: max_model_len, the length of the rotary tables."""
-    itemsize, hidden = ITEMSIZE[dtype], spec.hidden_size
+def _formats(dtype: str, quantization: str) -> Mapping[Kind, Format]:
+    return {kind: weight_format(kind, dtype, quantization) for kind in KINDS}
+
+
+def dense_bytes(spec: DecoderSpec, dtype: str, quantization: str = "none", *, num_positions: int) -> DenseBytes:
+    """`dtype`: the run's; `num_positions`: max_model_len, the length of the rotary tables."""
+    formats, hidden = _formats(dtype, quantization), spec.hidden_size
+    dense, router = formats["dense"], formats["router"]
     norm = hidden * FP32
     if spec.norm == "layer":  # with a bias, and a row of 1/D for the mean
-        norm += hidden * FP32 + packed_bytes(1, hidden, FP32)
+        norm += hidden * FP32 + packed_bytes("f32", 1, hidden)
     dense_ffn = shared = routers = 0
     for layer in spec.layers:
         if not isinstance(layer.ffn, MoESpec):
-            dense_ffn += _mlp(layer.ffn.ffn, hidden, itemsize)
+            dense_ffn += _mlp(layer.ffn.ffn, hidden, dense)
             continue
-        routers += packed_bytes(layer.ffn.num_experts, hidden, FP32) + layer.ffn.num_experts * FP32
+        routers += packed_bytes(router, layer.ffn.num_experts, hidden) + layer.ffn.num_experts * FP32
         if layer.ffn.shared_ffn:
-            shared += _mlp(layer.ffn.shared_ffn, hidden, itemsize)
-            shared += packed_bytes(1, hidden, FP32) if layer.ffn.shared_gate else 0
+            shared += _mlp(layer.ffn.shared_ffn, hidden, dense)
+            shared += packed_bytes(router, 1, hidden) if layer.ffn.shared_gate else 0
     return DenseBytes(
-        embedding=spec.vocab_size * hidden * itemsize,
-        lm_head=packed_bytes(spec.vocab_size, hidden, itemsize) + spec.lm_head_bias * spec.vocab_size * FP32,
-        attention=sum(_attention(layer.attention, hidden, itemsize) for layer in spec.layers),
+        embedding=spec.vocab_size * hidden * ITEMSIZE[dtype],
+        lm_head=packed_bytes(formats["lm_head"], spec.vocab_size, hidden) + spec.lm_head_bias * spec.vocab_size * FP32,
+        attention=sum(_attention(layer.attention, hidden, dense) for layer in spec.layers),
         norms=(2 * spec.num_layers + 1) * norm,
         dense_ffn=dense_ffn,
         shared_experts=shared,
@@ -85,22 +87,22 @@ def dense_bytes(spec: DecoderSpec, dtype: str, *, num_positions: int) -> DenseBy
     )
 
 
-def _mlp(ffn: int, hidden: int, itemsize: int) -> int:
-    return packed_bytes(2 * ffn, hidden, itemsize) + packed_bytes(hidden, ffn, itemsize)
+def _mlp(ffn: int, hidden: int, format: Format) -> int:
+    return packed_bytes(format, 2 * ffn, hidden, gate_up=True) + packed_bytes(format, hidden, ffn)
 
 
-def _attention(attention: AttentionSpec, hidden: int, itemsize: int) -> int:
+def _attention(attention: AttentionSpec, hidden: int, format: Format) -> int:
     q_rows = attention.num_heads * attention.head_dim
     kv_rows = attention.num_kv_heads * attention.head_dim
-    num_bytes = packed_bytes(q_rows + 2 * kv_rows, hidden, itemsize) + packed_bytes(hidden, q_rows, itemsize)
+    num_bytes = packed_bytes(format, q_rows + 2 * kv_rows, hidden) + packed_bytes(format, hidden, q_rows)
     num_bytes += attention.qkv_bias * (q_rows + 2 * kv_rows) * FP32 + attention.out_bias * hidden * FP32
     norm_sizes = {None: 0, "head": 2 * attention.head_dim, "projection": q_rows + kv_rows}
     return num_bytes + norm_sizes[attention.qk_norm] * FP32
 
 
-def slot_bytes(spec: DecoderSpec, dtype: str) -> int:
+def slot_bytes(spec: DecoderSpec, dtype: str, quantization: str = "none") -> int:
     """One expert of one layer: gate, up and down, packed."""
-    return _mlp(spec.moe.ffn, spec.hidden_size, ITEMSIZE[dtype])
+    return _mlp(spec.moe.ffn, spec.hidden_size, _formats(dtype, quantization)["experts"])
 
 
 def slots_per_layer(spec: DecoderSpec, num_holders: int) -> int:

@@ -13,7 +13,7 @@ from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
 from switchgear_runtime.model_runner import ModelRunner
-from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,16 @@ def tensor_bytes(*roots: object, skip: tuple[object, ...] = ()) -> int:
     return sum(storages.values())
 
 
-def compare(runner: ModelRunner, dtype: str, *, num_holders: int) -> None:
+def compare(runner: ModelRunner, dtype: str, *, num_holders: int, quantization: str = "none") -> None:
     spec = runner.spec
     experts = [layer.experts for layer in runner.moe_layers]
     caches = (runner.kv_cache.k, runner.kv_cache.v)
-    slots = spec.num_moe_layers * footprint.slots_per_layer(spec, num_holders)
-    assert tensor_bytes(*experts) == slots * footprint.slot_bytes(spec, dtype)
+    num_held = sum(int((layer.experts != EMPTY).sum()) for layer in experts)
+    assert num_held <= spec.num_moe_layers * footprint.slots_per_layer(spec, num_holders)
+    assert tensor_bytes(*experts) == num_held * footprint.slot_bytes(spec, dtype, quantization)
     block = footprint.kv_block_bytes(spec, dtype, runner.config.block_size)
     assert tensor_bytes(*caches) == runner.num_kv_blocks * block
-    dense = footprint.dense_bytes(spec, dtype, num_positions=runner.max_model_len)
+    dense = footprint.dense_bytes(spec, dtype, quantization, num_positions=runner.max_model_len)
     assert tensor_bytes(runner, skip=(*experts, runner.kv_cache)) == dense.total
     for num_ranks in (1, 2, 5, 64):
         mailbox = runner.mailbox_bytes(num_ranks)
@@ -69,6 +70,13 @@ def test_what_a_runner_allocates(arch: str, root: Path) -> None:
         for dtype in ("float32", "bfloat16"):
             runner = make_runner(model_dir, rank=world_size - 1, world_size=world_size, dtype=dtype, num_kv_blocks=7)
             compare(runner, dtype, num_holders=world_size)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("arch", ["qwen2_moe", "phimoe"])
+def test_quantised_weights(arch: str, quantization: str, root: Path) -> None:
+    runner = make_runner(make_checkpoint(root, arch, 1, dtype="bfloat16"), quantization=quantization)
+    compare(runner, "bfloat16", num_holders=1, quantization=quantization)
 
 
 @pytest.mark.parametrize(
