@@ -66,8 +66,8 @@ def choose_divisors(groups_GI: Tensor, levels: Tensor, count: int) -> tuple[list
         chosen.append(min(range(len(_POOL)), key=lambda place: error([*chosen, place])))
     for _ in range(2):
         for turn in range(count):
-            others = chosen[:turn] + chosen[turn + 1 :]
-            chosen[turn] = min(range(len(_POOL)), key=lambda place, others=others: error([*others, place]))
+            exchanged = [[*chosen[:turn], place, *chosen[turn + 1 :]] for place in range(len(_POOL))]
+            chosen = min(exchanged, key=error)
     return sorted(_POOL[place] for place in chosen), error(chosen)
 
 
