@@ -29,7 +29,7 @@ from typing import Any
 NUM_RANKS = 2
 ANSWER_TIMEOUT_S = 120.0
 _REPETITION_S = 0.01  # of every cell; its iterations are what fits in there
-_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 10_000
+_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 30_000
 HEADER_BYTES = 64
 LIBMPI = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}
 BASELINE = "memcpy"
@@ -215,7 +215,7 @@ class _Round:
 
     def warm_up(self) -> None:
         for name, (ranks, call) in self._contenders.items():
-            ranks.run(call, self._num_bytes, _ITERATIONS_MIN)
+            ranks.run(call, self._num_bytes, _ITERATIONS_MIN)  # page faults
             _, written_s = ranks.run(call, self._num_bytes, 2 * _ITERATIONS_MIN)
             self._num_iterations[name] = min(_ITERATIONS_MAX, max(_ITERATIONS_MIN, int(_REPETITION_S / written_s)))
 
