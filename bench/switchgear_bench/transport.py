@@ -5,7 +5,9 @@ written message until the receiver has read every word of what it got and found 
 transport can neither skip bytes nor leave them for later. All contenders run the same loop in the same run, repetition by
 repetition in turn; a cell is the median over the repetitions of the slower rank's mean time.
 
-The bound is a copy within one process, with the same reading, both ranks at once.
+The bound is a copy within one process, with the same reading, both ranks at once. It stays within a core's own caches up
+to their size, while a message has to cross to the other core's. How fast that is depends on whether the two cores share
+an L3; a virtual machine's may change that from minute to minute, which `shm in place` shows best (its time is the crossing).
 """
 
 from __future__ import annotations
@@ -26,10 +28,8 @@ from typing import Any
 
 NUM_RANKS = 2
 ANSWER_TIMEOUT_S = 120.0
-_BYTES_PER_REPETITION = 64 << 20
-_ITERATIONS_MIN, _ITERATIONS_MAX = 6, 20_000
-_PYTHON_ITERATIONS_MAX = 2_000
-_WARMUP = 3  # iterations: the first round through all three buffers
+_REPETITION_S = 0.01  # of every cell; its iterations are what fits in there
+_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 30_000
 HEADER_BYTES = 64
 LIBMPI = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}
 BASELINE = "memcpy"
@@ -156,11 +156,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(10)
 
 
-def num_iterations(call: str, num_bytes: int) -> int:
-    most = _PYTHON_ITERATIONS_MAX if call.endswith("python") else _ITERATIONS_MAX
-    return min(most, max(_ITERATIONS_MIN, _BYTES_PER_REPETITION // num_bytes))
-
-
 def run(
     sizes: Sequence[int], *, num_repeats: int, mailbox_bytes: int, sites: Sequence[MpiSite], gloo: bool = True
 ) -> tuple[dict[str, str], Iterator[dict[str, Any]]]:
@@ -197,39 +192,54 @@ def _measure(
     sizes: Sequence[int],
     num_repeats: int,
 ) -> Iterator[dict[str, Any]]:
+    rounds = [_Round("all_gather", HEADER_BYTES, gathers), *(_Round("all_to_all_v", size, calls) for size in sizes)]
     with stack:
-        yield from _cells("all_gather", gathers, HEADER_BYTES, num_repeats)
-        for num_bytes in sizes:
-            yield from _cells("all_to_all_v", calls, num_bytes, num_repeats)
+        for a_round in rounds:
+            a_round.warm_up()
+        for _ in range(num_repeats):  # outermost, so that a disturbance meets a few repetitions of many cells
+            for a_round in rounds:
+                a_round.repeat()
+    for a_round in rounds:
+        yield from a_round.rows()
 
 
-def _cells(
-    call: str, contenders: dict[str, tuple[Ranks, str]], num_bytes: int, num_repeats: int
-) -> Iterator[dict[str, Any]]:
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for name, (ranks, what) in contenders.items():
-        ranks.run(what, num_bytes, _WARMUP + num_iterations(name, num_bytes) // 8)
-    for _ in range(num_repeats):
-        for name, (ranks, what) in contenders.items():
-            times[name].append(ranks.run(what, num_bytes, num_iterations(name, num_bytes)))
-    medians = {name: median(exchange_s for exchange_s, _ in found) for name, found in times.items()}
-    for name, found in times.items():
-        python = " python" if name.endswith("python") else ""
-        mpi = [medians[other + python] for other in LIBMPI if other + python in medians]
-        best_mpi_s = min(mpi, default=None)
-        yield asdict(
-            Cell(
-                call=call,
+class _Round:
+    """All contenders at one size, in turn."""
+
+    def __init__(self, call: str, num_bytes: int, contenders: dict[str, tuple[Ranks, str]]) -> None:
+        self._call = call
+        self._num_bytes = num_bytes
+        self._contenders = contenders
+        self._num_iterations: dict[str, int] = {}
+        self._times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+
+    def warm_up(self) -> None:
+        for name, (ranks, call) in self._contenders.items():
+            ranks.run(call, self._num_bytes, _ITERATIONS_MIN)  # page faults
+            _, written_s = ranks.run(call, self._num_bytes, 2 * _ITERATIONS_MIN)
+            self._num_iterations[name] = min(_ITERATIONS_MAX, max(_ITERATIONS_MIN, int(_REPETITION_S / written_s)))
+
+    def repeat(self) -> None:
+        for name, (ranks, call) in self._contenders.items():
+            self._times[name].append(ranks.run(call, self._num_bytes, self._num_iterations[name]))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        medians = {name: median(exchange_s for exchange_s, _ in found) for name, found in self._times.items()}
+        for name, found in self._times.items():
+            python = " python" if name.endswith("python") else ""
+            best_mpi_s = min((medians[mpi + python] for mpi in LIBMPI if mpi + python in medians), default=None)
+            cell = Cell(
+                call=self._call,
                 contender=name,
-                num_bytes=num_bytes,
+                num_bytes=self._num_bytes,
                 time_us=medians[name] * 1e6,
                 time_us_min=min(found)[0] * 1e6,
                 time_us_max=max(found)[0] * 1e6,
                 written_us=median(written_s for _, written_s in found) * 1e6,
-                gigabytes_per_s=num_bytes / medians[name] / 1e9,
+                gigabytes_per_s=self._num_bytes / medians[name] / 1e9,
                 ratio_to_memcpy=medians[BASELINE] / medians[name] if BASELINE in medians else None,
                 ratio_to_best_mpi=best_mpi_s / medians[name] if best_mpi_s is not None else None,
-                num_iterations=num_iterations(name, num_bytes),
-                num_repeats=num_repeats,
+                num_iterations=self._num_iterations[name],
+                num_repeats=len(found),
             )
-        )
+            yield asdict(cell)

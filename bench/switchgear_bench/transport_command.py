@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +83,7 @@ class TransportCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--sizes", type=_sizes, default=list(SIZES), help="bytes (default: 64 to 16 Mi, doubling)")
-        parser.add_argument("--num-repeats", type=int, default=7, help="medians are over this many runs (default: 7)")
+        parser.add_argument("--num-repeats", type=int, default=9, help="medians are over this many runs (default: 9)")
         parser.add_argument(
             "--mailbox-bytes", type=int, default=MAILBOX_BYTES, help="of the shm channel (default: 32 Mi)"
         )
@@ -108,7 +109,11 @@ class TransportCommand:
             gloo=not arguments.no_gloo,
         )
         rows = list(found)
-        header = machine.describe() | {"when": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+        header = machine.describe() | {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions,
+            "scheduler": {os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}.get(os.sched_getscheduler(0), "other"),
+        }
         print(f"{header['hardware']}, 2 ranks on {min(2, header['cores'])} cores\n\n{markdown(rows)}\n")
         print("Every received word was read, and is what the peer wrote.")
         if arguments.output:

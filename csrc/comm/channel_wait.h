@@ -79,15 +79,15 @@ Status Channel::wait(Advance advance) {
       continue;
     }
     // Peers ring only whom they see asleep. So say it, and then look again: with the fence here and the one in `ring`,
-    // either they see that we sleep, or we see what they published. Rings count from before we said it.
-    const uint32_t wake_at = self.doorbell.load(kAcquire) + pending.rings;
-    self.wake_at.store(kSleeping | wake_at, kRelaxed);
+    // either they see that we sleep, or we see what they published. The kernel lets us sleep only if nobody has rung
+    // since before we said it: an urgent ring has taken back what we said, and nobody would ring again.
+    const uint32_t bell = self.doorbell.load(kAcquire);
+    self.wake_at.store(kSleeping | static_cast<uint32_t>(bell + pending.rings), kRelaxed);
     full_fence();
     const bool gone = left_peers() & pending.peers;
     const Pending latest = advance();
-    const uint32_t bell = self.doorbell.load(kAcquire);
     const bool unchanged = latest.peers == pending.peers && latest.rings == pending.rings;
-    if (unchanged && !gone && static_cast<int32_t>(bell - wake_at) < 0 && !interrupted()) {
+    if (unchanged && !gone && !interrupted()) {
       futex_wait(self.doorbell, bell, std::min(deadline_ns_, check_ns) - now);
     }
     self.wake_at.store(0, kRelaxed);
