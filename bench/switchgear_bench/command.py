@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
+from switchgear_bench.serve_command import SERVE
 from switchgear_bench.throughput_command import THROUGHPUT
 from switchgear_bench.transport_command import TRANSPORT
 
@@ -20,7 +21,7 @@ class Benchmark(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-BENCHMARKS: dict[str, Benchmark] = {"throughput": THROUGHPUT, "transport": TRANSPORT}
+BENCHMARKS: dict[str, Benchmark] = {"throughput": THROUGHPUT, "transport": TRANSPORT, "serve": SERVE}
 
 
 class BenchCommand:

@@ -110,4 +110,4 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-SERVE_BENCH = ServeBench()
+SERVE = ServeBench()
