@@ -6,6 +6,7 @@ ratios are of pairs from one repetition. What counts as a token was seen: prompt
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,17 @@ def quiet_repeats(num_repeats: int, lock: Path | None) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 held_until_s = time.monotonic() + _LOCK_HELD_S
             yield repeat
+
+
+@contextlib.contextmanager
+def busy(lock: Path | None) -> Iterator[None]:
+    """Untimed work, as loading models is: keeps off those who time things under `lock`, not others who are busy."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 def check(case: Case, answer: dict[str, Any], vocab_size: int) -> None:

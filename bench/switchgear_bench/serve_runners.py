@@ -26,6 +26,7 @@ _MAX_BATCHED_TOKENS = (
 
 def our_runner(model: str, precision: str, num_threads: int, overrides: dict[str, Any]) -> Runner:
     settings: dict[str, Any] = {
+        "launcher": "local",
         "ranks": 1,
         "num_threads": num_threads,
         "dtype": "bfloat16",
@@ -70,6 +71,7 @@ def _vllm(folder: Path, model: str, num_threads: int) -> Runner:
             "max_num_batched_tokens": _MAX_BATCHED_TOKENS,
         },
         environment={
+            "LD_PRELOAD": str(folder / "lib" / "libiomp5.so"),  # as vLLM's documentation advises; it is in the environment
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

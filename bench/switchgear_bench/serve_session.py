@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from switchgear_bench import machine
-from switchgear_bench.serve import measure, quiet_repeats
+from switchgear_bench.serve import busy, measure, quiet_repeats
 from switchgear_bench.serve_bound import Model, gemm_peak_flops_per_s, gguf_tensor_bytes
 from switchgear_bench.serve_cases import CASES, Case
 from switchgear_bench.serve_rows import rows
@@ -56,7 +56,8 @@ class Session:
         runners = self._runners(precision)
         model = Model(self.model)
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(runner)) for runner in runners]
+            with busy(self.lock):
+                workers = [stack.enter_context(Worker(runner)) for runner in runners]
             descriptions = {worker.runner.name: worker.description for worker in workers}
             self._settings |= {f"{name}, {precision}": about["settings"] for name, about in descriptions.items()}
             for name in case_names:
@@ -104,4 +105,5 @@ class Session:
         if not counters or case.kind != "decode":
             return None
         request = case.request(vocab_size, _ROUTING_SEED) | {"kind": "routing", "new_tokens": _ROUTING_STEPS}
-        return float(counters[0].run(request)["distinct_experts"])
+        with busy(self.lock):
+            return float(counters[0].run(request)["distinct_experts"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from switchgear_bench import serve_worker
-from switchgear_bench.serve import NotMeasured, check, measure, pair_ratios, quiet_repeats
+from switchgear_bench.serve import NotMeasured, busy, check, measure, pair_ratios, quiet_repeats
 from switchgear_bench.serve_cases import CASES, Case
 from switchgear_bench.serve_worker import Runner, Worker, WorkerFailed
 
@@ -144,6 +144,9 @@ def test_quiet_repeats_hold_the_lock(tmp_path: Path) -> None:
             with pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go at the end
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with busy(lock), pytest.raises(BlockingIOError):  # others may be busy too, but nobody may time
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_runner_reaches_its_environment_by_env() -> None:
