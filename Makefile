@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev test test-slow test-gpu sanitize lint format type bench docs mpi ray-serve lock check clean
+.PHONY: demo serve dev test test-slow test-gpu sanitize lint format type bench peers docs mpi ray-serve lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -62,6 +62,10 @@ check: lint type test
 
 bench: dev
 	@$(VENV)/bin/switchgear bench throughput
+
+# What `switchgear bench serve` compares with, and the checkpoint: 20 minutes, 12 GB in build/peers (bench/peers/README.md).
+peers: dev
+	@$(RUN) bench/peers/setup.py
 
 docs: dev
 	@$(RUN) -m switchgear.flags > docs/CONFIG.md

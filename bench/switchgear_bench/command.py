@@ -6,6 +6,7 @@ import argparse
 from typing import Protocol
 
 from switchgear_bench.perplexity_command import PERPLEXITY
+from switchgear_bench.serve_command import SERVE
 from switchgear_bench.throughput_command import THROUGHPUT
 from switchgear_bench.transport_command import TRANSPORT
 
@@ -21,7 +22,12 @@ class Benchmark(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-BENCHMARKS: dict[str, Benchmark] = {"perplexity": PERPLEXITY, "throughput": THROUGHPUT, "transport": TRANSPORT}
+BENCHMARKS: dict[str, Benchmark] = {
+    "perplexity": PERPLEXITY,
+    "serve": SERVE,
+    "throughput": THROUGHPUT,
+    "transport": TRANSPORT,
+}
 
 
 class BenchCommand:

@@ -16,7 +16,7 @@
 namespace sg {
 
 // Any change of what follows, or of the quantiser, needs a new version: packed weights are kept on disk.
-#define SG_PACK_VERSION "1"
+#define SG_PACK_VERSION "2"
 
 enum Format : int { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_INT8 = 2, FORMAT_INT4 = 3, NUM_FORMATS = 4 };
 inline constexpr int64_t PANEL = 64;
