@@ -101,7 +101,7 @@ class ShmContender(Contender):
     def __init__(self, rank: int, num_bytes_max: int, channel: str, mailbox_bytes: int) -> None:
         super().__init__(rank, num_bytes_max)
         self._transport = ShmTransport(channel, rank, NUM_RANKS, mailbox_bytes, TIMEOUT_S)
-        shm, handle = shm_library(), self._transport.handle
+        shm, handle = shm_library(), self._transport.channel.handle
         segment = shm.sg_shm_base(handle)
         self._exchanger = shm.sg_shm_exchanger_create(handle)
         self.calls = {

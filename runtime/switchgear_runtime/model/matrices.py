@@ -51,7 +51,9 @@ def matrices(
     hidden = spec.hidden_size
     found: list[Matrix] = []
 
-    def add(name: str, kind: Kind, num_out: int, num_k: int, tensors: tuple[str, ...], *, gate_up: bool = False) -> None:
+    def add(
+        name: str, kind: Kind, num_out: int, num_k: int, tensors: tuple[str, ...], *, gate_up: bool = False
+    ) -> None:
         format = weight_format(kind, dtype, quantization)
         found.append(
             Matrix(name=name, kind=kind, format=format, num_out=num_out, num_k=num_k, gate_up=gate_up, tensors=tensors)

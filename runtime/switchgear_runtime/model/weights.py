@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from switchgear_runtime.model.attention import Attention
+from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer, FeedForward
 from switchgear_runtime.model.layers import DenseMLP, LayerNorm, Linear, Norm, RMSNorm, Rope, SharedExpert
-from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.names import FINAL_NORM, LAYER_NORMS, LM_HEAD_BIAS
 from switchgear_runtime.model.spec import AttentionSpec, MoESpec
 from switchgear_runtime.model.weight_store import WeightStore
