@@ -227,7 +227,7 @@ class _Exchange:
             for rank, view in enumerate(received):
                 recv[rank].size = view.nbytes
                 recv[rank].data = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else None
-        except BaseException as error:  # noqa: BLE001: it cannot cross native code; the caller raises it
+        except BaseException as error:  # noqa: BLE001 - it cannot cross native code; the caller raises it
             self._error = error
             return 1
         self._views = [*self._views[-1:], received]
