@@ -30,6 +30,7 @@ from switchgear_runtime.model import byte_lock
 
 MAGIC = b"switchgear weights 1\n\0\0\0"
 ALIGNMENT = 4096
+_POPULATE_READ = 22  # MADV_POPULATE_READ, which the mmap module has no name for
 DURABLE = 1
 FREE_BYTES_MIN = 1 << 30  # we leave a disk that much room
 SYNC_BYTES_MAX = 32 << 20  # at a time: a process that waits for the disk cannot even be killed
@@ -125,7 +126,10 @@ class BlobFile:
         who writes."""
         start, length = self.layout.starts[index], self.layout.lengths[index]
         if length:
-            self._mapping.madvise(mmap.MADV_WILLNEED, start, length)
+            try:  # map the pages now: one call costs a fraction of a page fault for each during the first steps
+                self._mapping.madvise(_POPULATE_READ, start, length)
+            except OSError:  # before Linux 5.14
+                self._mapping.madvise(mmap.MADV_WILLNEED, start, length)
         return np.asarray(_Window(self._mapping, self._address + start, length))
 
     def crc_matches(self, index: int) -> bool:
