@@ -100,6 +100,10 @@ class NativeChannel:
         self._headers_view = memoryview(self._headers).cast("B")
 
     @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
     def handle(self) -> int:
         return int(self._handle)
 
@@ -170,7 +174,7 @@ class NativeExchanger:
         self._channel = channel  # kept: it must be freed after this
         self.handle = int(self._library.sg_shm_exchanger_create(channel.handle) or 0)
         if not self.handle:
-            raise TransportError("out of memory for an exchanger")
+            raise TransportError("out of memory for an exchanger", rank=channel.rank)
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):
