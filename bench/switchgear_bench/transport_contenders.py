@@ -18,6 +18,7 @@ import numpy as np
 from switchgear_bench.transport_native import Buffer, Exchanger, Job, Timing, library
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.shm import ShmTransport
+from switchgear_runtime.comm.shm_native import NativeExchanger
 from switchgear_runtime.comm.shm_native import library as shm_library
 from switchgear_runtime.comm.transport import Transport
 
@@ -103,23 +104,23 @@ class ShmContender(Contender):
         self._transport = ShmTransport(channel, rank, NUM_RANKS, mailbox_bytes, TIMEOUT_S)
         shm, handle = shm_library(), self._transport.channel.handle
         segment = shm.sg_shm_base(handle)
-        self._exchanger = shm.sg_shm_exchanger_create(handle)
+        self._exchanger: NativeExchanger | None = NativeExchanger(self._transport.channel)
         self.calls = {
             "memcpy": _native("memcpy", shm.sg_shm_barrier, handle),
             "shm": _native("shm", shm.sg_shm_all_to_all_v, handle, segment),
-            "shm in place": _native("shm_in_place", ctypes.byref(self._in_place(shm))),
+            "shm in place": _native("shm_in_place", ctypes.byref(self._in_place(shm, self._exchanger.handle))),
             "shm python": _python(self.send, _through(self._transport)),
             "shm all_gather": _native("shm_all_gather", shm.sg_shm_all_gather, handle),
         }
         self.version = f"mailbox {mailbox_bytes} bytes"
 
-    def _in_place(self, shm: ctypes.CDLL) -> Exchanger:
+    def _in_place(self, shm: ctypes.CDLL, exchanger: int) -> Exchanger:
         functions = (shm.sg_shm_exchanger_reserve, shm.sg_shm_exchanger_exchange, shm.sg_shm_exchanger_received)
-        return Exchanger(self._exchanger, *(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        return Exchanger(exchanger, *(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
 
     def close(self) -> None:
         super().close()
-        shm_library().sg_shm_exchanger_free(self._exchanger)
+        self._exchanger = None
         self._transport.close()
 
 
