@@ -5,7 +5,24 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace sg {
+
+// At a multiple of 64. Large blocks ask for huge pages: a step that touches new memory then faults rarely.
+inline void* allocate_scratch(int64_t bytes) {
+  constexpr int64_t HUGE = int64_t{2} << 20;
+  const int64_t alignment = bytes >= HUGE ? HUGE : 64;
+  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* data = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (alignment == HUGE) madvise(data, static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
+  return data;
+}
 
 // One growing block. Declare it thread_local; its contents do not outlive a call.
 class Scratch {
@@ -21,8 +38,8 @@ class Scratch {
     if (bytes > size_) {
       std::free(data_);
       size_ = 0;
-      data_ = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
+      data_ = nullptr;
+      data_ = allocate_scratch(bytes);
       size_ = bytes;
     }
     return static_cast<T*>(data_);
@@ -61,9 +78,7 @@ class ScratchVector {
   void grow(int64_t needed) {
     int64_t capacity = capacity_ < 16 ? 16 : 2 * capacity_;
     if (capacity < needed) capacity = needed;
-    const int64_t bytes = (capacity * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    auto* data = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (data == nullptr) throw std::bad_alloc();
+    auto* data = static_cast<T*>(allocate_scratch(capacity * static_cast<int64_t>(sizeof(T))));
     for (int64_t i = 0; i < size_; ++i) data[i] = data_[i];
     std::free(data_);
     data_ = data;
