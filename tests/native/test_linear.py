@@ -117,7 +117,9 @@ def test_gated_linear_equals_twin(format: str) -> None:
         expected_TF = ops_reference.gated_linear(x_TK, weight.data, format, ffn)
         assert y_TF.shape == (num_rows, ffn)
         label = f"seed {seed}, {num_rows} x {num_k} x {ffn}"
-        torch.testing.assert_close(y_TF, expected_TF, rtol=2e-6, atol=3e-6 * num_k, msg=lambda m, at=label: f"{at}: {m}")
+        torch.testing.assert_close(
+            y_TF, expected_TF, rtol=2e-6, atol=3e-6 * num_k, msg=lambda m, at=label: f"{at}: {m}"
+        )
 
 
 @settings(max_examples=120, deadline=None)
