@@ -41,16 +41,16 @@ def pack(weight_NK: Tensor, format: str, *, gate_up: bool = False) -> Tensor:
     if format == "f32":
         return _bytes(lanes(weight_NK.float(), 0.0).transpose(1, 2))
     if format == "bf16":
-        pairs = _pad_columns(lanes(weight_NK.bfloat16(), 0.0), 2, 0).unflatten(2, (-1, 2))
+        pairs = _split(_pad_columns(lanes(weight_NK.bfloat16(), 0.0), 2, 0), 2, -1, 2)
         return _bytes(pairs.transpose(1, 2))
     if format == "int8":
         codes_NK, scales_N = quantize_int8(weight_NK)
-        codes = _pad_columns(lanes(codes_NK, 0), 2, 0).unflatten(2, (-1, 2)).unflatten(1, (_TILES, TILE))
+        codes = _split(_split(_pad_columns(lanes(codes_NK, 0), 2, 0), 2, -1, 2), 1, _TILES, TILE)
         parts = (lanes(scales_N, 0.0), codes.permute(0, 3, 1, 4, 2))  # pair, tile, parity, lane
         return torch.cat([_bytes(part).view(num_panels, -1) for part in parts], 1).flatten()
     codes_NK, scales_NG = quantize_int4(weight_NK)
     codes = _pad_columns(lanes(codes_NK, INT4_PAD), INT4_GROUP, INT4_PAD).int()
-    codes = codes.unflatten(2, (-1, 4, 4, 2)).unflatten(1, (_TILES, TILE))  # [P, tile, lane, G, vector, nibble, parity]
+    codes = _split(_split(codes, 2, -1, 4, 4, 2), 1, _TILES, TILE)  # [P, tile, lane, G, vector, nibble, parity]
     words = (codes << torch.arange(0, 16, 4, dtype=torch.int32).view(4, 1)).sum(5, dtype=torch.int32)
     words = words.permute(0, 3, 1, 4, 2, 5)  # [P, G, tile, vector, lane, parity]
     nibbles = torch.stack([words & 255, words >> 8], -1).to(torch.uint8)
@@ -64,18 +64,18 @@ def unpack(data: Tensor, format: str, num_out: int, num_k: int, *, gate_up: bool
     rows_PL = rows_of_lanes(num_out, gate_up=gate_up)
     panels = data.view(rows_PL.shape[0], -1)
     if format == "f32":
-        lanes = _view(panels, torch.float32).unflatten(1, (-1, PANEL)).transpose(1, 2).double()
+        lanes = _split(_view(panels, torch.float32), 1, -1, PANEL).transpose(1, 2).double()
     elif format == "bf16":
-        pairs = _view(panels, torch.bfloat16).unflatten(1, (-1, PANEL, 2))
+        pairs = _split(_view(panels, torch.bfloat16), 1, -1, PANEL, 2)
         lanes = pairs.transpose(1, 2).flatten(2).double()
     elif format == "int8":
         scales = _view(panels[:, : _SCALE_BYTES[format]], torch.float32)
-        codes = _view(panels[:, _SCALE_BYTES[format] :], torch.int8).unflatten(1, (-1, _TILES, 2, TILE))
+        codes = _split(_view(panels[:, _SCALE_BYTES[format] :], torch.int8), 1, -1, _TILES, 2, TILE)
         lanes = codes.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2).double() * scales.double()[..., None]
     else:
-        groups = panels.unflatten(1, (-1, _INT4_GROUP_BYTES))
+        groups = _split(panels, 1, -1, _INT4_GROUP_BYTES)
         scales = _view(groups[..., : _SCALE_BYTES[format]], torch.bfloat16).double().transpose(1, 2)
-        halves = groups[..., _SCALE_BYTES[format] :].unflatten(2, (_TILES, 4, TILE, 2, 2))
+        halves = _split(groups[..., _SCALE_BYTES[format] :], 2, _TILES, 4, TILE, 2, 2)
         codes = torch.stack([halves & 15, halves >> 4], -1)  # [P, G, tile, vector, lane, parity, byte, nibble]
         codes = codes.permute(0, 2, 4, 1, 3, 6, 7, 5).flatten(1, 2).flatten(3)  # [P, L, G, 32]
         values = torch.tensor(VALUES, dtype=torch.float64)[codes.long()]
@@ -91,6 +91,10 @@ def _bytes(values: Tensor) -> Tensor:
 
 def _view(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.contiguous().view(dtype)
+
+
+def _split(values: Tensor, dim: int, *sizes: int) -> Tensor:
+    return values.reshape(*values.shape[:dim], *sizes, *values.shape[dim + 1 :])
 
 
 def _pad_columns(values: Tensor, multiple: int, pad: int) -> Tensor:

@@ -100,6 +100,10 @@ class NativeChannel:
         self._headers_view = memoryview(self._headers).cast("B")
 
     @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
     def handle(self) -> int:
         return int(self._handle)
 
