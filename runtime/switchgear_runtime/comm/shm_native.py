@@ -100,10 +100,6 @@ class NativeChannel:
         self._headers_view = memoryview(self._headers).cast("B")
 
     @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
     def handle(self) -> int:
         return int(self._handle)
 
