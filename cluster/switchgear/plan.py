@@ -1,7 +1,9 @@
 """What each rank would hold, and whether that fits, before anything is loaded: `make_plan` gives a `Plan`.
 
 Needs a config.json, no weights and no torch. The sizes of weights and cache are what ModelRunner allocates, byte for
-byte (model/footprint.py, and a test); activations are a bound, the process itself is a measured constant.
+byte (model/footprint.py, and a test); activations are a bound, the process itself is a measured constant. A rank's
+numbers are what it needs alone on a host. Ranks of one host map the weight cache's matrices once, all of them, so that
+a host needs less than the sum.
 
 Surviving F of R deaths means that any R - F ranks have slots for every expert of every layer: ceil(E / (R - F)) a
 layer, where ceil(E / R) would do for all of them. The slots beyond hold replicas until a death.
@@ -61,6 +63,7 @@ class Plan:
     top_k: int
     dense: DenseBytes
     dense_bytes: int
+    dense_shared_bytes: int  # of dense_bytes: what the ranks of a host have once, with a weight cache
     expert_bytes: int  # one expert of one layer
     slots_per_layer: int
     slots_per_rank: int
@@ -78,7 +81,8 @@ class Plan:
     step_bytes: int  # a bound
     process_bytes: int
     total_bytes: int
-    cluster_bytes: int  # all ranks
+    cluster_bytes: int  # all ranks, each on a host of its own
+    host_bytes: int  # all ranks on one host; with a weight cache it has each matrix once
     memory_bytes: int | None
     fits: bool | None
     largest_kv_cache_bytes: int | None  # that would still fit
@@ -167,7 +171,11 @@ def _sizes(
         max_num_seqs=engine.max_num_seqs,
     )
     share = -(-segment // num_ranks)
-    total = dense.total + pool + num_blocks * block + share + step + PROCESS_BYTES
+    own = dense.total - dense.shared + num_blocks * block + share + step + PROCESS_BYTES
+    total = own + dense.shared + pool
+    is_shared = engine.weight_cache_dir != ""
+    experts = spec.num_moe_layers * spec.num_experts * expert
+    weights = dense.shared + experts if is_shared else num_ranks * (dense.shared + pool)
     return Plan(
         model=model,
         architecture=spec.architecture,
@@ -180,6 +188,7 @@ def _sizes(
         top_k=spec.moe.top_k,
         dense=dense,
         dense_bytes=dense.total,
+        dense_shared_bytes=dense.shared if is_shared else 0,
         expert_bytes=expert,
         slots_per_layer=slots,
         slots_per_rank=spec.num_moe_layers * slots,
@@ -198,6 +207,7 @@ def _sizes(
         process_bytes=PROCESS_BYTES,
         total_bytes=total,
         cluster_bytes=num_ranks * total,
+        host_bytes=num_ranks * own + weights,
         memory_bytes=memory_bytes,
         fits=None if memory_bytes is None else total <= memory_bytes,
         largest_kv_cache_bytes=None,

@@ -25,6 +25,7 @@ _ENGINE_SETTINGS = frozenset(
         "max_num_seqs",
         "num_kv_blocks",
         "quantization",
+        "weight_cache_dir",
     }
 )
 
@@ -99,12 +100,15 @@ def plan_text(plan: Plan) -> str:
         ("the process", plan.process_bytes, "Python, torch, Ray (measured, rounded up)"),
         ("total", plan.total_bytes, f"x {plan.num_ranks} ranks = {format_bytes(plan.cluster_bytes)}"),
     ]
+    one_host = f"On one host all ranks take {format_bytes(plan.host_bytes)}"
+    one_host += ": the weight cache holds each matrix once." if plan.dense_shared_bytes else " without a weight cache."
     weights = plan.dtype if plan.quantization == "none" else f"{plan.dtype} with {plan.quantization} weights"
     lines = [
         f"{plan.model}: {plan.architecture}, {weights}, {plan.num_moe_layers} MoE layers of {plan.num_experts} "
         f"experts, top-{plan.top_k}",
         f"Each of {plan.num_ranks} ranks holds:",
         *(f"  {name:<17}{format_bytes(size):>11}  {note}" for name, size, note in rows),
+        *([one_host] if plan.num_ranks > 1 else []),
         "",
         "Surviving F deaths without waiting for a replacement:",
         f"  {'F':>3}{'slots':>9}{'pool':>12}{'extra a rank':>14}{'extra in all':>14}{'a rank':>12}",

@@ -25,26 +25,38 @@ void call(int status) {
 
 // --- dense -------------------------------------------------------------------------------------------------------
 
-void pack(Tensor weight_NK, int64_t format, bool gate_up, Tensor out) {
+int weight_format(int64_t format) {
+  if (sg_packed_bytes(static_cast<int>(format), 0, 0, 0) < 0) {
+    throw std::invalid_argument("format=" + std::to_string(format) + " is unknown");
+  }
+  return static_cast<int>(format);
+}
+
+void pack(Tensor weight_NK, int64_t format_number, bool gate_up, Tensor out) {
+  const int format = weight_format(format_number);
   const int dtype = weight_dtype(weight_NK.scalar_type(), "weight_NK");
   check(weight_NK, "weight_NK", weight_NK.scalar_type(), {ANY, ANY});
   const int64_t num_out = weight_NK.size(0), num_k = weight_NK.size(1);
-  check(out, "out", ScalarType::Byte, {sg_packed_bytes(static_cast<int>(format), num_out, num_k, gate_up)});
-  call(sg_pack(static_cast<int>(format), weight_NK.data_ptr(), dtype, num_out, num_k, gate_up, data<uint8_t>(out)));
+  check(out, "out", ScalarType::Byte, {sg_packed_bytes(format, num_out, num_k, gate_up)});
+  call(sg_pack(format, weight_NK.data_ptr(), dtype, num_out, num_k, gate_up, data<uint8_t>(out)));
 }
 
-Tensor linear(Tensor x_TK, Tensor packed, int64_t format, int64_t num_out, bool gate_up, std::optional<Tensor> bias_N,
-              bool silu_mul) {
+Tensor linear(Tensor x_TK, Tensor packed, int64_t format_number, int64_t num_out, bool gate_up,
+              std::optional<Tensor> bias_N, bool silu_mul) {
   const float* x = f32(x_TK, "x_TK", {ANY, ANY});
   if (num_out < 0) throw std::invalid_argument("num_out=" + std::to_string(num_out) + " must not be negative");
-  if (silu_mul && !gate_up) throw std::invalid_argument("silu_mul needs a weight packed with gate_up");
-  check(packed, "packed", ScalarType::Byte,
-        {sg_packed_bytes(static_cast<int>(format), num_out, x_TK.size(1), gate_up)});
+  if (silu_mul != gate_up) {
+    throw std::invalid_argument(gate_up ? "a weight packed with gate_up is for gated_linear alone"
+                                        : "gated_linear needs a weight packed with gate_up");
+  }
+  if (silu_mul && bias_N) throw std::invalid_argument("bias_N does not go with gated_linear");
+  const int format = weight_format(format_number);
+  check(packed, "packed", ScalarType::Byte, {sg_packed_bytes(format, num_out, x_TK.size(1), gate_up)});
   const sg_weight weight{.packed = packed.data_ptr(),
                          .bias_N = bias_N ? f32(*bias_N, "bias_N", {num_out}) : nullptr,
                          .num_out = num_out,
                          .num_k = x_TK.size(1),
-                         .format = static_cast<int32_t>(format),
+                         .format = format,
                          .gate_up = gate_up};
   Tensor out = empty({x_TK.size(0), silu_mul ? num_out / 2 : num_out}, ScalarType::Float);
   call(sg_linear(x, x_TK.size(0), &weight, silu_mul, data<float>(out)));
@@ -185,13 +197,19 @@ std::vector<const void*> slot_pointers(const TensorList& tensors, const char* na
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts_forward(TensorList recv, TensorList w13_packed, TensorList w2_packed,
-                                                   int64_t format, int64_t first_slot, int64_t hidden, int64_t ffn) {
-  if (ffn < 1 || hidden < 1 || format < 0 || format > 3 || w13_packed.size() != w2_packed.size()) {
-    throw std::invalid_argument("ffn, hidden and format, or the numbers of w13_packed and w2_packed, do not fit");
+                                                   int64_t format_number, int64_t first_slot, int64_t hidden,
+                                                   int64_t ffn) {
+  if (ffn < 1 || hidden < 1) {
+    throw std::invalid_argument("ffn=" + std::to_string(ffn) + " and hidden=" + std::to_string(hidden) +
+                                " must be positive");
   }
-  const int weight_format = static_cast<int>(format), payload = format == 0 ? 0 : 1;
-  const auto w13 = slot_pointers(w13_packed, "w13_packed", sg_packed_bytes(weight_format, 2 * ffn, hidden, 1));
-  const auto w2 = slot_pointers(w2_packed, "w2_packed", sg_packed_bytes(weight_format, hidden, ffn, 0));
+  if (w13_packed.size() != w2_packed.size()) {
+    throw std::invalid_argument("w13_packed has " + std::to_string(w13_packed.size()) + " slots, w2_packed " +
+                                std::to_string(w2_packed.size()));
+  }
+  const int format = weight_format(format_number), payload = format == 0 ? 0 : 1;
+  const auto w13 = slot_pointers(w13_packed, "w13_packed", sg_packed_bytes(format, 2 * ffn, hidden, 1));
+  const auto w2 = slot_pointers(w2_packed, "w2_packed", sg_packed_bytes(format, hidden, ffn, 0));
   const auto num_slots = static_cast<int64_t>(w13.size());
   const std::vector<sg_buffer> messages = buffers(recv, "recv");
   const auto num_ranks = static_cast<int64_t>(messages.size());
@@ -203,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> experts_forward(TensorList recv, TensorList w
                              .num_ranks = num_ranks,
                              .w13_packed_S = w13.data(),
                              .w2_packed_S = w2.data(),
-                             .format = weight_format,
+                             .format = format,
                              .payload = payload,
                              .num_slots = num_slots,
                              .first_slot = first_slot,

@@ -1,8 +1,6 @@
 // Products over the pool: how they are cut into tasks, and the dense one as an op.
 #include "kernels/linear.h"
 
-#include <cstring>
-
 #include "common/error.h"
 #include "common/flush.h"
 #include "kernels/ops.h"
@@ -86,10 +84,7 @@ int sg_linear(const float* x, int64_t num_rows, const sg_weight* weight, int sil
                         weight->bias_N};
   const int64_t width = silu_mul ? w.num_out / 2 : w.num_out;
   if (num_rows == 0 || width == 0) return SG_OK;
-  if (w.num_k == 0) {
-    std::memset(out, 0, static_cast<size_t>(num_rows * width) * sizeof(float));
-    return SG_OK;
-  }
+  if (w.num_k == 0) return sg::fail("x_TK has no columns");
   thread_local sg::Scratch rounded;
   thread_local sg::ScratchVector<const void*> x_rows;
   thread_local sg::ScratchVector<void*> y_rows;

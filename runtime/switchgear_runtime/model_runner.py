@@ -50,9 +50,11 @@ class ModelRunner:
         rank: int,
         world_size: int,
         expert_map: ExpertMap | None = None,
+        native: bool = True,
     ) -> None:
         """`expert_map`: the one the first generation will likely have (default: contiguous). Its experts load here,
-        since `begin` runs while the other ranks wait for their first step."""
+        since `begin` runs while the other ranks wait for their first step. `native`: run steps in native code where it
+        has every part of the model; else op by op, slower, with the same bits."""
         if config.block_size % KV_TILE:
             raise ConfigError(f"block_size={config.block_size} must be a multiple of {KV_TILE}")
         self.config = config
@@ -77,7 +79,7 @@ class ModelRunner:
         self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
         self._native: NativeDecoder | None = None
-        if NativeDecoder.supports(self._decoder):
+        if native and NativeDecoder.supports(self._decoder):
             self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._transport: Transport | None = None
@@ -85,6 +87,11 @@ class ModelRunner:
         self._staged: dict[int, tuple[ExpertMap, list[ExpertSlots]]] = {}  # by epoch
         self.expert_map = expert_map
         self._place(self.expert_map, self._load_slots(self.expert_map))
+
+    @property
+    def is_native(self) -> bool:
+        """Whether steps run in native code as a whole."""
+        return self._native is not None
 
     @property
     def epoch(self) -> int:

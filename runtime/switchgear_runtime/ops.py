@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import native
-from switchgear_runtime.packing import FORMATS, PAYLOAD, packed_bytes
+from switchgear_runtime.packing import PAYLOAD, format_number, packed_bytes
 
 
 def _ops() -> Any:
@@ -58,7 +58,7 @@ def pack_into(out: Tensor, weight_NK: Tensor, format: str, *, gate_up: bool = Fa
 
     ValueError names what does not fit: a shape, or a weight that is not finite and cannot be quantised.
     """
-    _ops().pack(weight_NK, FORMATS.index(format), gate_up, out)
+    _ops().pack(weight_NK, format_number(format), gate_up, out)
 
 
 def pack(weight_NK: Tensor, format: str, *, gate_up: bool = False, bias_N: Tensor | None = None) -> PackedWeight:
@@ -80,7 +80,7 @@ def gated_linear(x_TK: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _linear(x_TK: Tensor, weight: PackedWeight, *, silu_mul: bool) -> Tensor:
-    format = FORMATS.index(weight.format)
+    format = format_number(weight.format)
     return cast(
         Tensor,
         _ops().linear(x_TK, weight.data, format, weight.num_out, weight.gate_up, weight.bias_N, silu_mul),
@@ -180,7 +180,7 @@ def experts_forward(
     pair, in the order its pairs came in. w13_S and w2_S are packed matrices of `format` by slot ([2F, D] with gate_up,
     and [D, F]); an empty tensor stands for a slot without an expert.
     """
-    result = _ops().experts_forward(list(recv), list(w13_S), list(w2_S), FORMATS.index(format), first_slot, hidden, ffn)
+    result = _ops().experts_forward(list(recv), list(w13_S), list(w2_S), format_number(format), first_slot, hidden, ffn)
     return cast(tuple[Tensor, Tensor, Tensor], result)
 
 

@@ -1,7 +1,7 @@
 """The twin of ops.py in plain torch and Python: slow, easy to read, the same meaning. Tests hold the native ops to it.
 
 Sums run in float64 and are rounded once, so the twin is nearer to the exact value than the native op is; the last bits
-differ, the meaning does not.
+differ, the meaning does not. Packed matrices are packing_reference.py's.
 Letters as in ops.py.
 """
 
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from switchgear_runtime.packing_reference import unpack
+
 LANES = 16
 ALIGN = 64
 
@@ -21,21 +23,21 @@ def _align(num_bytes: int) -> int:
     return (num_bytes + ALIGN - 1) // ALIGN * ALIGN
 
 
-def pack_weight(weight_NK: Tensor) -> Tensor:
-    n, k = weight_NK.shape
-    padded = torch.zeros((-(-n // LANES) * LANES, k), dtype=weight_NK.dtype)
-    padded[:n] = weight_NK
-    return padded.view(-1, LANES, k).transpose(1, 2).contiguous()
+def linear(
+    x_TK: Tensor, data: Tensor, format: str, num_out: int, *, gate_up: bool = False, bias_N: Tensor | None = None
+) -> Tensor:
+    """`data`: packed. x is rounded as the format has it."""
+    weight_NK = unpack(data, format, num_out, x_TK.shape[1], gate_up=gate_up)
+    y_TN = x_TK.to(payload_dtype(format)).double() @ weight_NK.T
+    return (y_TN if bias_N is None else y_TN + bias_N.double()).float()
 
 
-def unpack_weight(packed: Tensor, num_out: int) -> Tensor:
-    """The inverse of pack_weight: [ceil(N/16), K, 16] -> [N, K]."""
-    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:num_out].contiguous()
+def gated_linear(x_TK: Tensor, data: Tensor, format: str, ffn: int) -> Tensor:
+    return silu_mul(linear(x_TK, data, format, 2 * ffn, gate_up=True))
 
 
-def linear(x_TK: Tensor, packed: Tensor, num_out: int) -> Tensor:
-    x_TK = x_TK.to(packed.dtype)
-    return (x_TK.double() @ unpack_weight(packed, num_out).double().T).float()
+def payload_dtype(format: str) -> torch.dtype:
+    return torch.float32 if format == "f32" else torch.bfloat16
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -181,10 +183,16 @@ def dispatch_pack(
 
 
 def experts_forward(
-    recv: Sequence[Tensor], w13_packed: Tensor, w2_packed: Tensor, first_slot: int, ffn: int, payload: torch.dtype
+    recv: Sequence[Tensor],
+    w13_S: Sequence[Tensor],
+    w2_S: Sequence[Tensor],
+    format: str,
+    first_slot: int,
+    hidden: int,
+    ffn: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = w13_packed.shape[2]
-    rows_per_slot_S = torch.zeros(w13_packed.shape[0], dtype=torch.int64)
+    payload = payload_dtype(format)
+    rows_per_slot_S = torch.zeros(len(w13_S), dtype=torch.int64)
     out: list[Tensor] = []
     out_offsets = [0]
     for message in recv:
@@ -198,8 +206,8 @@ def experts_forward(
         for row, slot in pairs:
             local = slot - first_slot
             rows_per_slot_S[local] += 1
-            act = silu_mul(linear(x[row : row + 1], w13_packed[local], 2 * ffn))
-            out.append(linear(act, w2_packed[local], hidden).to(payload).view(torch.uint8).flatten())
+            act = gated_linear(x[row : row + 1], w13_S[local], format, ffn)
+            out.append(linear(act, w2_S[local], format, hidden).to(payload).view(torch.uint8).flatten())
         out_offsets.append(out_offsets[-1] + num_pairs * hidden * itemsize)
     joined = torch.cat(out) if out else torch.empty(0, dtype=torch.uint8)
     return joined, torch.tensor(out_offsets, dtype=torch.int64), rows_per_slot_S

@@ -11,9 +11,16 @@ FORMATS = ("f32", "bf16", "int8", "int4")
 PAYLOAD = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # of activations
 
 
+def format_number(format: str) -> int:
+    """As native code knows it."""
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    return FORMATS.index(format)
+
+
 def packed_bytes(format: str, num_out: int, num_k: int, *, gate_up: bool = False) -> int:
     """Bytes of a packed [num_out, num_k]. `gate_up`: its rows are gates, then as many ups."""
-    return int(native.core().sg_packed_bytes(FORMATS.index(format), num_out, num_k, gate_up))
+    return int(native.core().sg_packed_bytes(format_number(format), num_out, num_k, gate_up))
 
 
 def pack_version() -> str:

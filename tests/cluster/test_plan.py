@@ -69,6 +69,13 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert numbers["slots_per_rank"] == 4 * 16  # 32 experts on 2 survivors
     assert numbers["survive_extra_bytes"] == 4 * (16 - 11) * numbers["expert_bytes"]
     assert numbers["expert_bytes"] == 3 * 128 * 256 * 2
+    assert numbers["dense_bytes"] == sum(numbers["dense"].values())
+    own = numbers["total_bytes"] - numbers["dense_shared_bytes"] - numbers["pool_bytes"]
+    experts = 4 * 32 * numbers["expert_bytes"]
+    assert numbers["host_bytes"] == 3 * own + numbers["dense_shared_bytes"] + experts
+    _, alone = plan(capsys, "--ranks", "3", "--survive", "1", "--weight-cache-dir", "")
+    assert alone["dense_shared_bytes"] == 0
+    assert alone["host_bytes"] == alone["cluster_bytes"] == 3 * numbers["total_bytes"] == numbers["cluster_bytes"]
     parts = ("dense_bytes", "pool_bytes", "kv_cache_bytes", "segment_share_bytes", "step_bytes", "process_bytes")
     assert numbers["total_bytes"] == sum(numbers[part] for part in parts)
     assert [choice["slots_per_rank"] for choice in numbers["survive_choices"]] == [44, 64, 128]
@@ -81,7 +88,7 @@ def test_a_big_model_from_its_config_alone(big_model: Path, capsys: pytest.Captu
     assert (status, numbers["fits"]) == (0, True)
     weights = 8 * numbers["pool_bytes"] + numbers["dense_bytes"]
     # 235 B parameters of 2 bytes; the routers are fp32 here, the rest are rotary tables.
-    num_parameters = (weights - numbers["dense"]["rope_tables"] - numbers["dense"]["routers"] // 2) / 2
+    num_parameters = (weights - numbers["dense"]["tables"] - numbers["dense"]["routers"] // 2) / 2
     assert 235.0e9 < num_parameters < 235.2e9
     assert numbers["kv_cache_bytes"] <= 3 << 30 < numbers["largest_kv_cache_bytes"]
     assert numbers["kv_cache_tokens"] == numbers["max_model_len"] == (3 << 30) // (94 * 2 * 4 * 128 * 2 * 16) * 16
@@ -132,7 +139,8 @@ def test_each_advice_makes_it_fit(
 def test_the_text_says_the_same(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(big_model / "config.json"), "--ranks", "9", "--survive", "1", "--memory", "80GiB"]) == 0
     text = capsys.readouterr().out
-    for line in ("expert slot pool", "94 layers x 16 slots of 36.00 MiB", "Fits 80.00 GiB per rank with", "503"):
+    for line in ("expert slot pool", "94 layers x 16 slots of 36.00 MiB", "Fits 80.00 GiB per rank with", "503",
+                 "On one host all ranks take"):  # fmt: skip
         assert line in text
 
 

@@ -24,6 +24,11 @@ def supported_instruction_sets() -> list[str]:
     return names
 
 
+@pytest.fixture(scope="session")
+def instruction_sets() -> list[str]:
+    return supported_instruction_sets()
+
+
 @pytest.fixture(autouse=True)
 def restored_machine() -> Iterator[None]:
     """Every test leaves the threads and the instruction set as it found them."""

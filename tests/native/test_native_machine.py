@@ -55,15 +55,15 @@ def test_unknown_settings_raise() -> None:
 def test_python_threads_share_the_pool() -> None:
     """Calls from several threads, while another resizes the pool: every result is right, and nothing hangs."""
     torch.manual_seed(0)
-    packed = ops.pack_weight(torch.randn(600, 64))
+    weight = ops.pack(torch.randn(600, 64), "f32")
     inputs = [torch.randn(9, 64) for _ in range(4)]
-    expected = [ops.linear(x, packed, 600) for x in inputs]
+    expected = [ops.linear(x, weight) for x in inputs]
     wrong: list[int] = []
     stop = threading.Event()
 
     def work(i: int) -> None:
         while not stop.is_set():
-            if not torch.equal(ops.linear(inputs[i], packed, 600), expected[i]):
+            if not torch.equal(ops.linear(inputs[i], weight), expected[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -80,9 +80,9 @@ def test_python_threads_share_the_pool() -> None:
 
 
 def test_idle_workers_use_no_cpu() -> None:
-    packed = ops.pack_weight(torch.randn(600, 64))
+    weight = ops.pack(torch.randn(600, 64), "f32")
     ops.set_num_threads(3)
-    ops.linear(torch.randn(9, 64), packed, 600)
+    ops.linear(torch.randn(9, 64), weight)
     time.sleep(0.05)
     used_s = []
     for _ in range(5):  # a worker that spins is busy in every window; this process's other threads are not
@@ -97,13 +97,13 @@ def test_forked_child_computes_alone() -> None:
     code = """
 import os, torch
 from switchgear_runtime import ops
-packed = ops.pack_weight(torch.randn(600, 64)); x = torch.randn(9, 64)
-ops.set_num_threads(3); y = ops.linear(x, packed, 600)
+weight = ops.pack(torch.randn(600, 64), "f32"); x = torch.randn(9, 64)
+ops.set_num_threads(3); y = ops.linear(x, weight)
 pid = os.fork()
 if pid == 0:
-    same = torch.equal(ops.linear(x, packed, 600), y) and ops.num_threads() == 1
+    same = torch.equal(ops.linear(x, weight), y) and ops.num_threads() == 1
     ops.set_num_threads(2)  # and it can start its own
-    os._exit(0 if same and torch.equal(ops.linear(x, packed, 600), y) else 1)
+    os._exit(0 if same and torch.equal(ops.linear(x, weight), y) else 1)
 print(os.waitpid(pid, 0)[1])
 """
     result = run_python(code)

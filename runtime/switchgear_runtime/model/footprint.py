@@ -1,27 +1,27 @@
-"""How many bytes a rank's ModelRunner allocates, from the `DecoderSpec` alone. Imports no torch, reads no weights.
+"""How many bytes a rank's ModelRunner takes, from the `DecoderSpec` alone. Imports no torch, reads no weights.
 
-A test compares these sums with the tensors of real ModelRunners, of every architecture: whoever changes what the
-runner allocates changes this file too.
+Matrices are those of matrices.py, in the size that native code says. A test compares the sums with the tensors of real
+ModelRunners, of every architecture: whoever changes what the runner allocates changes this file too.
 
 Letters: D hidden, F ffn, E logical experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from switchgear_runtime.comm import shm_native
 from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.model.matrices import EMBEDDING, ITEMSIZE, dense_matrices, expert_matrices
+from switchgear_runtime.model.names import LM_HEAD, expert_names
 from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, MoESpec
 from switchgear_runtime.packing import packed_bytes
-from switchgear_runtime.weight_format import KINDS, Format, Kind, weight_format
 
 FP32 = 4
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
 MAILBOX_BYTES_MIN = 64 << 10
 MAILBOX_BUFFERS = 3  # of csrc/comm/layout.h
 MAILBOXES_BYTES_MAX = 96 << 20  # of one rank, to all others, with three buffers each
+PAIR_BYTES = 64  # of bookkeeping for a (row, expert) that is computed
 PROMPT_LOGITS_BYTES = 32 << 20  # of prompts that are scored, in pieces of half as much
 
 
@@ -36,73 +36,79 @@ def run_dtype(spec: DecoderSpec, requested: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseBytes:
-    """What every rank has whole, by part."""
+    """What every rank uses whole, by part."""
 
+    # Matrices: with a weight cache, the ranks of a host map them once.
     embedding: int
     lm_head: int  # tied or not: it lies packed, the embedding by rows
     attention: int
-    norms: int
     dense_ffn: int
     shared_experts: int
-    routers: int  # fp32, and per layer the table expert -> slot
-    rope_tables: int
+    routers: int  # fp32
+    # Each rank's own.
+    norms: int
+    biases: int
+    tables: int  # rotary positions; per MoE layer the slot of each expert
+
+    @property
+    def shared(self) -> int:
+        """Of `total`, what the ranks of a host have once."""
+        return self.total - self.norms - self.biases - self.tables
 
     @property
     def total(self) -> int:
         return sum(getattr(self, name) for name in self.__slots__)
 
 
-def _formats(dtype: str, quantization: str) -> Mapping[Kind, Format]:
-    return {kind: weight_format(kind, dtype, quantization) for kind in KINDS}
+_PARTS = {"qkv": "attention", "out": "attention", "gate_up": "dense_ffn", "down": "dense_ffn", "router": "routers"}
+
+
+def _part(name: str) -> str:
+    """Of DenseBytes, by the matrix's name."""
+    if name in (EMBEDDING, "lm_head"):
+        return name
+    in_layer = name.split(".", 2)[2]
+    return "shared_experts" if in_layer.startswith("shared.") else _PARTS[in_layer]
 
 
 def dense_bytes(spec: DecoderSpec, dtype: str, quantization: str = "none", *, num_positions: int) -> DenseBytes:
     """`dtype`: the run's; `num_positions`: max_model_len, the length of the rotary tables."""
-    formats, hidden = _formats(dtype, quantization), spec.hidden_size
-    dense, router = formats["dense"], formats["router"]
-    norm = hidden * FP32
+    parts = dict.fromkeys(("embedding", "lm_head", "shared_experts", *_PARTS.values()), 0)
+    names = expert_names(spec, ())  # sizes do not hang on names
+    for matrix in dense_matrices(spec, names, lm_head=LM_HEAD, dtype=dtype, quantization=quantization):
+        parts[_part(matrix.name)] += matrix.num_bytes
+    norm = spec.hidden_size * FP32
     if spec.norm == "layer":  # with a bias, and a row of 1/D for the mean
-        norm += hidden * FP32 + packed_bytes("f32", 1, hidden)
-    dense_ffn = shared = routers = 0
-    for layer in spec.layers:
-        if not isinstance(layer.ffn, MoESpec):
-            dense_ffn += _mlp(layer.ffn.ffn, hidden, dense)
-            continue
-        routers += packed_bytes(router, layer.ffn.num_experts, hidden) + layer.ffn.num_experts * FP32
-        if layer.ffn.shared_ffn:
-            shared += _mlp(layer.ffn.shared_ffn, hidden, dense)
-            shared += packed_bytes(router, 1, hidden) if layer.ffn.shared_gate else 0
+        norm += spec.hidden_size * FP32 + packed_bytes("f32", 1, spec.hidden_size)
+    attention = [layer.attention for layer in spec.layers]
+    rope_rows = sum(2 * (head_dim // 2) for head_dim in {layer.head_dim for layer in attention})
     return DenseBytes(
-        embedding=spec.vocab_size * hidden * ITEMSIZE[dtype],
-        lm_head=packed_bytes(formats["lm_head"], spec.vocab_size, hidden) + spec.lm_head_bias * spec.vocab_size * FP32,
-        attention=sum(_attention(layer.attention, hidden, dense) for layer in spec.layers),
-        norms=(2 * spec.num_layers + 1) * norm,
-        dense_ffn=dense_ffn,
-        shared_experts=shared,
-        routers=routers,
-        rope_tables=sum(
-            2 * num_positions * (head_dim // 2) * FP32
-            for head_dim in {layer.attention.head_dim for layer in spec.layers}
-        ),
+        norms=(2 * spec.num_layers + 1) * norm + sum(map(_qk_norms, attention)),
+        biases=sum(_biases(layer, spec.hidden_size) for layer in attention)
+        + spec.lm_head_bias * spec.vocab_size * FP32,
+        tables=rope_rows * num_positions * FP32 + spec.num_moe_layers * spec.num_experts * FP32,
+        **parts,
     )
 
 
-def _mlp(ffn: int, hidden: int, format: Format) -> int:
-    return packed_bytes(format, 2 * ffn, hidden, gate_up=True) + packed_bytes(format, hidden, ffn)
+def _q_kv_rows(attention: AttentionSpec) -> tuple[int, int]:
+    return attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
 
 
-def _attention(attention: AttentionSpec, hidden: int, format: Format) -> int:
-    q_rows = attention.num_heads * attention.head_dim
-    kv_rows = attention.num_kv_heads * attention.head_dim
-    num_bytes = packed_bytes(format, q_rows + 2 * kv_rows, hidden) + packed_bytes(format, hidden, q_rows)
-    num_bytes += attention.qkv_bias * (q_rows + 2 * kv_rows) * FP32 + attention.out_bias * hidden * FP32
-    norm_sizes = {None: 0, "head": 2 * attention.head_dim, "projection": q_rows + kv_rows}
-    return num_bytes + norm_sizes[attention.qk_norm] * FP32
+def _qk_norms(attention: AttentionSpec) -> int:
+    sizes = {None: 0, "head": 2 * attention.head_dim, "projection": sum(_q_kv_rows(attention))}
+    return sizes[attention.qk_norm] * FP32
+
+
+def _biases(attention: AttentionSpec, hidden: int) -> int:
+    q_rows, kv_rows = _q_kv_rows(attention)
+    return (attention.qkv_bias * (q_rows + 2 * kv_rows) + attention.out_bias * hidden) * FP32
 
 
 def slot_bytes(spec: DecoderSpec, dtype: str, quantization: str = "none") -> int:
     """One expert of one layer: gate, up and down, packed."""
-    return _mlp(spec.moe.ffn, spec.hidden_size, _formats(dtype, quantization)["experts"])
+    matrices = expert_matrices(spec, spec.moe_layers[0], 0, dtype=dtype, quantization=quantization)
+    return sum(matrix.num_bytes for matrix in matrices)
 
 
 def slots_per_layer(spec: DecoderSpec, num_holders: int) -> int:
@@ -139,12 +145,17 @@ def step_bytes_bound(
     Loose for large numbers of ranks, since traffic that lopsided is an attack; a rank must live through it all the same.
     """
     hidden, moe, num_tokens = spec.hidden_size, spec.moe, max_num_batched_tokens
-    row = hidden * ITEMSIZE[dtype]
+    itemsize = ITEMSIZE[dtype]
+    row, num_pairs = hidden * itemsize, num_ranks * num_tokens * moe.top_k
     received = num_ranks * num_tokens * row
-    computed = num_ranks * num_tokens * moe.top_k * row
+    inside = num_pairs * (-(-moe.ffn // 16) * 16 * itemsize + PAIR_BYTES)
+    computed = num_pairs * row
     returned = num_tokens * moe.top_k * row
     attention = max(
         (layer.attention.num_heads + layer.attention.num_kv_heads) * layer.attention.head_dim for layer in spec.layers
     )
+    dense_ffn = max(moe.shared_ffn, *(0 if isinstance(layer.ffn, MoESpec) else layer.ffn.ffn for layer in spec.layers))
     rows = num_tokens * (4 * hidden + 4 * attention + 2 * moe.num_experts) * FP32
-    return received + computed + returned + rows + PROMPT_LOGITS_BYTES + 2 * max_num_seqs * spec.vocab_size * FP32
+    rows += num_tokens * (max(hidden, attention) + dense_ffn) * itemsize  # rounded, as products take them
+    logits = PROMPT_LOGITS_BYTES + 2 * max_num_seqs * spec.vocab_size * FP32
+    return received + inside + computed + returned + rows + logits

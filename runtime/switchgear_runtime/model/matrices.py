@@ -7,7 +7,6 @@ Letters: D hidden, F ffn, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from switchgear_runtime.model.names import EMBED, SHARED_EXPERT, SHARED_GATE, ExpertNames
@@ -48,6 +47,17 @@ def matrices(
     spec: DecoderSpec, names: ExpertNames, *, lm_head: str, dtype: str, quantization: str
 ) -> dict[str, Matrix]:
     """By name, in order. `dtype`: the run's, "bfloat16" or "float32"; `lm_head`: the tensor the logits come from."""
+    found = dense_matrices(spec, names, lm_head=lm_head, dtype=dtype, quantization=quantization)
+    for layer in spec.moe_layers:
+        for expert in range(spec.moe.num_experts):
+            found += expert_matrices(spec, layer, expert, dtype=dtype, quantization=quantization)
+    return {matrix.name: matrix for matrix in found}
+
+
+def dense_matrices(
+    spec: DecoderSpec, names: ExpertNames, *, lm_head: str, dtype: str, quantization: str
+) -> list[Matrix]:
+    """All but the routed experts'."""
     hidden = spec.hidden_size
     found: list[Matrix] = []
 
@@ -84,15 +94,17 @@ def matrices(
         if layer.ffn.shared_gate:
             add(f"{name}shared.gate", "router", 1, hidden, (prefix + SHARED_GATE,))
     add("lm_head", "lm_head", spec.vocab_size, hidden, (lm_head,))
-    found += _experts(spec, weight_format("experts", dtype, quantization))
-    return {matrix.name: matrix for matrix in found}
+    return found
 
 
-def _experts(spec: DecoderSpec, format: str) -> Iterator[Matrix]:
-    moe, hidden = spec.moe, spec.hidden_size
-    for layer in spec.moe_layers:
-        for expert in range(moe.num_experts):
-            gate_up, down = expert_matrix_names(layer, expert)
-            common = {"kind": "experts", "format": format, "expert": (layer, expert)}
-            yield Matrix(name=gate_up, num_out=2 * moe.ffn, num_k=hidden, gate_up=True, **common)  # type: ignore[arg-type]
-            yield Matrix(name=down, num_out=hidden, num_k=moe.ffn, **common)  # type: ignore[arg-type]
+def expert_matrices(
+    spec: DecoderSpec, layer: int, expert: int, *, dtype: str, quantization: str
+) -> tuple[Matrix, Matrix]:
+    """(gate and up, down) of one logical expert of decoder layer `layer`."""
+    ffn, hidden, format = spec.moe.ffn, spec.hidden_size, weight_format("experts", dtype, quantization)
+    gate_up, down = expert_matrix_names(layer, expert)
+    common = {"kind": "experts", "format": format, "expert": (layer, expert)}
+    return (
+        Matrix(name=gate_up, num_out=2 * ffn, num_k=hidden, gate_up=True, **common),  # type: ignore[arg-type]
+        Matrix(name=down, num_out=hidden, num_k=ffn, **common),  # type: ignore[arg-type]
+    )

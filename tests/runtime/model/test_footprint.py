@@ -13,7 +13,7 @@ from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
 from switchgear_runtime.model_runner import ModelRunner
-from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
+from switchgear_runtime.moe.expert_map import ExpertMap
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,18 @@ def compare(runner: ModelRunner, dtype: str, *, num_holders: int, quantization: 
     spec = runner.spec
     experts = [layer.experts for layer in runner.moe_layers]
     caches = (runner.kv_cache.k, runner.kv_cache.v)
-    num_held = sum(int((layer.experts != EMPTY).sum()) for layer in experts)
-    assert num_held <= spec.num_moe_layers * footprint.slots_per_layer(spec, num_holders)
+    slots = footprint.slots_per_layer(spec, num_holders)
+    num_held = 0
+    for layer in experts:
+        assert layer is not None
+        assert len(layer.experts) == slots
+        num_held += int((layer.experts >= 0).sum())
     assert tensor_bytes(*experts) == num_held * footprint.slot_bytes(spec, dtype, quantization)
     block = footprint.kv_block_bytes(spec, dtype, runner.config.block_size)
     assert tensor_bytes(*caches) == runner.num_kv_blocks * block
     dense = footprint.dense_bytes(spec, dtype, quantization, num_positions=runner.max_model_len)
     assert tensor_bytes(runner, skip=(*experts, runner.kv_cache)) == dense.total
+    assert dense.shared == sum(runner._store.matrices[name].num_bytes for name in runner._store.dense_names())
     for num_ranks in (1, 2, 5, 64):
         mailbox = runner.mailbox_bytes(num_ranks)
         assert mailbox == footprint.mailbox_bytes(spec, dtype, runner.config.max_num_batched_tokens, num_ranks)
@@ -67,9 +72,15 @@ def compare(runner: ModelRunner, dtype: str, *, num_holders: int, quantization: 
 def test_what_a_runner_allocates(arch: str, root: Path) -> None:
     model_dir = make_checkpoint(root, arch, 1)
     for world_size in (1, 2, 3, 4):
-        for dtype in ("float32", "bfloat16"):
-            runner = make_runner(model_dir, rank=world_size - 1, world_size=world_size, dtype=dtype, num_kv_blocks=7)
-            compare(runner, dtype, num_holders=world_size)
+        for dtype, quantization in (
+            ("float32", "none"),
+            ("bfloat16", "none"),
+            ("bfloat16", "int8"),
+            ("bfloat16", "int4"),
+        ):
+            settings = {"dtype": dtype, "quantization": quantization, "num_kv_blocks": 7}
+            runner = make_runner(model_dir, rank=world_size - 1, world_size=world_size, **settings)
+            compare(runner, dtype, num_holders=world_size, quantization=quantization)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import env, ops
-from switchgear_runtime.model.layers import DenseMLP, LayerNorm, SharedExpert
+from switchgear_runtime.model.layers import DenseMLP, LayerNorm, Linear, SharedExpert
 
 SIZES = [1, 15, 40, 257]
 
@@ -61,7 +61,8 @@ def test_shared_expert(size: int, has_gate: bool) -> None:
 
     gate_FD, up_FD, down_DF, gate_1D = draw(ffn, size), draw(ffn, size), draw(size, ffn), draw(1, size)
     x_TD = torch.randn((37, size), generator=generator)
-    shared = SharedExpert(DenseMLP(gate_FD, up_FD, down_DF, torch.float32), gate_1D if has_gate else None)
+    mlp = DenseMLP(ops.pack(torch.cat([gate_FD, up_FD]), "f32", gate_up=True), ops.pack(down_DF, "f32"))
+    shared = SharedExpert(mlp, Linear(ops.pack(gate_1D, "f32")) if has_gate else None)
     x = x_TD.double()
     exact = (torch.nn.functional.silu(x @ gate_FD.double().T) * (x @ up_FD.double().T)) @ down_DF.double().T
     exact = exact * (x @ gate_1D.double().T).sigmoid() if has_gate else exact

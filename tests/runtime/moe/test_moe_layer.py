@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_checkpoints import run_ranks
 
+from switchgear_runtime import ops
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.model.layers import DenseMLP, SharedExpert
+from switchgear_runtime.model.layers import DenseMLP, Linear, SharedExpert
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
@@ -20,6 +21,7 @@ from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.moe.reference import SharedWeights, reference_moe, reference_sparsemixer
 from switchgear_runtime.moe.router import TopKRouter, sparsemixer
 from switchgear_runtime.moe.spec import MoESpec
+from switchgear_runtime.packing_reference import unpack
 
 FRESH_SEEDS = [random.SystemRandom().randrange(1 << 32) for _ in range(4)]
 
@@ -65,19 +67,28 @@ class Case:
             np.random.default_rng(rng.randrange(1 << 32)), 1, num_experts, world_size, num_redundant=rng.randint(0, 8)
         )
 
+    @property
+    def format(self) -> str:
+        return "f32" if self.dtype == torch.float32 else "bf16"
+
+    def pack(self, w13_2FD: torch.Tensor, w2_DF: torch.Tensor) -> tuple[ops.PackedWeight, ops.PackedWeight]:
+        return ops.pack(w13_2FD, self.format, gate_up=True), ops.pack(w2_DF, self.format)
+
     def layer(self, rank: int, transport: Transport, expert_map: ExpertMap) -> MoELayer:
         shared = None
         if self.shared is not None:
-            gate_FD, up_FD = self.shared.w13_2FD.chunk(2)
-            shared = SharedExpert(DenseMLP(gate_FD, up_FD, self.shared.w2_DF, self.dtype), self.shared.gate_1D)
-        layer = MoELayer(0, TopKRouter(self.router_ED, self.spec), ExpertLoad(1, self.spec.num_experts), shared)
+            mlp = DenseMLP(*self.pack(self.shared.w13_2FD, self.shared.w2_DF))
+            gate_1D = self.shared.gate_1D
+            shared = SharedExpert(mlp, None if gate_1D is None else Linear(ops.pack(gate_1D, "f32")))
+        router = TopKRouter(ops.pack(self.router_ED, "f32"), self.spec)
+        layer = MoELayer(0, router, ExpertLoad(1, self.spec.num_experts), shared, expert_format=self.format)
         slots = ExpertSlots.load(
             expert_map.local_experts(0, rank),
             rank * expert_map.slots_per_rank,
             hidden=self.hidden,
             ffn=self.spec.ffn,
-            dtype=self.dtype,
-            read=lambda expert: (self.w13_E2FD[expert], self.w2_EDF[expert]),
+            format=self.format,
+            read=lambda expert: self.pack(self.w13_E2FD[expert], self.w2_EDF[expert]),
         )
         layer.place(slots, torch.from_numpy(expert_map.slot_table(0, rank)))
         layer.connect(
@@ -150,19 +161,21 @@ def test_a_token_crosses_once_per_destination_and_returns_once_per_expert(dtype:
     assert nothing == 0
 
 
-def test_experts_are_copied_not_read_again() -> None:
+def test_experts_are_kept_not_read_again() -> None:
     reads: list[int] = []
 
-    def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(expert: int) -> tuple[ops.PackedWeight, ops.PackedWeight]:
         reads.append(expert)
-        return torch.full((6, 5), float(expert)), torch.full((5, 3), float(expert))
+        w13, w2 = torch.full((6, 5), float(expert)), torch.full((5, 3), float(expert))
+        return ops.pack(w13, "f32", gate_up=True), ops.pack(w2, "f32")
 
-    sizes: dict[str, Any] = {"hidden": 5, "ffn": 3, "dtype": torch.float32, "read": read}
+    sizes: dict[str, Any] = {"hidden": 5, "ffn": 3, "format": "f32", "read": read}
     first = ExpertSlots.load(np.array([4, 1, -1], np.int32), 3, **sizes)
     assert reads == [4, 1]
+    assert [len(w13) > 0 for w13 in first.w13_S] == [len(w2) > 0 for w2 in first.w2_S] == [True, True, False]
     assert ExpertSlots.load(np.array([4, 1, -1], np.int32), 3, held=first, **sizes) is first
     second = ExpertSlots.load(np.array([1, 2, 4], np.int32), 3, held=first, **sizes)
     assert reads == [4, 1, 2]
-    assert torch.equal(second.w13_packed[0], first.w13_packed[1])
-    assert torch.equal(second.w2_packed[2], first.w2_packed[0])
-    assert second.w13_packed[1].max() == 2.0
+    assert second.w13_S[0] is first.w13_S[1]  # shared, not copied
+    assert second.w2_S[2] is first.w2_S[0]
+    assert unpack(second.w13_S[1], "f32", 6, 5, gate_up=True).unique().tolist() == [2.0]
