@@ -71,7 +71,9 @@ def _vllm(folder: Path, model: str, num_threads: int) -> Runner:
             "max_num_batched_tokens": _MAX_BATCHED_TOKENS,
         },
         environment={
-            "LD_PRELOAD": str(folder / "lib" / "libiomp5.so"),  # as vLLM's documentation advises; it is in the environment
+            "LD_PRELOAD": str(
+                folder / "lib" / "libiomp5.so"
+            ),  # as vLLM's documentation advises; it is in the environment
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
