@@ -18,6 +18,7 @@ from switchgear_bench.serve_cases import Case
 from switchgear_bench.serve_worker import Worker
 
 _IDLE_FRACTION_MAX = 0.05  # of one core, of a worker that waits for its turn
+_SETTLE_WINDOW_S, _SETTLE_TIMEOUT_S = 0.2, 10.0
 _LOCK_HELD_S = 90.0
 _EARLY_FRACTION_MAX = 0.1  # of the decoded tokens: made while other prompts were still in prefill
 _SEED_STEP = 1000
@@ -86,12 +87,24 @@ def _check_idle(waiting: Sequence[Worker], before_s: Sequence[float], turn_s: fl
             raise NotMeasured(f"{worker.runner.name} used {fraction:.0%} of a core in another one's turn")
 
 
+def _settle(worker: Worker) -> None:
+    """Wait until `worker` has wound down from its turn: thread pools spin a while for work that does not come."""
+    deadline_s = time.monotonic() + _SETTLE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        cpu_s = worker.cpu_s()
+        time.sleep(_SETTLE_WINDOW_S)
+        if worker.cpu_s() - cpu_s < _IDLE_FRACTION_MAX * _SETTLE_WINDOW_S:
+            return
+    raise NotMeasured(f"{worker.runner.name} is still busy {_SETTLE_TIMEOUT_S:.0f} s after its turn")
+
+
 def _turn(case: Case, worker: Worker, waiting: Sequence[Worker], vocab_size: int, seed: int) -> float:
     """Tokens per second."""
     before_s = [other.cpu_s() for other in waiting]
     start_s = time.monotonic()
     answer = worker.run(case.request(vocab_size, seed))
     _check_idle(waiting, before_s, time.monotonic() - start_s)
+    _settle(worker)
     check(case, answer, vocab_size)
     if case.kind == "prefill":
         return case.num_timed_tokens / float(answer["prefill_s"])

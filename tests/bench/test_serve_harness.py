@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from switchgear_bench import serve_worker
+from switchgear_bench import serve, serve_worker
 from switchgear_bench.serve import NotMeasured, busy, check, measure, pair_ratios, quiet_repeats
 from switchgear_bench.serve_cases import CASES, Case
 from switchgear_bench.serve_worker import Runner, Worker, WorkerFailed
@@ -77,9 +77,27 @@ def test_an_output_that_is_too_short_is_not_measured(tmp_path: Path, stack: Exit
         measure(CASE, [stack.enter_context(worker("short", tmp_path))], vocab_size=VOCAB_SIZE, num_repeats=1, lock=None)
 
 
-def test_a_runtime_that_works_in_anothers_turn_is_not_measured(tmp_path: Path, stack: ExitStack) -> None:
+def test_a_runtime_winds_down_before_the_next_ones_turn(tmp_path: Path, stack: ExitStack) -> None:
     workers = [stack.enter_context(worker(mode, tmp_path)) for mode in ("restless", "slow")]
+    rates = measure(CASE, workers, vocab_size=VOCAB_SIZE, num_repeats=1, lock=None)
+    assert rates == {"restless": [4.0], "slow": [4.0]}
+
+
+def test_a_runtime_that_works_in_anothers_turn_is_not_measured(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [stack.enter_context(worker(mode, tmp_path)) for mode in ("restless", "slow")]
+    monkeypatch.setattr(serve, "_settle", lambda _worker: None)
     with pytest.raises(NotMeasured, match="restless used"):
+        measure(CASE, workers, vocab_size=VOCAB_SIZE, num_repeats=1, lock=None)
+
+
+def test_a_runtime_that_never_winds_down_is_not_measured(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_SETTLE_TIMEOUT_S", 0.3)
+    with pytest.raises(NotMeasured, match="restless is still busy"):
+        workers = [stack.enter_context(worker("restless", tmp_path))]
         measure(CASE, workers, vocab_size=VOCAB_SIZE, num_repeats=1, lock=None)
 
 
