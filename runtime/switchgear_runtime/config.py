@@ -55,6 +55,9 @@ class EngineConfig:
         "Default: switchgear/weights in the user's cache folder.",
     )
     num_threads: int = setting(1, "Compute threads per rank.")
+    bind_cpus: bool = setting(
+        True, "Give each rank CPUs of its own, where the host has enough free ones for all ranks' threads."
+    )
 
     def __post_init__(self) -> None:
         for name, choices in ((f.name, f.metadata.get("choices")) for f in fields(self)):

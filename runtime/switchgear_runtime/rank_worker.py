@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.cpu_claim import CpuClaim, claim_cpus
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.inbox import Inbox
@@ -62,6 +63,7 @@ class RankWorker:
         self._link: RankLink | None = None
         self._meeting: str | None = None  # the channel whose rendezvous is under way
         self._parent_bound = config.parent_pid != 0
+        self._cpus: CpuClaim | None = None  # held as long as this lives
 
     def run(self) -> None:
         """Raises what kept the rank from starting, after reporting it to the server."""
@@ -125,6 +127,10 @@ class RankWorker:
             raise ConfigError("transport='loopback' joins ranks inside one process; processes need transport='auto'")
         if engine_config.transport == "gloo" and config.world_size > 1:
             check_network(link.own_address, trusted=engine_config.trusted_network)
+        if engine_config.bind_cpus:  # before any compute thread starts: threads inherit it
+            self._cpus = claim_cpus(engine_config.num_threads, num_ranks=config.world_size)
+            if self._cpus is not None:
+                log.info("bound to CPUs %s", sorted(self._cpus.cpus))
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         runner = ModelRunner(engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size)
