@@ -107,10 +107,6 @@ class NativeChannel:
     def handle(self) -> int:
         return int(self._handle)
 
-    @property
-    def rank(self) -> int:
-        return self._rank
-
     def __enter__(self) -> NativeChannel:
         return self
 
