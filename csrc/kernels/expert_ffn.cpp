@@ -8,6 +8,24 @@
 
 namespace sg {
 
+namespace {
+
+// The tasks of one pass: `weight_of(slot)` for the rows of each slot that has any.
+template <typename WeightOf>
+void cut_slots(const ExpertSlots& slots, const int64_t* begin, WeightOf weight_of, ScratchVector<GemmTask>* tasks) {
+  int64_t total = 0;
+  for (int64_t s = 0; s < slots.num_slots; ++s) {
+    if (begin[s + 1] > begin[s]) total += cost_of(weight_of(s), begin[s + 1] - begin[s]);
+  }
+  tasks->clear();
+  const int64_t cost = task_cost(total);
+  for (int64_t s = 0; s < slots.num_slots; ++s) {
+    if (begin[s + 1] > begin[s]) cut(weight_of(s), begin[s + 1] - begin[s], static_cast<int32_t>(s), cost, tasks);
+  }
+}
+
+}  // namespace
+
 void expert_ffn(const ExpertSlots& slots, const int64_t* begin, const void* const* x, void* const* y, int y_dtype) {
   thread_local ScratchVector<GemmTask> tasks;
   thread_local ScratchVector<void*> act_rows;
@@ -22,20 +40,14 @@ void expert_ffn(const ExpertSlots& slots, const int64_t* begin, const void* cons
     std::memset(memory, 0, static_cast<size_t>(num_rows * stride));  // the last of a row has no mate
   void* const* acts = act_rows.data();
 
-  tasks.clear();
-  for (int64_t s = 0; s < slots.num_slots; ++s) {
-    if (begin[s + 1] > begin[s]) cut(slots.gate_up(s), begin[s + 1] - begin[s], static_cast<int32_t>(s), &tasks);
-  }
+  cut_slots(slots, begin, [&](int64_t s) { return slots.gate_up(s); }, &tasks);
   const GemmTask* first = tasks.data();
   parallel_for(tasks.size(), [&](int64_t i) {
     const int64_t at = begin[first[i].index];
     run_task(slots.gate_up(first[i].index), first[i], x + at, acts + at, act_dtype, EPILOGUE_SILU_MUL);
   });
 
-  tasks.clear();
-  for (int64_t s = 0; s < slots.num_slots; ++s) {
-    if (begin[s + 1] > begin[s]) cut(slots.down(s), begin[s + 1] - begin[s], static_cast<int32_t>(s), &tasks);
-  }
+  cut_slots(slots, begin, [&](int64_t s) { return slots.down(s); }, &tasks);
   const GemmTask* second = tasks.data();
   parallel_for(tasks.size(), [&](int64_t i) {
     const int64_t at = begin[second[i].index];

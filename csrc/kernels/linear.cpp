@@ -1,6 +1,9 @@
 // Products over the pool: how they are cut into tasks, and the dense one as an op.
 #include "kernels/linear.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "common/error.h"
 #include "common/flush.h"
 #include "kernels/ops.h"
@@ -21,25 +24,30 @@ int64_t num_panels_of(const Weight& weight) {
   return weight.gate_up ? num_panels_gate_up(weight.num_out / 2) : num_panels(weight.num_out);
 }
 
-void cut(const Weight& weight, int64_t num_rows, int32_t index, ScratchVector<GemmTask>* tasks) {
-  // A task streams at least so many bytes of weights, or does products that take as long.
+int64_t cost_of(const Weight& weight, int64_t num_rows) {
+  constexpr int64_t BYTES_PER_PRODUCT_ROW = 12;  // of a panel: 64 outputs for one k
+  return num_panels_of(weight) *
+         (panel_bytes(weight.format, weight.num_k) + num_rows * weight.num_k * BYTES_PER_PRODUCT_ROW);
+}
+
+int64_t task_cost(int64_t total) {
   constexpr int64_t COST_MIN = 96 << 10;
-  constexpr int64_t BYTES_PER_ROW = 12;  // of a bf16 panel row pair: rows beyond some ten cost more than the bytes
-  const int64_t panels = num_panels_of(weight);
   const int64_t threads = num_threads();
+  if (threads == 1) return total;
+  const int64_t share = total / (8 * threads);
+  return share > COST_MIN ? share : COST_MIN;
+}
+
+void cut(const Weight& weight, int64_t num_rows, int32_t index, int64_t cost, ScratchVector<GemmTask>* tasks) {
+  const int64_t panels = num_panels_of(weight);
   const int64_t blocks = divide_up(num_rows, ROWS_PER_TASK);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = num_rows * block / blocks, end = num_rows * (block + 1) / blocks;
-    const int64_t bytes = panel_bytes(weight.format, weight.num_k);
-    const int64_t cost = bytes + (end - begin) * weight.num_k * BYTES_PER_ROW;
-    int64_t step = divide_up(COST_MIN, cost);
-    const int64_t share = divide_up(panels, 4 * threads);  // some four tasks a thread, where there is work for them
-    if (threads == 1) step = panels;
-    if (step < share) step = share;
-    for (int64_t panel = 0; panel < panels; panel += step) {
-      const int64_t last = panel + step < panels ? panel + step : panels;
-      tasks->push_back({index, static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(panel),
-                        static_cast<int32_t>(last)});
+    const int64_t pieces = std::clamp<int64_t>(cost_of(weight, end - begin) / cost, 1, panels);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      tasks->push_back({index, static_cast<int32_t>(begin), static_cast<int32_t>(end),
+                        static_cast<int32_t>(panels * piece / pieces),
+                        static_cast<int32_t>(panels * (piece + 1) / pieces)});
     }
   }
 }
@@ -67,7 +75,7 @@ void multiply(const Weight& weight, const void* const* x, int64_t num_rows, void
               Epilogue epilogue, float multiplier) {
   thread_local ScratchVector<GemmTask> tasks;
   tasks.clear();
-  cut(weight, num_rows, 0, &tasks);
+  cut(weight, num_rows, 0, task_cost(cost_of(weight, num_rows)), &tasks);
   const GemmTask* all = tasks.data();
   parallel_for(tasks.size(), [&](int64_t i) { run_task(weight, all[i], x, y, y_dtype, epilogue, multiplier); });
 }

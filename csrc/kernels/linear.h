@@ -24,8 +24,13 @@ struct GemmTask {
   int32_t row_begin, row_end;
   int32_t panel_begin, panel_end;
 };
-// Appends the tasks of one product, about `target` weight bytes or products each.
-void cut(const Weight& weight, int64_t num_rows, int32_t index, ScratchVector<GemmTask>* tasks);
+// About how long a product takes, in bytes of weights streamed: rows beyond some ten cost more than the bytes.
+int64_t cost_of(const Weight& weight, int64_t num_rows);
+// The cost a task should have when all products of a pass together cost `total`: some tasks for each thread to even
+// out, and none so small that claiming it, and ramping up a stream, tells.
+int64_t task_cost(int64_t total);
+// Appends the tasks of one product, of about `cost` each.
+void cut(const Weight& weight, int64_t num_rows, int32_t index, int64_t cost, ScratchVector<GemmTask>* tasks);
 
 // y = x * weight, for the rows at x and y. See GemmArgs.
 void multiply(const Weight& weight, const void* const* x, int64_t num_rows, void* const* y, int y_dtype,
