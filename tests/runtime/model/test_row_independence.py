@@ -127,6 +127,15 @@ def baseline(model_dir: Path, prompts: list[list[int]]) -> list[Trace]:
     return run_ranks(1, run)[0]
 
 
+def sends_surely(runner: ModelRunner, expert_map: ExpertMap) -> bool:
+    """Whether some layer has too few replicas here for all of a token's experts."""
+    for layer in range(expert_map.num_layers):
+        is_local = expert_map.slot_table(layer, runner.rank) // expert_map.slots_per_rank == runner.rank
+        if is_local.sum() < runner.spec.moe.top_k:
+            return True
+    return False
+
+
 def check(model_dir: Path, world_size: int, seed: int, *, num_prompts: int, longest: int) -> None:
     rng = random.Random(seed)
     vocab_size = make_runner(model_dir).spec.vocab_size
@@ -141,7 +150,7 @@ def check(model_dir: Path, world_size: int, seed: int, *, num_prompts: int, long
         rng.choice([1, 2]),
     )
 
-    def run(rank: int, transport: Transport) -> tuple[dict[int, Trace], int]:
+    def run(rank: int, transport: Transport) -> tuple[dict[int, Trace], int, bool]:
         runner = make_runner(
             model_dir,
             rank=rank,
@@ -151,13 +160,15 @@ def check(model_dir: Path, world_size: int, seed: int, *, num_prompts: int, long
             num_kv_blocks=128,
         )
         shape = (runner.spec.num_moe_layers, runner.spec.num_experts, world_size)
-        runner.begin(transport, ExpertMap.random(np.random.default_rng(map_seed), *shape, num_redundant=num_redundant))
+        expert_map = ExpertMap.random(np.random.default_rng(map_seed), *shape, num_redundant=num_redundant)
+        runner.begin(transport, expert_map)
         own = {index: job for index, job in jobs.items() if job.rank == rank}
         traces = run_jobs(runner, own, num_steps, random.Random(f"{seed} {rank}"))
-        return traces, transport.stats().sent_bytes
+        return traces, transport.stats().sent_bytes, bool(own) and sends_surely(runner, expert_map)
 
     results = run_ranks(world_size, run)
-    assert world_size == 1 or sum(sent for _, sent in results) > 0, "nothing crossed"
+    for _, sent_bytes, must_send in results:
+        assert sent_bytes > 0 or not must_send, "nothing crossed"
     for index, expected in enumerate(baseline(model_dir, prompts)):
         trace = results[jobs[index].rank][0][index]
         label = f"world_size={world_size} seed={seed} sequence {index} in chunks {jobs[index].chunks}"
