@@ -6,6 +6,7 @@ So that synchronous callers, and notebooks, whose own loop is taken, can use a C
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - closing at the interpreter's end is too late to load it, and may need it
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
