@@ -5,9 +5,9 @@ Letters: N outputs (rows of the matrix), K inputs (its columns).
 
 from __future__ import annotations
 
-from switchgear_runtime import native
+from switchgear_runtime import native, weight_format
 
-FORMATS = ("f32", "bf16", "int8", "int4")
+FORMATS: tuple[str, ...] = weight_format.FORMATS
 PAYLOAD = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # of activations
 
 
