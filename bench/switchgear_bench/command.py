@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
+from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.perplexity_command import PERPLEXITY
 from switchgear_bench.serve_command import SERVE
 from switchgear_bench.throughput_command import THROUGHPUT
@@ -23,6 +24,7 @@ class Benchmark(Protocol):
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "kernels": KERNELS_BENCH,
     "perplexity": PERPLEXITY,
     "serve": SERVE,
     "throughput": THROUGHPUT,

@@ -1,4 +1,4 @@
-"""Bounds of the machine by the instructions our kernels use: FLOPs of fma and of bf16 dot products, and bytes read (csrc/kernels/probe.h)."""
+"""Bounds of the machine by the instructions our kernels use: arithmetic of fma and of bf16 products, bytes read (csrc/kernels/probe.h)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def threads(num_threads: int) -> Iterator[None]:
         ops.set_num_threads(before)
 
 
-def _best_s(call: Callable[[], int]) -> float:
+def _best_s(call: Callable[[], int], num_runs: int = _NUM_RUNS) -> float:
     best_s = float("inf")
-    for _ in range(_NUM_RUNS + 1):  # the first one warms up; being slower, it does not count
+    for _ in range(num_runs + 1):  # the first one warms up; being slower, it does not count
         start_s = time.perf_counter()
         if call():
             raise RuntimeError(f"the probe failed: {native.last_error()}")
@@ -64,7 +64,7 @@ def peak_flops_per_s(dtype: str, num_threads: int) -> float:
 @functools.cache
 def memory_bytes_per_s(num_threads: int) -> float:
     """Reading 512 MiB once, each thread its part; the best of five."""
-    return _read_bytes_per_s(_ones(_MEMORY_BYTES), num_threads, 1)
+    return _read_bytes_per_s(_memory(), num_threads, 1)
 
 
 @functools.cache
@@ -79,12 +79,23 @@ def _ones(num_bytes: int) -> NDArray[np.float32]:
     return room[skip : skip + num_bytes // 4]
 
 
-def _read_bytes_per_s(values: NDArray[np.float32], num_threads: int, repeats: int) -> float:
+def memory_bytes_per_s_now(num_threads: int) -> float:
+    """One such read: other guests of a host take their share, which changes from second to second."""
+    return _read_bytes_per_s(_memory(), num_threads, 1, num_runs=0)
+
+
+@functools.cache
+def _memory() -> NDArray[np.float32]:
+    return _ones(_MEMORY_BYTES)
+
+
+def _read_bytes_per_s(values: NDArray[np.float32], num_threads: int, repeats: int, num_runs: int = _NUM_RUNS) -> float:
     total = ctypes.c_double()
     address, count = ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(values.size)
     with threads(num_threads):
         best_s = _best_s(
-            lambda: native.core().sg_probe_read(address, count, ctypes.c_int64(repeats), ctypes.byref(total))
+            lambda: native.core().sg_probe_read(address, count, ctypes.c_int64(repeats), ctypes.byref(total)),
+            num_runs,
         )
     if total.value != values.size * repeats:
         raise RuntimeError(f"the bandwidth probe read {total.value} ones of {values.size * repeats}")
