@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
+from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
 from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.perplexity_command import PERPLEXITY
 from switchgear_bench.serve_command import SERVE
@@ -24,6 +25,7 @@ class Benchmark(Protocol):
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "expert-parallel": EXPERT_PARALLEL,
     "kernels": KERNELS_BENCH,
     "perplexity": PERPLEXITY,
     "serve": SERVE,

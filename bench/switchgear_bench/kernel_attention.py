@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Heads:
 
     @property
     def scale(self) -> float:
-        return float(self.head_size) ** -0.5
+        return 1.0 / math.sqrt(self.head_size)
 
 
 HEADS = Heads("16 heads of 64, 4 of KV", 16, 4, 64)  # of the bench model
