@@ -18,7 +18,7 @@ from switchgear_bench import kernel_attention, kernel_experts, kernel_linear, ke
 from switchgear_bench.kernel_subject import ARENA_BYTES, Subject
 
 _REPEAT_S = 0.02  # of one contender
-_SETTLE_S = 0.003  # until the other one's threads sleep
+_SETTLE_S = 0.01  # until the other one's threads sleep: OpenMP's spin for some milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,13 @@ def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
     baseline_calls = 0
     for repeat in range(num_repeats + 1):
         time.sleep(_SETTLE_S)
+        before = probes.memory_bytes_per_s_now(num_threads)
         subject.repeat(at, 1)  # wakes the pool
         ours_s = subject.repeat(at + 1, samples.num_calls) / samples.num_calls
+        after = probes.memory_bytes_per_s_now(num_threads)
         at += samples.num_calls + 1
         baseline_s = None
         if subject.baseline is not None:
-            time.sleep(_SETTLE_S)
             start_s = time.perf_counter()
             subject.baseline.run(baseline_at)
             baseline_calls = baseline_calls or _num_calls(time.perf_counter() - start_s)
@@ -88,11 +89,9 @@ def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
                 subject.baseline.run(baseline_at + 1 + i)
             baseline_s = (time.perf_counter() - start_s) / baseline_calls
             baseline_at += baseline_calls + 1
-            time.sleep(_SETTLE_S)
-        memory_bytes_per_s = probes.memory_bytes_per_s_now(num_threads)
         if repeat:  # the first one warms up
             samples.ours_s.append(ours_s)
-            samples.memory_bytes_per_s.append(memory_bytes_per_s)
+            samples.memory_bytes_per_s.append((before + after) / 2)
             if baseline_s is not None:
                 samples.baseline_s.append(baseline_s)
     subject.check_once()
@@ -100,12 +99,13 @@ def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
 
 
 def row(subject: Subject, samples: _Samples, bounds: Bounds) -> dict[str, Any]:
-    """Medians; the bound is what memory (or the cache) and arithmetic allow."""
-    memory = median(samples.memory_bytes_per_s)
-    bandwidth = memory if subject.source == "memory" else bounds.cache_bytes_per_s
-    bytes_s = subject.num_bytes / bandwidth
+    """Medians; the bound is what memory (or the cache) and arithmetic allow, by the memory of the same repetition."""
+    bandwidths = samples.memory_bytes_per_s
+    if subject.source == "cache":
+        bandwidths = [bounds.cache_bytes_per_s] * len(samples.ours_s)
     flops_s = subject.flops / bounds.peak_flops_per_s[subject.arithmetic]
-    bound_s = max(bytes_s, flops_s)
+    bytes_s = subject.num_bytes / median(bandwidths)
+    bounds_s = [max(subject.num_bytes / bandwidth, flops_s) for bandwidth in bandwidths]
     ours_s = median(samples.ours_s)
     ratios = [theirs / ours for theirs, ours in zip(samples.baseline_s, samples.ours_s, strict=False)]
     return {
@@ -122,10 +122,10 @@ def row(subject: Subject, samples: _Samples, bounds: Bounds) -> dict[str, Any]:
         "flops": subject.flops,
         "gigabytes_per_s": subject.num_bytes / ours_s / 1e9,
         "gigaflops_per_s": subject.flops / ours_s / 1e9,
-        "bandwidth_gb_per_s": bandwidth / 1e9,
-        "bound_us": bound_s * 1e6,
+        "bandwidth_gb_per_s": median(bandwidths) / 1e9,
+        "bound_us": median(bounds_s) * 1e6,
         "bound_by": "bytes" if bytes_s >= flops_s else "flops",
-        "fraction_of_bound": bound_s / ours_s,
+        "fraction_of_bound": median(bound / ours for bound, ours in zip(bounds_s, samples.ours_s, strict=True)),
         "baseline": subject.baseline.name if subject.baseline else None,
         "baseline_us": median(samples.baseline_s) * 1e6 if ratios else None,
         "ratio_to_baseline": median(ratios) if ratios else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,7 @@ _NUM_RUNS = 5
 _MEMORY_BYTES = 512 << 20  # well past any cache
 _CACHE_BYTES = 128 << 10  # of each thread; fits an L2 cache beside what else is there
 _CACHE_REPEATS = 400
-_CACHE_LINE = 64
+_HUGE_PAGE = 2 << 20
 
 
 @contextlib.contextmanager
@@ -74,9 +75,14 @@ def cache_bytes_per_s(num_threads: int) -> float:
 
 
 def _ones(num_bytes: int) -> NDArray[np.float32]:
-    room = np.ones(num_bytes // 4 + _CACHE_LINE // 4, dtype=np.float32)
-    skip = -room.ctypes.data % _CACHE_LINE // 4  # loads that cross cache lines are slower
-    return room[skip : skip + num_bytes // 4]
+    """Page-aligned, and on huge pages where the system gives them: small ones cost a tenth of the bandwidth."""
+    mapping = mmap.mmap(-1, -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    values = np.frombuffer(mapping, dtype=np.float32)[: num_bytes // 4]
+    values[:] = 1.0
+    return values
 
 
 def memory_bytes_per_s_now(num_threads: int) -> float:

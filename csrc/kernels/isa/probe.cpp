@@ -16,7 +16,7 @@ constexpr int CHAINS = 5;
 constexpr int CHAINS = 2;
 #endif
 constexpr int READERS = 8;  // sums side by side, so that adding is no bottleneck
-constexpr int64_t PREFETCH_BYTES = 4096;
+constexpr int64_t PREFETCH_BYTES = 16384;
 
 // The chains start from different values, or the compiler would keep one for all.
 template <typename Codec>
