@@ -69,6 +69,7 @@ peers: dev
 
 docs: dev
 	@$(RUN) -m switchgear.flags > docs/CONFIG.md
+	@$(VENV)/bin/switchgear bench report
 
 # Both MPIs of PyPI, each with mpi4py, where the tests look for them; without this, the MPI tests skip.
 mpi: dev

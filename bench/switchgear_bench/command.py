@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
+from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
+from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.perplexity_command import PERPLEXITY
+from switchgear_bench.report_command import REPORT
 from switchgear_bench.serve_command import SERVE
 from switchgear_bench.throughput_command import THROUGHPUT
 from switchgear_bench.transport_command import TRANSPORT
@@ -23,7 +26,10 @@ class Benchmark(Protocol):
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "expert-parallel": EXPERT_PARALLEL,
+    "kernels": KERNELS_BENCH,
     "perplexity": PERPLEXITY,
+    "report": REPORT,
     "serve": SERVE,
     "throughput": THROUGHPUT,
     "transport": TRANSPORT,

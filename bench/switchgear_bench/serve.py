@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -98,14 +98,18 @@ def _settle(worker: Worker) -> None:
     raise NotMeasured(f"{worker.runner.name} is still busy {_SETTLE_TIMEOUT_S:.0f} s after its turn")
 
 
-def _turn(case: Case, worker: Worker, waiting: Sequence[Worker], vocab_size: int, seed: int) -> float:
-    """Tokens per second."""
+def turn(case: Case, worker: Worker, waiting: Sequence[Worker], vocab_size: int, seed: int) -> dict[str, Any]:
+    """The worker's answer, checked; the others stood still meanwhile."""
     before_s = [other.cpu_s() for other in waiting]
     start_s = time.monotonic()
     answer = worker.run(case.request(vocab_size, seed))
     _check_idle(waiting, before_s, time.monotonic() - start_s)
     _settle(worker)
     check(case, answer, vocab_size)
+    return answer
+
+
+def tokens_per_s(case: Case, answer: Mapping[str, Any]) -> float:
     if case.kind == "prefill":
         return case.num_timed_tokens / float(answer["prefill_s"])
     return (case.num_timed_tokens - float(answer.get("num_tokens_early", 0.0))) / float(answer["decode_s"])
@@ -119,9 +123,9 @@ def measure(
     for repeat in quiet_repeats(num_repeats + 1, lock):
         for worker in workers:
             waiting = [other for other in workers if other is not worker]
-            rate = _turn(case, worker, waiting, vocab_size, _SEED_STEP + repeat)
+            answer = turn(case, worker, waiting, vocab_size, _SEED_STEP + repeat)
             if repeat:
-                rates[worker.runner.name].append(rate)
+                rates[worker.runner.name].append(tokens_per_s(case, answer))
     return rates
 
 

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
     """The loops, with their signatures declared. They let go of the interpreter lock."""
     folder = Path(switchgear_runtime.comm.shm_native.library()._name).parent
     loops = ctypes.CDLL(str(folder / "libswitchgear_bench.so"))
-    pointer, u64, u32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
+    pointer, u64, i64, u32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32
     job, timing = ctypes.POINTER(Job), ctypes.POINTER(Timing)
     for name, result, arguments in (
         ("write", None, (pointer, u64, u64, u64, u32)),
@@ -71,6 +71,8 @@ def library() -> ctypes.CDLL:
         function = getattr(loops, f"sg_bench_{name}")
         function.restype = result
         function.argtypes = arguments
+    loops.sg_bench_repeat.restype = ctypes.c_int32
+    loops.sg_bench_repeat.argtypes = [ctypes.c_char_p, pointer, pointer, i64, i64, i64, i64, ctypes.POINTER(u64)]
     return loops
 
 

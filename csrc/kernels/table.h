@@ -76,6 +76,9 @@ struct KernelTable {
   // By the dtype of the (finite) weights [num_rows, num_k]; see kernels/quantize.h.
   void (*quantize_int8[NUM_DTYPES])(const void* weight, int64_t num_rows, int64_t num_k, int8_t* codes, float* scales);
   void (*quantize_int4[NUM_DTYPES])(const void* weight, int64_t num_rows, int64_t num_k, uint8_t* codes, bf16* scales);
+  // Of the machine, not of a model; see kernels/probe.h.
+  double (*probe_peak[NUM_DTYPES])(const void* ones, int64_t num_steps, int64_t* num_chains);
+  double (*probe_read)(const float* values, int64_t num_values);
 };
 
 // The table in use: the best this CPU runs, unless sg_set_instruction_set forced another.

@@ -28,6 +28,9 @@ void quantize_int8_f32(const void*, int64_t, int64_t, int8_t*, float*);
 void quantize_int8_bf16(const void*, int64_t, int64_t, int8_t*, float*);
 void quantize_int4_f32(const void*, int64_t, int64_t, uint8_t*, bf16*);
 void quantize_int4_bf16(const void*, int64_t, int64_t, uint8_t*, bf16*);
+double probe_f32(const void*, int64_t, int64_t*);
+double probe_bf16(const void*, int64_t, int64_t*);
+double probe_read(const float*, int64_t);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -47,6 +50,8 @@ const KernelTable table = {
     .from_bf16 = from_bf16,
     .quantize_int8 = {quantize_int8_f32, quantize_int8_bf16},
     .quantize_int4 = {quantize_int4_f32, quantize_int4_bf16},
+    .probe_peak = {probe_f32, probe_bf16},
+    .probe_read = probe_read,
 };
 
 }  // namespace sg::SG_ISA

@@ -1,0 +1,94 @@
+"""The plots of docs/PERFORMANCE.md as SVG, by matplotlib where it is installed; each says which rows it was drawn from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Row = Mapping[str, Any]
+_DIGEST = "<!-- drawn from rows {} -->\n"
+_INCHES = (8.0, 3.6)
+
+
+def have_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_current(plot: Path, rows: Sequence[Row]) -> bool:
+    return plot.is_file() and plot.read_text(encoding="utf-8").endswith(_DIGEST.format(digest(rows)))
+
+
+def _serve(figure: Any, rows: Sequence[Row]) -> None:
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    for place, precision in enumerate(precisions):
+        chosen = [row for row in rows if row["precision"] == precision]
+        cases, runtimes = (list(dict.fromkeys(row[name] for row in chosen)) for name in ("case", "runtime"))
+        rates = {(row["runtime"], row["case"]): row["tokens_per_s"] for row in chosen}
+        axes = figure.add_subplot(1, len(precisions), place + 1)
+        best = {case: max(rates.get((name, case), 0.0) for name in runtimes) for case in cases}
+        width = 0.8 / len(runtimes)
+        for i, name in enumerate(runtimes):
+            heights = [rates.get((name, case), 0.0) / best[case] for case in cases]
+            axes.bar([x + i * width for x in range(len(cases))], heights, width, label=name)
+        axes.set_xticks([x + 0.4 - width / 2 for x in range(len(cases))], cases, rotation=30, ha="right")
+        axes.set_title(precision)
+        axes.set_ylabel("tokens/s, the best is 1" if place == 0 else "")
+        axes.legend(fontsize="small", loc="lower left")
+
+
+def _kernels(figure: Any, rows: Sequence[Row]) -> None:
+    for place, kernel in enumerate(("linear", "experts")):
+        chosen = [row for row in rows if row["kernel"] == kernel]
+        formats, sizes = (list(dict.fromkeys(row[name] for row in chosen)) for name in ("format", "num_tokens"))
+        axes = figure.add_subplot(1, 2, place + 1)
+        for i, format in enumerate(formats):
+            heights = [
+                median(r["fraction_of_bound"] for r in chosen if r["format"] == format and r["num_tokens"] == size)
+                for size in sizes
+            ]
+            width = 0.8 / len(formats)
+            axes.bar([x + i * width for x in range(len(sizes))], heights, width, label=format)
+        axes.axhline(1.0, color="black", linewidth=0.5)
+        axes.set_xticks([x + 0.3 for x in range(len(sizes))], sizes)
+        axes.set_xlabel("tokens")
+        axes.set_title(f"{kernel}, median of shapes")
+        axes.set_ylabel("fraction of the bound" if place == 0 else "")
+        axes.legend(fontsize="small", loc="lower left")
+
+
+def _transport(figure: Any, rows: Sequence[Row]) -> None:
+    axes = figure.add_subplot(1, 1, 1)
+    for name in ("memcpy", "shm", "shm in place", "mpich", "openmpi"):
+        cells = [row for row in rows if row["call"] == "all_to_all_v" and row["contender"] == name]
+        axes.plot([row["num_bytes"] for row in cells], [row["time_us"] for row in cells], label=name, marker=".")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes to the peer")
+    axes.set_ylabel("us an exchange")
+    axes.legend(fontsize="small")
+
+
+PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {"serve": _serve, "kernels": _kernels, "transport": _transport}
+
+
+def draw(name: str, rows: Sequence[Row], plot: Path) -> None:
+    """Writes the SVG. The same rows give the same file, by one version of matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure = Figure(figsize=_INCHES, layout="constrained")
+        PLOTS[name](figure, rows)
+        figure.savefig(plot, format="svg", metadata={"Date": None})
+    with plot.open("a", encoding="utf-8") as file:
+        file.write(_DIGEST.format(digest(rows)))
