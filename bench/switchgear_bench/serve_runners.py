@@ -58,6 +58,11 @@ def _llama_cpp(folder: Path, precision: str, num_threads: int) -> Runner:
     )
 
 
+def _preloaded(folder: Path) -> list[Path]:
+    """As vLLM's documentation advises: Intel's OpenMP, which its environment has, and tcmalloc, where the system has it."""
+    return [*sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")), folder / "lib" / "libiomp5.so"]
+
+
 def _vllm(folder: Path, model: str, num_threads: int) -> Runner:
     return Runner(
         name="vllm",

@@ -59,7 +59,10 @@ class Session:
             with busy(self.lock):
                 workers = [stack.enter_context(Worker(runner)) for runner in runners]
             descriptions = {worker.runner.name: worker.description for worker in workers}
-            self._settings |= {f"{name}, {precision}": about["settings"] for name, about in descriptions.items()}
+            self._settings |= {
+                f"{runner.name}, {precision}": {**descriptions[runner.name]["settings"], **runner.environment}
+                for runner in runners
+            }
             for name in case_names:
                 case = CASES[name]
                 rates = measure(
