@@ -112,12 +112,15 @@ VARIANTS = [
 
 
 def assert_near_twin(case: Case, rows: Tensor | None = None) -> None:
-    error = (case.run(rows) - case.run(rows, op=ops_reference.paged_attention)).abs()
+    """A weight is off by at most 2^-8 of itself, in the sum over values and in the sum that divides it: so of an output
+    by 2^-8 of the mean of |v| and of |output|. (Without a sink the largest weight is 1, and exact.)"""
+    exact = case.run(rows, op=ops_reference.paged_attention)
+    error = (case.run(rows) - exact).abs()
     if case.k_cache.dtype == torch.float32:
         assert error.max().item() < 2e-6
         return
     absolute = ops_reference.pack_v(ops_reference.unpack_v(case.v_cache).abs())
-    bound = case.run(rows, op=partial(attend_values, absolute)) / 256 + 1e-6
+    bound = (case.run(rows, op=partial(attend_values, absolute)) + exact.abs()) * 1.01 / 256 + 1e-6
     assert (error / bound).max().item() < 1.0
 
 
