@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_DISTURBED_CORES = 0.1
 _TITLE = (
     ("kernel", "---"),
     ("weights", "---"),
@@ -105,6 +106,9 @@ class KernelsCommand:
             "peak_gflops_per_s": {name: peak / 1e9 for name, peak in bounds.peak_flops_per_s.items()},
         }
         print(markdown(rows))
+        disturbed = [row for row in rows if row["others_used_cores"] > _DISTURBED_CORES]
+        if disturbed:
+            print(f"{len(disturbed)} rows were measured while other processes used the machine; see others_used_cores.")
         print("Every kernel's result was held to its reference, before and after its timing.")
         if arguments.output:
             kept = _kept(arguments.output, {row["kernel"] for row in rows})

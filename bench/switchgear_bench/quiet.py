@@ -1,4 +1,4 @@
-"""Holding an advisory lock while timing, for hosts where others time things too."""
+"""Telling whether a machine was ours alone while timing, and an advisory lock for hosts where others time things too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 _LOCK_HELD_S = 60.0
+_IDLE_KINDS = {"idle", "iowait", "guest", "guest_nice"}  # of processor time; guests are within user time already
 Item = TypeVar("Item")
 
 
@@ -31,3 +34,21 @@ def quietly(items: Iterable[Item], lock: Path | None) -> Iterator[Item]:
             except StopIteration:
                 return
             yield item
+
+
+class OthersUse:
+    """How much of a core all other processes of the machine, and those who share its host, took since this was made."""
+
+    def __init__(self) -> None:
+        self._start_s = time.monotonic()
+        self._others_s = _others_cpu_s()
+
+    def cores(self) -> float:
+        return max(0.0, (_others_cpu_s() - self._others_s) / max(time.monotonic() - self._start_s, 1e-3))
+
+
+def _others_cpu_s() -> float:
+    times = psutil.cpu_times()
+    busy_s = sum(float(value) for kind, value in times._asdict().items() if kind not in _IDLE_KINDS)
+    mine = psutil.Process().cpu_times()
+    return busy_s - float(mine.user) - float(mine.system)
