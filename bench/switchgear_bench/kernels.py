@@ -26,7 +26,7 @@ _SETTLE_S = 0.01  # until the other one's threads sleep: OpenMP's spin for some 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bytes and FLOPs per second of this many threads; memory is measured again beside each subject."""
+    """Bytes and FLOPs per second of this many threads; memory and arithmetic are measured again beside each subject."""
 
     num_threads: int
     cache_bytes_per_s: float
@@ -57,11 +57,12 @@ KERNELS = ("linear", "experts", "attention", "rms_norm", "rope", "router", "disp
 
 @dataclass(slots=True)
 class _Samples:
-    """Seconds a call of each repetition, and what memory gave in it."""
+    """Seconds a call of each repetition, and what memory and arithmetic gave in it."""
 
     ours_s: list[float]
     baseline_s: list[float]
     memory_bytes_per_s: list[float]
+    peak_flops_per_s: list[float]
     num_calls: int = 0
 
 
@@ -69,18 +70,24 @@ def _num_calls(call_s: float) -> int:
     return max(1, math.ceil(_REPEAT_S / max(call_s, 1e-7)))
 
 
+def _machine_now(subject: Subject, num_threads: int) -> tuple[float, float]:
+    """Bytes per second of memory, FLOPs per second."""
+    memory = probes.memory_bytes_per_s_now(num_threads)
+    return memory, probes.peak_flops_per_s_now(subject.arithmetic, num_threads)
+
+
 def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
-    samples = _Samples([], [], [])
+    samples = _Samples([], [], [], [])
     subject.check_once()
     at, baseline_at = 1, 0
     samples.num_calls = _num_calls(min(subject.repeat(i, 1) for i in range(3)))
     baseline_calls = 0
     for repeat in range(num_repeats + 1):
         time.sleep(_SETTLE_S)
-        before = probes.memory_bytes_per_s_now(num_threads)
+        before = _machine_now(subject, num_threads)
         subject.repeat(at, 1)  # wakes the pool
         ours_s = subject.repeat(at + 1, samples.num_calls) / samples.num_calls
-        after = probes.memory_bytes_per_s_now(num_threads)
+        after = _machine_now(subject, num_threads)
         at += samples.num_calls + 1
         baseline_s = None
         if subject.baseline is not None:
@@ -94,7 +101,8 @@ def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
             baseline_at += baseline_calls + 1
         if repeat:  # the first one warms up
             samples.ours_s.append(ours_s)
-            samples.memory_bytes_per_s.append((before + after) / 2)
+            samples.memory_bytes_per_s.append((before[0] + after[0]) / 2)
+            samples.peak_flops_per_s.append((before[1] + after[1]) / 2)
             if baseline_s is not None:
                 samples.baseline_s.append(baseline_s)
     subject.check_once()
@@ -102,13 +110,13 @@ def _measure(subject: Subject, num_threads: int, num_repeats: int) -> _Samples:
 
 
 def row(subject: Subject, samples: _Samples, bounds: Bounds) -> dict[str, Any]:
-    """Medians; the bound is what memory (or the cache) and arithmetic allow, by the memory of the same repetition."""
+    """Medians; the bound is what memory (or the cache) and arithmetic allow, by what both gave in the same repetition."""
     bandwidths = samples.memory_bytes_per_s
     if subject.source == "cache":
         bandwidths = [bounds.cache_bytes_per_s] * len(samples.ours_s)
-    flops_s = subject.flops / bounds.peak_flops_per_s[subject.arithmetic]
-    bytes_s = subject.num_bytes / median(bandwidths)
-    bounds_s = [max(subject.num_bytes / bandwidth, flops_s) for bandwidth in bandwidths]
+    machine = list(zip(bandwidths, samples.peak_flops_per_s, strict=True))
+    bounds_s = [max(subject.num_bytes / bandwidth, subject.flops / peak) for bandwidth, peak in machine]
+    is_by_bytes = subject.num_bytes / median(bandwidths) >= subject.flops / median(samples.peak_flops_per_s)
     ours_s = median(samples.ours_s)
     ratios = [theirs / ours for theirs, ours in zip(samples.baseline_s, samples.ours_s, strict=False)]
     return {
@@ -126,8 +134,9 @@ def row(subject: Subject, samples: _Samples, bounds: Bounds) -> dict[str, Any]:
         "gigabytes_per_s": subject.num_bytes / ours_s / 1e9,
         "gigaflops_per_s": subject.flops / ours_s / 1e9,
         "bandwidth_gb_per_s": median(bandwidths) / 1e9,
+        "peak_gflops_per_s": median(samples.peak_flops_per_s) / 1e9,
         "bound_us": median(bounds_s) * 1e6,
-        "bound_by": "bytes" if bytes_s >= flops_s else "flops",
+        "bound_by": "bytes" if is_by_bytes else "flops",
         "fraction_of_bound": median(bound / ours for bound, ours in zip(bounds_s, samples.ours_s, strict=True)),
         "baseline": subject.baseline.name if subject.baseline else None,
         "baseline_us": median(samples.baseline_s) * 1e6 if ratios else None,

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import switchgear
 from switchgear.collect_env import processor
-
-_BUFFER_BYTES = 256 << 20  # well past any cache
-_NUM_READS = 3
+from switchgear_bench import probes
 
 
-@functools.cache
 def read_bandwidth_bytes_per_s(num_threads: int) -> float:
-    """Best of three sums over 256 MiB a thread, all threads at once (as many as there are cores, at most)."""
-    num_threads = min(num_threads, num_cores())
-    buffers = [np.ones(_BUFFER_BYTES // 8, dtype=np.int64) for _ in range(num_threads)]
-    best_s = float("inf")
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(_NUM_READS):
-            start_s = time.perf_counter()
-            totals = list(pool.map(lambda buffer: int(buffer.sum()), buffers))  # NumPy sums without the GIL
-            best_s = min(best_s, time.perf_counter() - start_s)
-            if totals != [buffer.size for buffer in buffers]:
-                raise RuntimeError("the bandwidth probe read something else than it wrote")
-    return num_threads * _BUFFER_BYTES / best_s
+    """What as many threads, of as many cores as there are at most, read from memory together."""
+    return probes.memory_bytes_per_s(min(num_threads, num_cores()))
 
 
 def num_cores() -> int:

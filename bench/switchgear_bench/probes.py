@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from switchgear_runtime import native, ops
 
-_PEAK_STEPS = 1 << 21  # some tens of milliseconds
+_PEAK_STEPS = 1 << 21  # some milliseconds
 _NUM_RUNS = 5
 _MEMORY_BYTES = 512 << 20  # well past any cache
 _CACHE_BYTES = 128 << 10  # of each thread; fits an L2 cache beside what else is there
@@ -49,13 +49,19 @@ def peak_flops_per_s(dtype: str, num_threads: int) -> float:
 
     In the instruction set that the kernels run in: where it has no bf16 products, two fmas stand for one.
     """
+    return peak_flops_per_s_now(dtype, num_threads, num_runs=_NUM_RUNS)
+
+
+def peak_flops_per_s_now(dtype: str, num_threads: int, *, num_runs: int = 0) -> float:
+    """The same, measured once: other guests of a host take their share, which changes from second to second."""
     flops, error = ctypes.c_double(), ctypes.c_double()
     code = ("float32", "bfloat16").index(dtype)
     with threads(num_threads):
         best_s = _best_s(
             lambda: native.core().sg_probe_peak(
                 code, ctypes.c_int64(_PEAK_STEPS), ctypes.byref(flops), ctypes.byref(error)
-            )
+            ),
+            num_runs,
         )
     if error.value != 0.0:
         raise RuntimeError(f"the {dtype} probe's sums are off by {error.value}: it computed something else")
@@ -86,7 +92,7 @@ def _ones(num_bytes: int) -> NDArray[np.float32]:
 
 
 def memory_bytes_per_s_now(num_threads: int) -> float:
-    """One such read: other guests of a host take their share, which changes from second to second."""
+    """One such read, for the same reason."""
     return _read_bytes_per_s(_memory(), num_threads, 1, num_runs=0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -116,12 +116,22 @@ def tokens_per_s(case: Case, answer: Mapping[str, Any]) -> float:
 
 
 def measure(
-    case: Case, workers: Sequence[Worker], *, vocab_size: int, num_repeats: int, lock: Path | None
+    case: Case,
+    workers: Sequence[Worker],
+    *,
+    vocab_size: int,
+    num_repeats: int,
+    lock: Path | None,
+    beside: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Tokens per second of each repetition by runtime. The first repetition warms up and does not count."""
+    """Tokens per second of each repetition by runtime. The first repetition warms up and does not count.
+
+    `beside` is called before each runtime's turn: the machine's bandwidth and peak are not the same all the time.
+    """
     rates: dict[str, list[float]] = {worker.runner.name: [] for worker in workers}
     for repeat in quiet_repeats(num_repeats + 1, lock):
         for worker in workers:
+            beside()
             waiting = [other for other in workers if other is not worker]
             answer = turn(case, worker, waiting, vocab_size, _SEED_STEP + repeat)
             if repeat:

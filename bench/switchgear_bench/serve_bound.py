@@ -1,10 +1,8 @@
-"""The fastest a machine could run a case: weight and KV bytes over read bandwidth for decode, FLOPs over the GEMM peak for prefill."""
+"""The fastest a machine could run a case: weight and KV bytes over read bandwidth for decode, FLOPs over their peak for prefill."""
 
 from __future__ import annotations
 
-import functools
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +12,10 @@ from switchgear_bench.serve_cases import Case
 from switchgear_bench.weight_bytes import WeightBytes
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
 
-_GEMM_SIZE = 4096
-_NUM_GEMMS = 6
 _WEIGHT_ITEMSIZE = 2  # bf16, of the checkpoint
 _KV_ITEMSIZE = 2
 # Bytes of a quantised weight: an integer and its scale's share. Router and norms stay bf16, but they are below 1 %.
 QUANTISED_BYTES: Mapping[str, float] = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
-
-
-@functools.cache
-def gemm_peak_flops_per_s(num_threads: int) -> float:
-    """torch's bf16 product of two 4096 x 4096 matrices: the best of six, one more to warm up."""
-    import torch
-
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        left, right = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(torch.bfloat16) for _ in range(2))
-        best_s = float("inf")
-        for _ in range(_NUM_GEMMS + 1):
-            start_s = time.perf_counter()
-            product = left @ right
-            best_s = min(best_s, time.perf_counter() - start_s)
-        if not torch.isfinite(product).all():
-            raise RuntimeError("the GEMM probe computed something else than a product")
-    finally:
-        torch.set_num_threads(threads_before)
-    return 2 * _GEMM_SIZE**3 / best_s
 
 
 def distinct_experts_uniform(num_experts: int, top_k: int, batch_size: int) -> float:
@@ -61,9 +36,8 @@ class Work:
     distinct_experts: float | None  # a layer and step
 
     def bound_tokens_per_s(self, case: Case, bandwidth: float, peak: float) -> float:
-        if case.kind == "decode":
-            return case.batch_size * bandwidth / self.bytes_touched
-        return case.num_timed_tokens * peak / self.flops
+        bound_s = max(self.bytes_touched / bandwidth, self.flops / peak)
+        return (case.batch_size if case.kind == "decode" else case.num_timed_tokens) / bound_s
 
 
 class Model:

@@ -42,6 +42,8 @@ def rows(
             "bytes_touched": work.bytes_touched,
             "flops": work.flops,
             "distinct_experts": work.distinct_experts,
+            "bandwidth_gb_per_s": bandwidth / 1e9,
+            "peak_gflops_per_s": peak / 1e9,
             "bound_tokens_per_s": bound,
             "fraction_of_bound": middle["median"] / bound,
             "ours_to_this": pair_ratios(rates[OURS], samples) if OURS in rates and name != OURS else None,
@@ -50,6 +52,10 @@ def rows(
 
 def _cell(row: Mapping[str, Any]) -> str:
     return f"{row['tokens_per_s']:.0f}" if row["tokens_per_s"] >= 200 else f"{row['tokens_per_s']:.1f}"
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    return f"{row['bandwidth_gb_per_s']:.0f}, {row['peak_gflops_per_s']:.0f}" if "peak_gflops_per_s" in row else ""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -69,7 +75,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         bound_of = OURS if OURS in runtimes else runtimes[0]
         if all((bound_of, case) in at for case in cases):
             bounds = [f"{at[bound_of, case]['bound_tokens_per_s']:.0f}" for case in cases]
+            machines = [at[bound_of, case] for case in cases]
             lines.append(f"| bound ({bound_of}'s bytes) | " + " | ".join(bounds) + " |")
+            lines.append("| memory GB/s, bf16 GFLOP/s, beside | " + " | ".join(map(_machine, machines)) + " |")
         if OURS in runtimes:
             fractions = [f"{at[OURS, case]['fraction_of_bound']:.2f}" for case in cases]
             lines.append("| ours / bound | " + " | ".join(fractions) + " |")
@@ -81,9 +89,4 @@ def markdown(result: Mapping[str, Any]) -> str:
                 lines.append(f"| ours / {name}, median of pairs (quartiles) | " + " | ".join(cells) + " |")
         lines.append("")
     header = result["header"]
-    machine = (
-        f"{header['hardware']}, {header['num_threads']} threads, {header['read_bandwidth_gb_per_s']:.1f} GB/s read, "
-    )
-    return "\n".join(
-        [*lines, machine + f"{header['gemm_peak_gflops_per_s']:.0f} GFLOP/s bf16, commit {header['commit']}."]
-    )
+    return "\n".join([*lines, f"{header['hardware']}, {header['num_threads']} threads, commit {header['commit']}."])

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from switchgear_bench import machine
-from switchgear_bench.serve import busy, measure, quiet_repeats
-from switchgear_bench.serve_bound import Model, gemm_peak_flops_per_s, gguf_tensor_bytes
+from switchgear_bench import machine, probes
+from switchgear_bench.serve import busy, measure
+from switchgear_bench.serve_bound import Model, gguf_tensor_bytes
 from switchgear_bench.serve_cases import CASES, Case
 from switchgear_bench.serve_rows import rows
 from switchgear_bench.serve_runners import PRECISIONS, our_runner, peer_runners
@@ -32,16 +33,16 @@ class Session:
     with_ours: bool
     lock: Path | None
     _settings: dict[str, Any] = field(default_factory=dict)  # of each runtime and precision, for the header
-    _bandwidth: float = 0.0
-    _peak: float = 0.0
+    _bandwidths: list[float] = field(
+        default_factory=list
+    )  # bytes per second that memory gave beside each turn of a case
+    _peaks: list[float] = field(default_factory=list)  # FLOPs per second, likewise
 
     def header(self) -> dict[str, Any]:
         return machine.describe() | {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": Path(self.model).name,
             "num_threads": self.num_threads,
-            "read_bandwidth_gb_per_s": self._bandwidth / 1e9,
-            "gemm_peak_gflops_per_s": self._peak / 1e9,
             "settings": self._settings,
         }
 
@@ -52,7 +53,6 @@ class Session:
         unknown = [name for name in case_names if name not in CASES]
         if unknown:
             raise ConfigError(f"case {unknown[0]!r} is unknown; choose of {', '.join(CASES)}")
-        self._measure_machine()
         runners = self._runners(precision)
         model = Model(self.model)
         with ExitStack() as stack:
@@ -65,12 +65,14 @@ class Session:
             }
             for name in case_names:
                 case = CASES[name]
+                self._bandwidths, self._peaks = [], []
                 rates = measure(
                     case,
                     workers,
                     vocab_size=model.spec.vocab_size,
                     num_repeats=num_repeats or case.num_repeats,
                     lock=self.lock,
+                    beside=self._measure_machine,
                 )
                 when = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "commit": machine.commit()}
                 yield [
@@ -82,17 +84,15 @@ class Session:
                         model=model,
                         tensor_bytes={r.name: self._tensor_bytes(r, model, precision) for r in runners},
                         distinct_experts=self._distinct_experts(case, workers, model.spec.vocab_size),
-                        bandwidth=self._bandwidth,
-                        peak=self._peak,
+                        bandwidth=median(self._bandwidths),
+                        peak=median(self._peaks),
                         descriptions=descriptions,
                     )
                 ]
 
     def _measure_machine(self) -> None:
-        if not self._peak:
-            for _ in quiet_repeats(1, self.lock):
-                self._bandwidth = machine.read_bandwidth_bytes_per_s(self.num_threads)
-                self._peak = gemm_peak_flops_per_s(self.num_threads)
+        self._bandwidths.append(probes.memory_bytes_per_s_now(self.num_threads))
+        self._peaks.append(probes.peak_flops_per_s_now("bfloat16", self.num_threads))
 
     def _runners(self, precision: str) -> list[Runner]:
         peers = peer_runners(self.peers_dir, self.peers, self.model, precision, self.num_threads)

@@ -74,8 +74,6 @@ def test_the_table_names_runtimes_ratios_and_the_machine() -> None:
     header = {
         "hardware": "a machine",
         "num_threads": 2,
-        "read_bandwidth_gb_per_s": 30.0,
-        "gemm_peak_gflops_per_s": 400.0,
         "commit": "abc",
     }
     text = markdown({"header": header, "rows": made_rows() + made_rows(precision="int4")})
