@@ -80,16 +80,20 @@ def test_python_threads_share_the_pool() -> None:
 
 
 def test_idle_workers_use_no_cpu() -> None:
-    weight = ops.pack(torch.randn(600, 64), "f32")
-    ops.set_num_threads(3)
-    ops.linear(torch.randn(9, 64), weight)
-    time.sleep(0.05)
-    used_s = []
-    for _ in range(5):  # a worker that spins is busy in every window; this process's other threads are not
-        before_s = time.process_time()
-        time.sleep(0.3)
-        used_s.append(time.process_time() - before_s)
-    assert min(used_s) < 0.012, used_s
+    """In a process of its own: this one may hold threads of other tests (Ray's, for one, use 8 % of a core)."""
+    code = """
+import time, torch
+from switchgear_runtime import ops
+weight = ops.pack(torch.randn(600, 64), "f32")
+ops.set_num_threads(3)
+ops.linear(torch.randn(9, 64), weight)
+time.sleep(0.05)
+before_s = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - before_s)
+"""
+    result = run_python(code)
+    assert float(result.stdout) < 0.1, result.stderr  # one worker that spins uses 0.5
 
 
 def test_forked_child_computes_alone() -> None:
