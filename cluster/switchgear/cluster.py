@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Rea
 from switchgear.config import ServeConfig, resolve_model
 from switchgear.controller import Controller
 from switchgear.launcher.base import Launcher, LaunchError, OnExit
+from switchgear.launcher.make import make_launcher
 from switchgear.link_server import LinkServer
 from switchgear.rendezvous_store import RendezvousStore
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.store import MemoryStore, Store
+from switchgear.submit_box import SubmitBox
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import CheckpointError, ConfigError, RankFailed, SwitchgearError
@@ -39,6 +42,7 @@ from switchgear_runtime.messages import (
     StoreGet,
     StorePut,
     Submit,
+    Submits,
     ToRank,
     Waking,
 )
@@ -113,7 +117,9 @@ class Cluster:
             on_malformed=lambda rank, reason: self._perform(self.controller.on_malformed(rank, reason)),
         )
         self._store = RendezvousStore(self._links.send)
-        self.launcher = (launcher or self._make_launcher)(self._on_exit)
+        self._submits = SubmitBox(self._send_submits)
+        make = launcher or partial(make_launcher, config, name=self.name, one_host=self.engine.transport == "shm")
+        self.launcher = make(self._on_exit)
         self._address = ("", 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -182,29 +188,6 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _make_launcher(self, on_exit: OnExit) -> Launcher:
-        """Imported on demand: a local cluster needs no Ray."""
-        config = self.config
-        if config.launcher == "local":
-            from switchgear.launcher.local import LocalLauncher
-
-            return LocalLauncher(on_exit)
-        if config.launcher == "mpi":
-            from switchgear.launcher.mpi import MpiLauncher
-
-            return MpiLauncher(on_exit, num_ranks=config.ranks, command=config.mpi_command, address=config.mpi_address)
-        from switchgear.launcher.ray import RayLauncher
-
-        return RayLauncher(
-            on_exit,
-            name=self.name,
-            num_ranks=config.ranks,
-            cpus_per_rank=config.ray_cpus_per_rank,
-            one_host=self.engine.transport == "shm",  # the others may spread, if one node has no room for all
-            address=config.ray_address,
-            timeout_s=config.start_timeout_s,
-        )
-
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _on_message(self, rank: int, message: FromRank) -> None:
@@ -258,9 +241,17 @@ class Cluster:
 
     def _send(self, rank: int, message: ToRank) -> None:
         """The core's way to the ranks."""
-        self._links.send(rank, message)
         if isinstance(message, Submit):
-            self._perform(self.controller.on_submit())
+            self._submits.put(rank, message)
+            return
+        self._submits.flush()  # messages keep their order
+        self._links.send(rank, message)
+
+    def _send_submits(self, submits: dict[int, list[Submits]]) -> None:
+        for rank, messages in submits.items():
+            for message in messages:
+                self._links.send(rank, message)
+        self._perform(self.controller.on_submit())
 
     # --- actions ----------------------------------------------------------------------------------------------------
 

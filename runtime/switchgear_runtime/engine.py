@@ -245,6 +245,9 @@ class Engine:
         match message:
             case messages.Submit():
                 self._submit(message)
+            case messages.Submits():
+                for submit in message.sequences:
+                    self._submit(submit)
             case messages.Abort():
                 self.scheduler.abort(message.sequence_id)
             case messages.Wake():

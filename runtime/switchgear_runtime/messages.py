@@ -1,6 +1,6 @@
 """What server and rank say to each other, and how it is written: one msgpack frame a message, never pickle.
 
-Server -> rank: BeginGeneration, EndGeneration, Submit, Abort, Wake, Stop, StoreValue.
+Server -> rank: BeginGeneration, EndGeneration, Submit, Submits, Abort, Wake, Stop, StoreValue.
 Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped, StorePut, StoreGet.
 `encode`/`decode` are total: a frame that breaks a limit or the schema raises WireError and names the field.
 """
@@ -64,6 +64,12 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
     cache_salt: str = ""
 
 
+class Submits(msgspec.Struct, tag="submits", frozen=True):
+    """Sequences that come together: a parked rank that took the first one alone would run a step without the rest."""
+
+    sequences: list[Submit]
+
+
 class Abort(msgspec.Struct, tag="abort", frozen=True):
     sequence_id: int
 
@@ -87,7 +93,7 @@ class StoreValue(msgspec.Struct, tag="store_value", frozen=True):
     value: bytes
 
 
-ToRank = BeginGeneration | EndGeneration | Submit | Abort | Wake | Stop | StoreValue
+ToRank = BeginGeneration | EndGeneration | Submit | Submits | Abort | Wake | Stop | StoreValue
 
 # --- rank -> server -----------------------------------------------------------------------------------------------
 

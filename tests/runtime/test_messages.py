@@ -41,7 +41,14 @@ FRAME = m.StepFrame(
 
 def test_round_trips() -> None:
     descriptor = GenerationDescriptor(term=1, generation=2, world_size=4, epoch=0, channel="c")
-    for message in (SUBMIT, m.BeginGeneration(descriptor), m.Abort(3), m.Wake(1, 2), m.Stop()):
+    for message in (
+        SUBMIT,
+        m.Submits([SUBMIT, SUBMIT]),
+        m.BeginGeneration(descriptor),
+        m.Abort(3),
+        m.Wake(1, 2),
+        m.Stop(),
+    ):
         assert m.decode_to_rank(m.encode(message)) == message
     for message in (FRAME, m.Parked(0, 1, 2), m.Waking(0, 1, 2), m.Rejected(1, 1, "no")):
         assert m.decode_from_rank(m.encode(message)) == message

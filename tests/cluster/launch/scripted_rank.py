@@ -76,6 +76,9 @@ class ScriptedRank:
             case messages.BeginGeneration():
                 self.generation = message.descriptor.generation
                 self.link.send(messages.Parked(rank, self.generation, 0))
+            case messages.Submits():
+                for submit in message.sequences:
+                    self.handle(submit)
             case messages.Submit():
                 if self.script == "bad-frame":
                     self.link._socket.sendall(b"\x05\x00\x00\x00hello")
