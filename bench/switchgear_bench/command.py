@@ -10,6 +10,7 @@ from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.perplexity_command import PERPLEXITY
 from switchgear_bench.report_command import REPORT
 from switchgear_bench.serve_command import SERVE
+from switchgear_bench.step_profile_command import PROFILE
 from switchgear_bench.throughput_command import THROUGHPUT
 from switchgear_bench.transport_command import TRANSPORT
 
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "expert-parallel": EXPERT_PARALLEL,
     "kernels": KERNELS_BENCH,
     "perplexity": PERPLEXITY,
+    "profile": PROFILE,
     "report": REPORT,
     "serve": SERVE,
     "throughput": THROUGHPUT,

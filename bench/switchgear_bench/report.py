@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from switchgear_bench import expert_parallel_command, kernels_command, serve_rows, transport_command
+from switchgear_bench import (
+    expert_parallel_command,
+    kernels_command,
+    serve_rows,
+    step_profile_command,
+    transport_command,
+)
 from switchgear_runtime.errors import ConfigError
 
 NOT_MEASURED = "Not measured yet."
@@ -52,6 +58,10 @@ def _kernels(result: Result) -> str:
         f"{seen}{header['cache_gb_per_s']:.0f} GB/s from the L2 caches."
     )
     return "\n\n".join(parts)
+
+
+def _profile(result: Result) -> str:
+    return f"{step_profile_command.markdown(result['rows'])}\n\n{machine_line(result['header'])}"
 
 
 def _transport(result: Result) -> str:
@@ -101,6 +111,7 @@ def _perplexity(result: Result) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "serve": ("serve.json", _serve),
     "expert-parallel": ("expert-parallel.json", _expert_parallel),
+    "profile": ("profile.json", _profile),
     "kernels": ("kernels.json", _kernels),
     "transport": ("transport.json", _transport),
     "startup": ("startup.json", _startup),

@@ -45,6 +45,7 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
   }
   work.qkv.shape(num_tokens, (q_size + 2 * kv_size) * ITEMSIZE[F32]);
   multiply(weight_of(a.qkv), work.activations.read(), num_tokens, work.qkv.data(), F32, EPILOGUE_STORE);
+  work.clock.mark(SG_PHASE_ATTENTION_PRODUCTS);
 
   float* q = work.q.get<float>(num_tokens * q_size);
   float* k = work.k.get<float>(num_tokens * kv_size);
@@ -89,6 +90,7 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
                                .sliding_window = a.sliding_window,
                                .scale = a.scale};
   if (sg_paged_attention(&args) != SG_OK) return SG_ERROR;
+  work.clock.mark(SG_PHASE_ATTENTION);
 
   work.grouped_x.resize(num_tokens);
   for (int64_t t = 0; t < num_tokens; ++t) work.grouped_x[t] = attended + t * q_size;
@@ -101,6 +103,7 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
     multiply(weight_of(a.out), work.activations.read(), num_tokens, work.x_rows.data(), F32, EPILOGUE_ADD,
              spec.residual_multiplier);
   }
+  work.clock.mark(SG_PHASE_ATTENTION_PRODUCTS);
   return SG_OK;
 }
 

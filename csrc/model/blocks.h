@@ -7,6 +7,7 @@
 #include "kernels/linear.h"
 #include "model/decoder.h"
 #include "model/peers.h"
+#include "model/step_clock.h"
 
 namespace sg::model {
 
@@ -42,6 +43,7 @@ struct Workspace {
   ScratchVector<const void*> returned;  // by (token, k)
   ScratchVector<int32_t> places;        // by (token, k): place among the pairs sent to one rank
   CallbackPeers callback_peers;
+  StepClock clock;
 };
 
 struct Decoder {

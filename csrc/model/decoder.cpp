@@ -88,8 +88,10 @@ int run_layers(Decoder& decoder, const sg_step& step) {
     shm_peers.reset(new_shm_peers(step.exchanger, step.timeout_s));
     if (shm_peers == nullptr) return fail("no memory for an exchange");
   }
+  decoder.work.clock.begin(step.phase_ns);
   Peers& peers = shm_peers ? *shm_peers : decoder.work.callback_peers;
   if (embed(decoder, step) != SG_OK) return SG_ERROR;
+  decoder.work.clock.mark(SG_PHASE_EMBEDDING);
   for (const sg_layer& layer : decoder.layers) {
     if (step.num_tokens > 0) {
       if (const int status = attention_block(decoder, layer, step); status != SG_OK) return status;
@@ -97,6 +99,7 @@ int run_layers(Decoder& decoder, const sg_step& step) {
     if (layer.mlp.gate_up.packed != nullptr) {
       if (step.num_tokens == 0) continue;
       if (const int status = mlp_block(decoder, layer, step); status != SG_OK) return status;
+      decoder.work.clock.mark(SG_PHASE_DENSE_FFN);
     } else if (const int status = moe_block(decoder, layer, step, peers); status != SG_OK) {
       return status;  // also without tokens: other ranks' tokens may need the experts here
     }
@@ -142,10 +145,11 @@ int sg_decoder_step(void* handle, const sg_step* step) {
 }
 
 int sg_decoder_logits(void* handle, const float* x_TD, int64_t num_tokens, const int64_t* rows, int64_t num_rows,
-                      float* logits) {
+                      float* logits, int64_t* phase_ns) {
   const sg::FlushDenormals flush;
   auto& decoder = *static_cast<Decoder*>(handle);
   auto& work = decoder.work;
+  work.clock.begin(phase_ns);
   const auto& spec = decoder.spec;
   work.normed.shape(num_rows, spec.hidden * sg::ITEMSIZE[sg::F32]);
   work.x_rows.resize(num_rows);
@@ -164,5 +168,6 @@ int sg_decoder_logits(void* handle, const float* x_TD, int64_t num_tokens, const
   if (spec.logits_scaling != 1.0f) {
     for (int64_t i = 0; i < num_rows * spec.vocab_size; ++i) logits[i] = logits[i] / spec.logits_scaling;
   }
+  work.clock.mark(SG_PHASE_LOGITS);
   return SG_OK;
 }

@@ -72,6 +72,20 @@ struct sg_placement {
 // Returns 0 or, after it kept the error for its caller, another number.
 typedef int (*sg_exchange_fn)(void* context, const struct sg_buffer* send, struct sg_buffer* recv);
 
+// The parts of a step that its clock tells apart. Mirrored in native_structs.PHASES.
+enum sg_phase {
+  SG_PHASE_EMBEDDING,
+  SG_PHASE_ATTENTION_PRODUCTS,  // norm, Q, K, V, output projection
+  SG_PHASE_ATTENTION,           // rope, cache write, attention
+  SG_PHASE_ROUTER,              // norm, gate, top-k
+  SG_PHASE_DISPATCH,            // rows to messages, the wait for the peers', grouping by slot
+  SG_PHASE_EXPERTS,
+  SG_PHASE_COMBINE,  // the wait for the rows, their sum
+  SG_PHASE_DENSE_FFN,
+  SG_PHASE_LOGITS,
+  SG_NUM_PHASES
+};
+
 struct sg_step {
   const int64_t* token_ids_T;
   const int64_t* positions_T;
@@ -87,6 +101,7 @@ struct sg_step {
   int64_t* routed_LE;  // counters that the step adds to: tokens of this rank by expert, rows computed here
   int64_t* rows_LE;
   float* x_TD;  // out: the residual stream after the last layer
+  int64_t* phase_ns;  // [SG_NUM_PHASES] that the step adds its nanoseconds to, or null
 };
 
 #define SG_EXCHANGE_FAILED 2
@@ -97,6 +112,6 @@ SG_API void sg_decoder_free(void* decoder);
 SG_API int sg_decoder_place(void* decoder, int64_t moe_layer, const struct sg_placement* placement);
 // SG_OK, SG_ERROR, or SG_EXCHANGE_FAILED.
 SG_API int sg_decoder_step(void* decoder, const struct sg_step* step);
-// logits [num_rows, V] fp32 of rows of x_TD.
+// logits [num_rows, V] fp32 of rows of x_TD. `phase_ns` as a step's.
 SG_API int sg_decoder_logits(void* decoder, const float* x_TD, int64_t num_tokens, const int64_t* rows,
-                             int64_t num_rows, float* logits);
+                             int64_t num_rows, float* logits, int64_t* phase_ns);

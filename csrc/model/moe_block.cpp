@@ -161,8 +161,10 @@ int compute(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, 
       room += hidden + 1;
     }
   }
+  work.clock.mark(SG_PHASE_DISPATCH);
   expert_ffn({placement.w13_packed_S, placement.w2_packed_S, num_slots, hidden, moe.ffn, moe.format}, work.begin.data(),
              work.grouped_x.data(), work.grouped_y.data(), payload);
+  work.clock.mark(SG_PHASE_EXPERTS);
   int64_t* counts = step.rows_LE + moe.index * decoder.spec.num_experts;
   for (int64_t s = 0; s < num_slots; ++s) {
     if (placement.experts_S[s] >= 0) counts[placement.experts_S[s]] += work.rows_per_slot[static_cast<size_t>(s)];
@@ -265,11 +267,15 @@ int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step, Peer
   }
   Routed routed{};
   if (route(decoder, moe, placement, step, &routed) != SG_OK) return SG_ERROR;
+  work.clock.mark(SG_PHASE_ROUTER);
   work.combined.shape(num_tokens, hidden * ITEMSIZE[F32]);
   const int status = run_experts(decoder, moe, placement, routed, step, peers);
   if (status != SG_OK || num_tokens == 0) return status;
+  work.clock.mark(SG_PHASE_COMBINE);
   if (moe.shared.gate_up.packed != nullptr && add_shared(decoder, moe, num_tokens) != SG_OK) return SG_ERROR;
+  work.clock.mark(SG_PHASE_DENSE_FFN);
   add_branch(decoder, layer.ffn_norm, work.combined, num_tokens, step.x_TD);
+  work.clock.mark(SG_PHASE_COMBINE);
   return SG_OK;
 }
 

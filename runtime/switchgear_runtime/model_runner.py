@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime import ops
@@ -25,6 +27,7 @@ from switchgear_runtime.model.attention import AttentionMetadata
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import expert_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
+from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.weight_store import WeightStore
 from switchgear_runtime.model.weights import load_decoder
@@ -92,6 +95,13 @@ class ModelRunner:
     def is_native(self) -> bool:
         """Whether steps run in native code as a whole."""
         return self._native is not None
+
+    def profile(self) -> NDArray[np.int64]:
+        """From now on steps add their nanoseconds to what this returns, by native_structs.PHASES. Of native steps only."""
+        if self._native is None:
+            raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
+        self._native.phase_ns = np.zeros(len(PHASES), np.int64)
+        return self._native.phase_ns
 
     @property
     def epoch(self) -> int:

@@ -195,7 +195,7 @@ class Rank {
   std::vector<float> logits(const std::vector<float>& x, const std::vector<int64_t>& rows) {
     std::vector<float> out(rows.size() * VOCAB);
     require(sg_decoder_logits(decoder_, x.data(), static_cast<int64_t>(x.size()) / model_.hidden, rows.data(),
-                              static_cast<int64_t>(rows.size()), out.data()) == SG_OK,
+                              static_cast<int64_t>(rows.size()), out.data(), nullptr) == SG_OK,
             "sg_decoder_logits failed");
     return out;
   }

@@ -75,6 +75,7 @@ class NativeDecoder:
             raise MemoryError("no memory for a native decoder")
         weakref.finalize(self, self._library.sg_decoder_free, self._handle)
         self._exchange = _Exchange()
+        self.phase_ns: NDArray[np.int64] | None = None  # of PHASES; steps add their nanoseconds while it is set
         self._shm: ShmTransport | None = None
         self._exchanger: NativeExchanger | None = None
 
@@ -149,6 +150,7 @@ class NativeDecoder:
             routed_LE=routed_LE.ctypes.data,
             rows_LE=rows_LE.ctypes.data,
             x_TD=x_TD.data_ptr(),
+            phase_ns=self._phase_ns(),
         )
         status = self._library.sg_decoder_step(self._handle, ctypes.byref(step))
         error = self._exchange.end()
@@ -165,10 +167,19 @@ class NativeDecoder:
         """logits_SV, fp32, of rows (int64) of `hidden_states`; a row's bits do not depend on the others."""
         logits_SV = torch.empty((len(rows_S), self._decoder.lm_head.num_out), dtype=torch.float32)
         if len(rows_S) and self._library.sg_decoder_logits(
-            self._handle, x_TD.data_ptr(), x_TD.shape[0], rows_S.data_ptr(), len(rows_S), logits_SV.data_ptr()
+            self._handle,
+            x_TD.data_ptr(),
+            x_TD.shape[0],
+            rows_S.data_ptr(),
+            len(rows_S),
+            logits_SV.data_ptr(),
+            self._phase_ns(),
         ):
             raise ValueError(native.last_error())
         return logits_SV
+
+    def _phase_ns(self) -> int | None:
+        return None if self.phase_ns is None else self.phase_ns.ctypes.data
 
     def _exchanger_of(self, transport: Transport) -> int | None:
         """Native code's own way over shared memory; None: it calls back."""

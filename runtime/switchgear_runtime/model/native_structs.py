@@ -114,6 +114,20 @@ class Buffer(ctypes.Structure):
 ExchangeFunction = ctypes.CFUNCTYPE(c_int, c_void_p, POINTER(Buffer), POINTER(Buffer))
 
 
+# The parts of a step that its clock tells apart (csrc/model/decoder.h).
+PHASES = (
+    "embedding",
+    "attention products",
+    "attention",
+    "router",
+    "dispatch",
+    "experts",
+    "combine",
+    "dense ffn",
+    "logits",
+)
+
+
 class Step(ctypes.Structure):
     _fields_ = [
         ("token_ids_T", c_void_p),
@@ -133,6 +147,7 @@ class Step(ctypes.Structure):
         ("routed_LE", c_void_p),
         ("rows_LE", c_void_p),
         ("x_TD", c_void_p),
+        ("phase_ns", c_void_p),
     ]
 
 
@@ -146,5 +161,5 @@ def library() -> ctypes.CDLL:
     core.sg_decoder_free.restype = None
     core.sg_decoder_place.argtypes = [c_void_p, c_int64, POINTER(Placement)]
     core.sg_decoder_step.argtypes = [c_void_p, POINTER(Step)]
-    core.sg_decoder_logits.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p]
+    core.sg_decoder_logits.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p]
     return core
