@@ -9,6 +9,7 @@ Letters: B sequences that sample in this step (the rows of the logits), V vocabu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,14 +21,18 @@ from switchgear_runtime.sequence import Sequence
 
 
 class Sampler:
-    """Callable, without state."""
+    """Callable. Keeps the layout of the last batch: while the same sequences decode, only their positions change."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._arguments: dict[str, Any] = {}
 
     def __call__(self, logits_BV: Tensor, batch: Batch) -> list[SampledToken]:
         sequences = batch.sampling
         assert logits_BV.shape[0] == len(sequences), (logits_BV.shape, len(sequences))
         if not sequences:
             return []
-        ids_B, logprob_B, top_ids_BN, top_logprobs_BN = ops.sample(logits_BV, **_arguments(sequences))
+        ids_B, logprob_B, top_ids_BN, top_logprobs_BN = ops.sample(logits_BV, **self._laid_out(sequences))
         return [
             _sampled(sequence, token_id, logprob, top_ids, top_logprobs)
             for sequence, token_id, logprob, top_ids, top_logprobs in zip(
@@ -39,6 +44,19 @@ class Sampler:
                 strict=True,
             )
         ]
+
+    def _laid_out(self, sequences: list[Sequence]) -> dict[str, Any]:
+        known = self._sequences
+        if len(known) == len(sequences) and all(map(is_, known, sequences)):
+            return self._arguments | {"positions_B": _positions(sequences)}
+        arguments = _arguments(sequences)
+        lasts = not any(_has_penalties(sequence) or sequence.sampling.min_tokens for sequence in sequences)
+        self._sequences, self._arguments = (sequences, arguments) if lasts else ([], {})
+        return arguments
+
+
+def _positions(sequences: list[Sequence]) -> Tensor:
+    return torch.tensor([sequence.num_output_tokens for sequence in sequences], dtype=torch.int64)
 
 
 def _arguments(sequences: list[Sequence]) -> dict[str, Any]:
@@ -56,7 +74,7 @@ def _arguments(sequences: list[Sequence]) -> dict[str, Any]:
         "frequency_B": torch.tensor([params.frequency_penalty for params in sampling], dtype=torch.float32),
         "repetition_B": torch.tensor([params.repetition_penalty for params in sampling], dtype=torch.float32),
         "seeds_B": torch.tensor([_signed(params.seed) for params in sampling], dtype=torch.int64),
-        "positions_B": torch.tensor([sequence.num_output_tokens for sequence in sequences], dtype=torch.int64),
+        "positions_B": _positions(sequences),
         "history": history,
         "history_offsets": history_offsets,
         "prompt_lens_B": torch.tensor(

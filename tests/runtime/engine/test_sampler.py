@@ -77,3 +77,24 @@ def test_seed_and_index_key_the_draw() -> None:
 
 def test_an_empty_batch_samples_nothing() -> None:
     assert Sampler()(torch.zeros(0, VOCAB_SIZE), Batch()) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kept_layout_changes_nothing(seed: int) -> None:
+    """One sampler over many steps, whose batch stays, shrinks or grows, against a new sampler each step."""
+    rng = random.Random(seed)
+    plain = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    sequences = [
+        make_sequence(i, [1, 2], max_tokens=99, temperature=1.0, logprobs=rng.choice([None, 2]), seed=i, **plain)
+        for i in range(4)
+    ]
+    if seed % 2:
+        sequences.append(draw_sequence(rng, 4))
+    sampler = Sampler()
+    for step in range(12):
+        members = sequences if step % 5 else rng.sample(sequences, 3)
+        logits_BV = torch.randn(len(members), VOCAB_SIZE)
+        drawn = sampler(logits_BV, batch_of(members))
+        assert drawn == Sampler()(logits_BV, batch_of(members)), (seed, step)
+        for sequence, token in zip(members, drawn, strict=True):
+            sequence.token_ids.append(token.token_id)
