@@ -1,13 +1,13 @@
 """What server and rank say to each other, and how it is written: one msgpack frame a message, never pickle.
 
-Server -> rank: BeginGeneration, EndGeneration, Submit, Submits, Abort, Wake, Stop, StoreValue.
-Rank -> server: Hello, StepFrame, Waking, Parked, Fault, Rejected, Stopped, StorePut, StoreGet.
+Server -> rank: BeginGeneration, EndGeneration, StageMap, DropMap, Submit, Abort, Wake, Stop, StoreValue.
+Rank -> server: Hello, StepFrame, MapStaged, MapRefused, Waking, Parked, Fault, Rejected, Stopped, StorePut, StoreGet.
 `encode`/`decode` are total: a frame that breaks a limit or the schema raises WireError and names the field.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import msgspec
@@ -22,7 +22,11 @@ ITEMS_MAX = 1 << 20  # longest array or map: prompts and expert-load rows
 
 
 class BeginGeneration(msgspec.Struct, tag="begin_generation", frozen=True):
+    """`expert_map`: ExpertMap.to_json of the map to compute with, the same for all ranks and of the descriptor's epoch;
+    None: the contiguous one."""
+
     descriptor: GenerationDescriptor
+    expert_map: dict[str, Any] | None = None
 
 
 class EndGeneration(msgspec.Struct, tag="end_generation", frozen=True):
@@ -31,6 +35,31 @@ class EndGeneration(msgspec.Struct, tag="end_generation", frozen=True):
     term: int
     generation: int
     reason: str
+
+
+class StageMap(msgspec.Struct, tag="stage_map", frozen=True, kw_only=True):
+    """Bring this map's experts here while steps go on; answered by MapStaged or MapRefused, once.
+
+    All ranks flip to it at one step boundary once all have staged it, with no further word (StepFrame.epoch tells).
+    `expert_map`: ExpertMap.to_json, of an epoch that this generation has not used. `bytes_per_s`: bounds what this rank
+    reads or copies for it; None: unbounded. `source`: where the experts come from that this rank has no packed copy of:
+    another rank that computes with them ("peer"), or the checkpoint; "auto": what costs least.
+    """
+
+    generation: int
+    expert_map: dict[str, Any]
+    bytes_per_s: int | None = None
+    source: Literal["auto", "peer", "checkpoint"] = "auto"
+
+
+class DropMap(msgspec.Struct, tag="drop_map", frozen=True):
+    """Forget a staged map, or stop staging it; too late for one that is in use. Not answered.
+
+    Sent to all ranks, so one may have dropped it in a step in which another still offers it: then nobody flips.
+    """
+
+    generation: int
+    epoch: int
 
 
 class WireSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +122,7 @@ class StoreValue(msgspec.Struct, tag="store_value", frozen=True):
     value: bytes
 
 
-ToRank = BeginGeneration | EndGeneration | Submit | Submits | Abort | Wake | Stop | StoreValue
+ToRank = BeginGeneration | EndGeneration | StageMap | DropMap | Submit | Submits | Abort | Wake | Stop | StoreValue
 
 # --- rank -> server -----------------------------------------------------------------------------------------------
 
@@ -154,6 +183,7 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
 
     `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts],
     counted at the router of this (source) rank. `expert_rows`: likewise, rows computed by this rank's own experts.
+    `epoch`: of the map that the step computed with; the step of a flip sends a frame even if it has nothing to say.
     """
 
     rank: int
@@ -164,6 +194,27 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     expert_load: list[int] | None = None
     expert_rows: list[int] | None = None
     prompt_logprobs: list[PromptLogprobs] = []
+    epoch: int = 0
+
+
+class MapStaged(msgspec.Struct, tag="map_staged", frozen=True, kw_only=True):
+    """This rank has all experts of the map and offers to flip to it."""
+
+    rank: int
+    generation: int
+    epoch: int
+    num_experts: int  # (layer, expert) pairs that this rank did not compute with before
+    moved_bytes: int  # of their packed weights
+    seconds: float  # from StageMap to here
+
+
+class MapRefused(msgspec.Struct, tag="map_refused", frozen=True, kw_only=True):
+    """This rank will not flip to the map: it is malformed or too large, its source failed, or its time has passed."""
+
+    rank: int
+    generation: int
+    epoch: int
+    reason: str
 
 
 class Waking(msgspec.Struct, tag="waking", frozen=True):
@@ -216,7 +267,9 @@ class StoreGet(msgspec.Struct, tag="store_get", frozen=True):
     keys: list[str]
 
 
-FromRank = Hello | StepFrame | Waking | Parked | Fault | Rejected | Stopped | StorePut | StoreGet
+FromRank = (
+    Hello | StepFrame | MapStaged | MapRefused | Waking | Parked | Fault | Rejected | Stopped | StorePut | StoreGet
+)
 
 
 def encode(message: ToRank | FromRank) -> bytes:

@@ -11,6 +11,7 @@ from switchgear_runtime import messages as m
 from switchgear_runtime.errors import StaleTerm, WireError
 from switchgear_runtime.generation import Fence, GenerationDescriptor
 from switchgear_runtime.header import HeaderMismatch, StepHeader, decide
+from switchgear_runtime.moe.expert_map import ExpertMap
 
 SAMPLING = m.WireSampling(
     temperature=0.5,
@@ -41,16 +42,23 @@ FRAME = m.StepFrame(
 
 def test_round_trips() -> None:
     descriptor = GenerationDescriptor(term=1, generation=2, world_size=4, epoch=0, channel="c")
-    for message in (
+    expert_map = ExpertMap.contiguous(2, 8, 4, epoch=5).to_json()
+    to_rank = (
         SUBMIT,
         m.Submits([SUBMIT, SUBMIT]),
         m.BeginGeneration(descriptor),
+        m.BeginGeneration(descriptor, expert_map),
+        m.StageMap(generation=2, expert_map=expert_map, bytes_per_s=1 << 20, source="peer"),
+        m.DropMap(2, 5),
         m.Abort(3),
         m.Wake(1, 2),
         m.Stop(),
-    ):
+    )
+    for message in to_rank:
         assert m.decode_to_rank(m.encode(message)) == message
-    for message in (FRAME, m.Parked(0, 1, 2), m.Waking(0, 1, 2), m.Rejected(1, 1, "no")):
+    staged = m.MapStaged(rank=1, generation=2, epoch=5, num_experts=3, moved_bytes=99, seconds=0.5)
+    refused = m.MapRefused(rank=1, generation=2, epoch=5, reason="rank 3 is gone")
+    for message in (FRAME, staged, refused, m.Parked(0, 1, 2), m.Waking(0, 1, 2), m.Rejected(1, 1, "no")):
         assert m.decode_from_rank(m.encode(message)) == message
 
 
@@ -65,6 +73,9 @@ def test_round_trips() -> None:
         msgpack.packb({"type": "abort", "sequence_id": "seven"}),
         msgpack.packb({"type": "abort", "sequence_id": msgpack.ExtType(4, b"x")}),
         msgpack.packb({"type": "abort", "sequence_id": 1}) + b"\x00",
+        msgpack.packb({"type": "stage_map", "generation": 1, "expert_map": [1]}),
+        msgpack.packb({"type": "stage_map", "generation": 1, "expert_map": {}, "source": "thin air"}),
+        msgpack.packb({"type": "drop_map", "generation": 1}),
         b"\x91" * 5000,
         b"\xdf\xff\xff\xff\xff",
         b"\xa4\xff\xfe\xfd\xfc",
