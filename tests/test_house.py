@@ -58,6 +58,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "model.footprint",
     "model.spec",
     "moe.expert_map",
+    "placement",
     "comm.rendezvous",
     "comm.shm",
 }

@@ -1,0 +1,1 @@
+"""The native planner and quota solvers of csrc/placement, called by ctypes; imports no torch."""
