@@ -58,6 +58,8 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "model.footprint",
     "model.spec",
     "moe.expert_map",
+    "moe.load_window",
+    "moe.routing_trace",
     "comm.rendezvous",
     "comm.shm",
 }
