@@ -59,6 +59,8 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "model.spec",
     "moe.expert_map",
     "placement",
+    "moe.load_window",
+    "moe.routing_trace",
     "comm.rendezvous",
     "comm.shm",
 }

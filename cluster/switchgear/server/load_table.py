@@ -1,38 +1,95 @@
-"""Expert load as the ranks report it: `LoadTable`, sums since the start."""
+"""Expert load as the ranks report it: `LoadTable`, sums since the start, and windows between two moments.
+
+Letters: S source ranks, L MoE layers, E logical experts.
+"""
 
 from __future__ import annotations
 
-from operator import add
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from switchgear.server.limits import ModelFacts
 from switchgear_runtime.messages import StepFrame
+from switchgear_runtime.moe.load_window import LoadWindow
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSnapshot:
+    """The sums at one moment; `step` counts on over generations."""
+
+    step: int
+    time_s: float
+    routed_SLE: Int64 = field(repr=False)
 
 
 class LoadTable:
-    """Flat lists [layer * num_experts + expert], as on the wire. A report of another length is ignored."""
+    """A report of another length than [num_layers * num_experts] is ignored."""
 
     def __init__(self, facts: ModelFacts) -> None:
         self.num_layers = facts.num_layers
         self.num_experts = facts.num_experts
         self._size = facts.num_layers * facts.num_experts
-        self.routed_LE = [0] * self._size  # tokens by logical expert, counted at the router
-        self._rows_by_rank: dict[int, list[int]] = {}  # rows computed by each rank's own experts
+        self._routed_by_source: dict[int, Int64] = {}  # tokens by logical expert, counted at each rank's router
+        self._rows_by_rank: dict[int, Int64] = {}  # rows computed by each rank's own experts
+        self._generation = 0
+        self._steps_before = 0  # of earlier generations
+        self._step = 0  # the latest that a rank of this generation reported
 
     def step(self, frame: StepFrame) -> None:
-        if frame.expert_load is not None and len(frame.expert_load) == self._size:
-            self.routed_LE = list(map(add, self.routed_LE, frame.expert_load))
-        if frame.expert_rows is not None and len(frame.expert_rows) == self._size:
-            before = self._rows_by_rank.get(frame.rank, [0] * self._size)
-            self._rows_by_rank[frame.rank] = list(map(add, before, frame.expert_rows))
+        if frame.generation > self._generation:
+            self._generation, self._steps_before, self._step = frame.generation, self.num_steps, 0
+        if frame.generation == self._generation:
+            self._step = max(self._step, frame.step + 1)
+        self._add(self._routed_by_source, frame.rank, frame.expert_load)
+        self._add(self._rows_by_rank, frame.rank, frame.expert_rows)
+
+    @property
+    def num_steps(self) -> int:
+        """Since the start, as far as frames tell."""
+        return self._steps_before + self._step
 
     def routed(self) -> list[list[int]]:
         """[layer][expert]."""
-        return self._by_layer(self.routed_LE)
+        routed: list[list[int]] = self._stack(self._routed_by_source).sum(axis=0).tolist()
+        return routed
+
+    def routed_by_source(self) -> list[list[list[int]]]:
+        """[source rank][layer][expert]; a rank that never reported has zeros."""
+        routed: list[list[list[int]]] = self._stack(self._routed_by_source).tolist()
+        return routed
 
     def rows(self) -> list[list[list[int]]]:
-        """[rank][layer][expert]; a rank that never reported has zeros."""
-        num_ranks = max(self._rows_by_rank, default=-1) + 1
-        return [self._by_layer(self._rows_by_rank.get(rank, [0] * self._size)) for rank in range(num_ranks)]
+        """[rank][layer][expert]; likewise."""
+        rows: list[list[list[int]]] = self._stack(self._rows_by_rank).tolist()
+        return rows
 
-    def _by_layer(self, flat_LE: list[int]) -> list[list[int]]:
-        return [flat_LE[i : i + self.num_experts] for i in range(0, self._size, self.num_experts or 1)]
+    def snapshot(self, time_s: float) -> LoadSnapshot:
+        return LoadSnapshot(step=self.num_steps, time_s=time_s, routed_SLE=self._stack(self._routed_by_source))
+
+    def window(self, since: LoadSnapshot, until: LoadSnapshot) -> LoadWindow:
+        """What was reported in between."""
+        routed_SLE = until.routed_SLE.copy()
+        routed_SLE[: since.routed_SLE.shape[0]] -= since.routed_SLE
+        return LoadWindow(
+            begin_step=since.step,
+            end_step=until.step,
+            seconds=until.time_s - since.time_s,
+            routed_SLE=routed_SLE,
+            routed_NLE=np.zeros((0, self.num_layers, self.num_experts), np.int64),
+        )
+
+    def _add(self, sums: dict[int, Int64], rank: int, counts: list[int] | None) -> None:
+        if counts is not None and len(counts) == self._size:
+            counts_LE = np.array(counts, np.int64).reshape(self.num_layers, self.num_experts)
+            sums[rank] = sums[rank] + counts_LE if rank in sums else counts_LE
+
+    def _stack(self, sums: dict[int, Int64]) -> Int64:
+        """[rank, L, E], a copy."""
+        stacked = np.zeros((max(sums, default=-1) + 1, self.num_layers, self.num_experts), np.int64)
+        for rank, counts_LE in sums.items():
+            stacked[rank] = counts_LE
+        return stacked

@@ -1,0 +1,1 @@
+"""Routing traces: drifting traffic, its recording, and its replay through planners and servers."""
