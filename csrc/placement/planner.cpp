@@ -1,0 +1,102 @@
+// Spreads layers over threads and copies paths out.
+#include "placement/planner.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <thread>
+
+#include "common/error.h"
+#include "placement/search.h"
+
+namespace {
+
+using namespace sg::placement;
+
+constexpr int kSplitSweeps = 200;
+
+template <typename Work>
+int for_each_layer(int64_t num_layers, int64_t num_threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  const auto run = [&] {
+    try {
+      for (int64_t layer = next++; layer < num_layers; layer = next++) work(layer);
+    } catch (const std::exception&) {
+      failed = true;
+    }
+  };
+  std::vector<std::thread> threads;
+  try {
+    for (int64_t index = 1; index < std::min(num_threads, num_layers); ++index) threads.emplace_back(run);
+  } catch (const std::exception&) {
+    // Fewer threads do as well.
+  }
+  run();
+  for (auto& thread : threads) thread.join();
+  return failed ? sg::fail("placement: out of memory") : SG_OK;
+}
+
+}  // namespace
+
+int sg_placement_search(const sg_placement_search_args* args) {
+  const int64_t num_experts = args->num_experts, num_ranks = args->num_ranks;
+  const int64_t num_slots = num_ranks * args->slots_per_rank, num_points = args->steps_max + 1;
+  return for_each_layer(args->num_layers, args->num_threads, [&](int64_t layer) {
+    const LayerProblem problem{
+        .num_experts = num_experts,
+        .num_ranks = num_ranks,
+        .slots_per_rank = args->slots_per_rank,
+        .work_E = args->work_LE + layer * num_experts,
+        .rows_E = args->rows_LE + layer * num_experts,
+        .expert_s = args->expert_s,
+        .held_P = args->held_LP + layer * num_slots,
+        .had_RE = args->had_LRE + layer * num_ranks * num_experts,
+        .frozen_E = args->frozen_LE + layer * num_experts,
+        .extra_max = args->extra_max,
+        .moves_max = args->moves_max,
+        .steps_max = args->steps_max,
+        .target = args->target,
+        .per_move = args->per_move != 0,
+    };
+    const Path path = Layer(problem).search();
+    args->num_points_L[layer] = static_cast<int32_t>(path.moves.size());
+    std::copy(path.moves.begin(), path.moves.end(), args->moves_LN + layer * num_points);
+    std::copy(path.level_max.begin(), path.level_max.end(), args->level_max_LN + layer * num_points);
+    args->num_edits_L[layer] = static_cast<int32_t>(path.edits.size());
+    int32_t* out = args->edits + layer * 4 * args->steps_max * 4;
+    for (const Edit& edit : path.edits) {
+      *out++ = edit.step;
+      *out++ = edit.slot;
+      *out++ = edit.expert;
+      *out++ = edit.comes;
+    }
+  });
+}
+
+int sg_placement_split(int64_t num_layers, int64_t num_experts, int64_t num_ranks, int64_t slots_per_rank,
+                       const double* rows_LE, const int32_t* held_LP, double* rows_LP, int64_t num_threads) {
+  const int64_t num_slots = num_ranks * slots_per_rank;
+  const std::vector<uint8_t> none(num_ranks * num_experts, 0);
+  return for_each_layer(num_layers, num_threads, [&](int64_t layer) {
+    LayerProblem problem{};
+    problem.num_experts = num_experts;
+    problem.num_ranks = num_ranks;
+    problem.slots_per_rank = slots_per_rank;
+    problem.work_E = problem.rows_E = rows_LE + layer * num_experts;
+    problem.held_P = held_LP + layer * num_slots;
+    problem.had_RE = none.data();
+    Layer state(problem);
+    state.settle(kSplitSweeps);
+    std::copy(state.share_P().begin(), state.share_P().end(), rows_LP + layer * num_slots);
+  });
+}
+
+int sg_placement_eplb(int64_t num_layers, int64_t num_experts, int64_t num_physical, int64_t num_groups,
+                      int64_t num_nodes, int64_t num_gpus, const int64_t* load_LE, int32_t* physical_LP,
+                      int64_t num_threads) {
+  return for_each_layer(num_layers, num_threads, [&](int64_t layer) {
+    eplb(load_LE + layer * num_experts, num_experts, num_physical, num_groups, num_nodes, num_gpus,
+         physical_LP + layer * num_physical);
+  });
+}
