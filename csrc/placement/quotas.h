@@ -1,0 +1,33 @@
+// How many of a rank's tokens go to which replica of each expert, from the exact counts of one layer and batch.
+//
+// A handle is one layer's placement. What it computes, and why every rank computes the same, is told in its slow
+// reference, runtime/switchgear_runtime/moe/quotas.py; a test holds the two equal in every number. Slot s of rank r is
+// r * stride + s, and expert e lent to that rank r * stride + num_slots + e.
+#pragma once
+
+#include <cstdint>
+
+#include "common/api.h"
+
+enum { SG_CHOICE_STATIC = 0, SG_CHOICE_HASH = 1, SG_CHOICE_WATERFILL = 2, SG_CHOICE_LP = 3 };
+
+struct sg_quotas_spec {
+  int64_t num_ranks, num_experts, num_slots;  // num_slots: of one rank
+  const int32_t* held_RS;                     // logical expert of each slot, -1: none; copied
+  int64_t choice, lending, expert_rows;
+};
+
+// Null when memory is short, or with an error when an expert has no slot.
+SG_API void* sg_quotas_create(const struct sg_quotas_spec* spec);
+SG_API void sg_quotas_free(void* quotas);
+SG_API int64_t sg_quotas_stride(const void* quotas);
+// The split for these counts and what of it is `source`'s; stays until the next plan of any handle on this thread.
+// Sets *is_static where the static slots are as good.
+SG_API int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t source, int32_t* is_static);
+// The slot of each of a rank's pairs: by this thread's latest plan, which was of this handle; or by hash, or static.
+SG_API int sg_quotas_choose(const void* quotas, const int32_t* topk_ids_TK, int64_t num_tokens, int64_t top_k,
+                            int32_t* slot_ids_TK);
+// The latest plan of this thread: number of instances, and of each its expert, rank, slot and rows. For tests.
+SG_API int64_t sg_quotas_instances(int64_t capacity, int64_t* instances_I4);
+// Of the static slots and of the latest plan: the largest over ranks of rows plus expert_rows per expert read.
+SG_API void sg_quotas_costs(int64_t* static_cost, int64_t* cost);
