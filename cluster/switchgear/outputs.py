@@ -71,7 +71,8 @@ class ModelCard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLoad:
-    """Sums since the server started: tokens routed [layer][expert], rows computed [rank][layer][expert]."""
+    """Sums since the server started: tokens routed [layer][expert], rows computed [rank][layer][expert]; routed by
+    source rank [rank][layer][expert], by tenant where any is named; `step`: how many, as far as the ranks have told."""
 
     num_layers: int
     num_experts: int
@@ -79,3 +80,6 @@ class ExpertLoad:
     epoch: int
     routed: list[list[int]]
     rows: list[list[list[int]]]
+    routed_by_source: list[list[list[int]]] = field(default_factory=list)
+    routed_by_tenant: dict[str, list[list[int]]] = field(default_factory=dict)
+    step: int = 0

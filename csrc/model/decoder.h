@@ -98,10 +98,12 @@ struct sg_step {
   double timeout_s;         // of one exchange over it
   sg_exchange_fn exchange;  // neither is used with one rank
   void* exchange_context;
-  int64_t* routed_LE;  // counters that the step adds to: tokens of this rank by expert, rows computed here
+  int64_t* routed_NLE;  // counters that the step adds to: tokens of this rank by tenant and expert, rows computed here
   int64_t* rows_LE;
-  float* x_TD;  // out: the residual stream after the last layer
-  int64_t* phase_ns;  // [SG_NUM_PHASES] that the step adds its nanoseconds to, or null
+  float* x_TD;                    // out: the residual stream after the last layer
+  int64_t* phase_ns;              // [SG_NUM_PHASES] that the step adds its nanoseconds to, or null
+  const int32_t* tenants_S;       // row of routed_NLE that each sequence's tokens count in
+  const int32_t* forced_ids_LTK;  // or null; experts that take the place of the router's, for experiments
 };
 
 #define SG_EXCHANGE_FAILED 2

@@ -18,6 +18,29 @@ struct Routed {
   const int32_t* slot_ids_TK;
 };
 
+void count_routed(const Decoder& decoder, const sg_moe& moe, const sg_step& step, const int32_t* ids_TK) {
+  const int64_t num_experts = decoder.spec.num_experts, per_tenant = decoder.spec.num_moe_layers * num_experts;
+  int64_t* counts_NLE = step.routed_NLE + moe.index * num_experts;
+  for (int64_t t = 0; t < step.num_tokens; ++t) {
+    int64_t* counts = counts_NLE + step.tenants_S[step.seq_ids_T[t]] * per_tenant;
+    for (int64_t k = 0; k < moe.top_k; ++k) ++counts[ids_TK[t * moe.top_k + k]];
+  }
+}
+
+// The experts of an experiment in place of the router's, whose weights stay.
+int force(const sg_moe& moe, const sg_step& step, int64_t num_experts, int32_t* ids_TK) {
+  const int64_t num_pairs = step.num_tokens * moe.top_k;
+  const int32_t* forced_TK = step.forced_ids_LTK + moe.index * num_pairs;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (forced_TK[i] < 0 || forced_TK[i] >= num_experts) {
+      return fail("forced_ids_LTK: expert %d is outside 0..%lld", forced_TK[i],
+                  static_cast<long long>(num_experts - 1));
+    }
+    ids_TK[i] = forced_TK[i];
+  }
+  return SG_OK;
+}
+
 int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, const sg_step& step, Routed* routed) {
   Workspace& work = decoder.work;
   const int64_t num_tokens = step.num_tokens, num_experts = decoder.spec.num_experts,
@@ -33,11 +56,9 @@ int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, co
       SG_OK) {
     return SG_ERROR;
   }
-  int64_t* counts = step.routed_LE + moe.index * num_experts;
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    ++counts[ids[i]];
-    slot_ids[i] = placement.slot_table_E[ids[i]];
-  }
+  if (step.forced_ids_LTK != nullptr && force(moe, step, num_experts, ids) != SG_OK) return SG_ERROR;
+  for (int64_t i = 0; i < num_pairs; ++i) slot_ids[i] = placement.slot_table_E[ids[i]];
+  count_routed(decoder, moe, step, ids);
   *routed = {weights, slot_ids};
   return SG_OK;
 }

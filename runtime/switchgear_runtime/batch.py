@@ -75,6 +75,10 @@ class Batch:
         """The entries with prompt logprobs to give, in the order of FlatBatch.prompt_rows."""
         return [entry for entry in self.scheduled if entry.unscored]
 
+    def tenants(self) -> tuple[list[str], list[int]]:
+        """(tenant, number of tokens) of each entry, as two lists."""
+        return [entry.sequence.tenant for entry in self.scheduled], [entry.num_tokens for entry in self.scheduled]
+
     def __iter__(self) -> Iterator[ScheduledSequence]:
         return iter(self.scheduled)
 

@@ -196,6 +196,7 @@ class Engine:
                 expert_load=self.runner.load.take_routed() if report_load else None,
                 expert_rows=self.runner.load.take_rows() if report_load else None,
                 prompt_logprobs=scored or [],
+                tenant_load=self.runner.load.taken_by_tenant if report_load else {},
             )
         )
 

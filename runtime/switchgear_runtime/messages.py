@@ -184,6 +184,7 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts],
     counted at the router of this (source) rank. `expert_rows`: likewise, rows computed by this rank's own experts.
     `epoch`: of the map that the step computed with; the step of a flip sends a frame even if it has nothing to say.
+    `tenant_load`: `expert_load` by tenant, as ExpertLoad.taken_by_tenant gives it.
     """
 
     rank: int
@@ -195,6 +196,7 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     expert_rows: list[int] | None = None
     prompt_logprobs: list[PromptLogprobs] = []
     epoch: int = 0
+    tenant_load: dict[str, bytes] = {}
 
 
 class MapStaged(msgspec.Struct, tag="map_staged", frozen=True, kw_only=True):

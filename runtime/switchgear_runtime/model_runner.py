@@ -159,7 +159,7 @@ class ModelRunner:
         if self._transport is None:
             raise RuntimeError("forward before begin: the rank is in no generation")
         flat = batch.flatten(self.config.block_size)
-        self.load.discard()  # what a broken step left
+        self.load.begin_step(*batch.tenants())
         x_TD = self._hidden_states(flat, self._transport)
         logits = self._logits(x_TD, torch.tensor(flat.sampling_rows, dtype=torch.int64))
         self.load.commit()
@@ -168,10 +168,8 @@ class ModelRunner:
 
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
         if self._native is not None:
-            routed_LE, rows_LE = self.load.step_counts_LE
-            return self._native.hidden_states(
-                flat, transport, timeout_s=self.config.step_timeout_s, routed_LE=routed_LE, rows_LE=rows_LE
-            )
+            timeout_s = self.config.step_timeout_s
+            return self._native.hidden_states(flat, transport, timeout_s=timeout_s, load=self.load)
         with torch.inference_mode():
             token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
             return self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)

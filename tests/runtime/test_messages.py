@@ -37,6 +37,7 @@ FRAME = m.StepFrame(
     tokens=[m.TokenOutput(7, 2, 1, 42, "stop", -0.25, [(42, -0.25), (1, -2.0)], 16)],
     stats=STATS,
     expert_load=[1, 2],
+    tenant_load={"a": b"\x01\x00\x00\x00\xff\x00\x00\x00", "": b""},
 )
 
 

@@ -173,6 +173,9 @@ class ServerCore:
             epoch=self.epoch,
             routed=self.load.routed(),
             rows=self.load.rows(),
+            routed_by_source=self.load.routed_by_source(),
+            routed_by_tenant=self.load.routed_by_tenant(),
+            step=self.load.num_steps,
         )
 
     def abort(self, request_id: str) -> None:

@@ -29,6 +29,7 @@ from switchgear_runtime.model.attention import Attention
 from switchgear_runtime.model.decoder import Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
 from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.ops import PackedWeight
 from switchgear_runtime.packing import FORMATS
 
@@ -121,11 +122,11 @@ class NativeDecoder:
         transport: Transport,
         *,
         timeout_s: float,
-        routed_LE: NDArray[np.int64],
-        rows_LE: NDArray[np.int64],
+        load: ExpertLoad,
+        forced_ids_LTK: NDArray[np.int32] | None = None,
     ) -> Tensor:
-        """x_TD, fp32, after the last layer; counts into the two arrays. An empty batch takes part in every MoE layer.
-        Errors of the transport pass through."""
+        """x_TD, fp32, after the last layer; counts into the step's load. An empty batch takes part in every MoE layer.
+        `forced_ids_LTK`: experts in place of the router's. Errors of the transport pass through."""
         token_ids_T, positions_T, slots_T = (
             np.array(values, np.int64) for values in (flat.token_ids_T, flat.positions_T, flat.slots_T)
         )
@@ -147,10 +148,12 @@ class NativeDecoder:
             exchanger=self._exchanger_of(transport),
             timeout_s=timeout_s,
             exchange=self._exchange.function,
-            routed_LE=routed_LE.ctypes.data,
-            rows_LE=rows_LE.ctypes.data,
+            routed_NLE=load.step_routed_NLE.ctypes.data,
+            rows_LE=load.step_rows_LE.ctypes.data,
             x_TD=x_TD.data_ptr(),
             phase_ns=self._phase_ns(),
+            tenants_S=load.step_tenants_Q.ctypes.data,
+            forced_ids_LTK=None if forced_ids_LTK is None else forced_ids_LTK.ctypes.data,
         )
         status = self._library.sg_decoder_step(self._handle, ctypes.byref(step))
         error = self._exchange.end()

@@ -144,10 +144,12 @@ class Step(ctypes.Structure):
         ("timeout_s", c_double),
         ("exchange", ExchangeFunction),
         ("exchange_context", c_void_p),
-        ("routed_LE", c_void_p),
+        ("routed_NLE", c_void_p),
         ("rows_LE", c_void_p),
         ("x_TD", c_void_p),
         ("phase_ns", c_void_p),
+        ("tenants_S", c_void_p),
+        ("forced_ids_LTK", c_void_p),
     ]
 
 

@@ -1,61 +1,110 @@
 """How many tokens went where: `ExpertLoad`, counted at the router of the source rank and at the experts of the owner.
 
-`routed` is what a planner wants (padding, dummy rows and replicas cannot distort it); `rows` is what this rank's
-cores did. A step that breaks counts nothing: layers `record`, the runner `commit`s once the step has its logits.
+`routed` is what a planner wants (padding, dummy rows and replicas cannot distort it), by tenant; `rows` is what this
+rank's cores did. A step that breaks counts nothing: layers `record`, the runner `commit`s once the step has its logits.
 
-Letters: L MoE layers, E logical experts, S slots of this rank.
+Tenants have rows of their own in the order in which they come after each take; those for whom none is left share the
+last, OTHER_TENANTS. So a tenant more costs a row of counters and never more than TENANTS_MAX do.
+
+Letters: N tenant rows, L MoE layers, E logical experts, S slots of this rank, Q sequences of the step, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from switchgear_runtime.moe.load_window import OTHER_TENANTS
+
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+
+TENANTS_MAX = 8  # rows, that of the others included
 
 
 class ExpertLoad:
     """Counters since the last take. One thread."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        shape = (num_layers, num_experts)
-        self._routed_LE = np.zeros(shape, np.int64)
-        self._rows_LE = np.zeros(shape, np.int64)
-        self._step_routed_LE = np.zeros(shape, np.int64)
-        self._step_rows_LE = np.zeros(shape, np.int64)
+        shape = (TENANTS_MAX, num_layers, num_experts)
+        self._routed_NLE = np.zeros(shape, np.int64)
+        self._rows_LE = np.zeros(shape[1:], np.int64)
+        self.step_routed_NLE = np.zeros(shape, np.int64)  # of the step that runs, for who counts by itself
+        self.step_rows_LE = np.zeros(shape[1:], np.int64)
+        self.step_tenants_Q = np.zeros(1, np.int32)  # the row of each sequence's tenant
+        self._num_tokens_Q: Sequence[int] | None = None  # None: all are the first row's
+        self._row_of_tenant: dict[str, int] = {}
+        self._num_rows = 1  # in use since the last take
+        self._num_step_rows = 1  # in use by the step that runs
+        self._taken: dict[str, Int64] = {}
 
-    @property
-    def step_counts_LE(self) -> tuple[Int64, Int64]:
-        """(routed, rows) of the step that runs, for who counts by itself."""
-        return self._step_routed_LE, self._step_rows_LE
+    def begin_step(self, tenants_Q: Sequence[str], num_tokens_Q: Sequence[int]) -> None:
+        """Whose tokens the step has, sequence by sequence. What a broken step left is dropped."""
+        self.discard()
+        self.step_tenants_Q = np.array([self._row(tenant) for tenant in tenants_Q], np.int32)
+        self._num_tokens_Q = num_tokens_Q
+        self._num_step_rows = 1 + int(self.step_tenants_Q.max(initial=0))
 
-    def record_routed(self, layer: int, topk_ids_TK: NDArray[np.int32]) -> None:
-        self._step_routed_LE[layer] += np.bincount(topk_ids_TK.reshape(-1), minlength=self._step_routed_LE.shape[1])
+    def _row(self, tenant: str) -> int:
+        row = self._row_of_tenant.get(tenant)
+        if row is None:
+            row = len(self._row_of_tenant)
+            if row >= TENANTS_MAX - 1:
+                row, tenant = TENANTS_MAX - 1, OTHER_TENANTS
+            self._row_of_tenant[tenant] = row
+        return row
 
-    def record_rows(self, layer: int, experts: NDArray[np.int32], rows_per_slot_S: Int64) -> None:
+    def record_routed(self, layer: int, topk_ids_TK: Int32) -> None:
+        """Of the step's sequences, in their order."""
+        num_tokens_Q = [len(topk_ids_TK)] if self._num_tokens_Q is None else self._num_tokens_Q
+        end = 0
+        for row, num_tokens in zip(self.step_tenants_Q.tolist(), num_tokens_Q, strict=True):
+            begin, end = end, end + num_tokens
+            ids = topk_ids_TK[begin:end].reshape(-1)
+            self.step_routed_NLE[row, layer] += np.bincount(ids, minlength=self.step_rows_LE.shape[1])
+        assert end == len(topk_ids_TK)
+
+    def record_rows(self, layer: int, experts: Int32, rows_per_slot_S: Int64) -> None:
         """`experts`: logical expert of each slot. Slots without an expert have no rows."""
         held = experts >= 0
-        self._step_rows_LE[layer, experts[held]] += rows_per_slot_S[held]  # no expert lies twice on a rank
+        self.step_rows_LE[layer, experts[held]] += rows_per_slot_S[held]  # no expert lies twice on a rank
 
     def commit(self) -> None:
-        self._routed_LE += self._step_routed_LE
-        self._rows_LE += self._step_rows_LE
+        used = slice(self._num_step_rows)
+        self._routed_NLE[used] += self.step_routed_NLE[used]
+        self._rows_LE += self.step_rows_LE
+        self._num_rows = max(self._num_rows, self._num_step_rows)
         self.discard()
 
     def discard(self) -> None:
-        self._step_routed_LE.fill(0)
-        self._step_rows_LE.fill(0)
+        self.step_routed_NLE[: self._num_step_rows].fill(0)
+        self.step_rows_LE.fill(0)
 
     def take_routed(self) -> list[int]:
         """Tokens per (layer, logical expert), of this rank's sequences, since the last take, flattened [L * E]."""
-        return _take(self._routed_LE)
+        used_NLE = self._routed_NLE[: self._num_rows]
+        self._taken = {
+            tenant: used_NLE[row].copy() for tenant, row in self._row_of_tenant.items() if row < self._num_rows
+        }
+        values: list[int] = used_NLE.sum(axis=0).reshape(-1).tolist()
+        used_NLE.fill(0)
+        self._row_of_tenant.clear()
+        self._num_rows = 1
+        return values
+
+    @property
+    def taken_by_tenant(self) -> dict[str, bytes]:
+        """The last `take_routed` by tenant, each [L * E] as little-endian uint32. Nothing to say: empty. All of one
+        tenant: its name with no bytes."""
+        counts = {tenant: routed_LE for tenant, routed_LE in self._taken.items() if routed_LE.any()}
+        if len(counts) > 1:
+            return {tenant: routed_LE.astype("<u4").tobytes() for tenant, routed_LE in counts.items()}
+        return dict.fromkeys((tenant for tenant in counts if tenant), b"")
 
     def take_rows(self) -> list[int]:
         """Rows computed by this rank's own experts since the last take, flattened [L * E]."""
-        return _take(self._rows_LE)
-
-
-def _take(counts_LE: Int64) -> list[int]:
-    values: list[int] = counts_LE.reshape(-1).tolist()
-    counts_LE.fill(0)
-    return values
+        values: list[int] = self._rows_LE.reshape(-1).tolist()
+        self._rows_LE.fill(0)
+        return values

@@ -17,6 +17,8 @@ from switchgear_runtime.errors import ConfigError
 
 Int64 = NDArray[np.int64]
 
+OTHER_TENANTS = "(other tenants)"  # those for whom no row was left
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoadWindow:

@@ -72,6 +72,12 @@ def test_a_recording_counts_every_token(tmp_path: Path) -> None:
         lengths = [len(tokenizer.encode(request.prompt)) + request.max_tokens - 1 for request in requests]
         assert (window.routed_LE.sum(axis=1) == 4 * sum(lengths)).all()
         assert window.begin_step < window.end_step
+        by_tenant = {
+            tenant: 16 * sum(n for n, request in zip(lengths, requests, strict=True) if request.tenant == tenant)
+            for tenant in set(TENANT_OF_DOMAIN.values())
+        }
+        assert {tenant: window.tenant(tenant).sum() for tenant in by_tenant} == by_tenant
+        assert np.array_equal(window.routed_NLE.sum(axis=0), window.routed_LE)
     assert all(before.end_step <= after.begin_step for before, after in zip(two.windows, two.windows[1:], strict=False))
 
 

@@ -64,7 +64,7 @@ class Trace:
     states: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     prompt_logits: list[torch.Tensor] = field(default_factory=list)
-    loads: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    loads: list[tuple[list[int], list[int], dict[str, bytes]]] = field(default_factory=list)
     cache: bytes = b""
 
 
@@ -94,6 +94,7 @@ def run_steps(runner: Recorder, rng: random.Random, epochs: list[ExpertMap]) -> 
             table, free = free[:needed], free[needed:]
             if len(table) == needed:
                 sequence = make_sequence(token_ids, table)
+                sequence.tenant = rng.choice(["", "a", "b"])
                 if rng.random() < 0.5:
                     sequence.sampling = msgspec.structs.replace(sequence.sampling, prompt_logprobs=0)
                 running.append([sequence, 0])
@@ -108,7 +109,7 @@ def run_steps(runner: Recorder, rng: random.Random, epochs: list[ExpertMap]) -> 
             entry[1] += size
         trace.logits.append(runner.forward(Batch(tuple(scheduled))))
         trace.prompt_logits += list(runner.prompt_logits())
-        trace.loads.append((runner.load.take_routed(), runner.load.take_rows()))
+        trace.loads.append((runner.load.take_routed(), runner.load.take_rows(), runner.load.taken_by_tenant))
     trace.states, trace.cache = runner.states, bytes(runner.kv_cache._memory)
     return trace
 
