@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from switchgear.outputs import ExpertLoad
 from switchgear.server.limits import ModelFacts
 from switchgear_runtime.messages import StepFrame
 from switchgear_runtime.moe.load_window import LoadWindow
@@ -66,6 +67,17 @@ class LoadTable:
         """[rank][layer][expert]; likewise."""
         rows: list[list[list[int]]] = self._stack(self._rows_by_rank).tolist()
         return rows
+
+    def sums(self, *, generation: int, epoch: int) -> ExpertLoad:
+        """Since the start, as the API gives it."""
+        return ExpertLoad(
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            generation=generation,
+            epoch=epoch,
+            routed=self.routed(),
+            rows=self.rows(),
+        )
 
     def snapshot(self, time_s: float) -> LoadSnapshot:
         return LoadSnapshot(step=self.num_steps, time_s=time_s, routed_SLE=self._stack(self._routed_by_source))
