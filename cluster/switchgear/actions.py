@@ -47,8 +47,8 @@ class NotReady:
 
 @dataclass(frozen=True, slots=True)
 class FailRank:
-    """The rank is dead: every unfinished sequence it held ends with this error. Those of the survivors go on in the
-    next generation."""
+    """The rank is dead: what it held goes on with other ranks, from prompt and emitted tokens, once the next generation
+    is ready."""
 
     rank: int
     reason: str

@@ -281,7 +281,7 @@ class Cluster:
                     self.core.set_ready(None)
                     log.warning("not ready: %s", action.reason)
                 case FailRank():
-                    self.core.fail_rank(action.rank, action.reason)
+                    self.core.lose_rank(action.rank, action.reason)
                 case GiveUp():
                     log.error("the cluster gives up: %s", action.reason)
                     self.core.fail_all(action.reason)

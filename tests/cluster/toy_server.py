@@ -45,7 +45,7 @@ class ToyRank:
 
     def receive(self, message: ToRank) -> None:
         if isinstance(message, Submit):
-            self.held[message.sequence_id] = (message, 0)
+            self.held[message.sequence_id] = (message, len(message.output_token_ids))
         elif isinstance(message, Abort):
             self.held.pop(message.sequence_id, None)
 

@@ -27,9 +27,10 @@ from switchgear.controller import (
     SendTo,
     StartRank,
 )
-from switchgear.server.core import Request, ServerCore
+from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
 from switchgear.server.limits import ModelFacts
+from switchgear.server.request import Request
 from switchgear.store import MemoryStore
 from switchgear_runtime.comm.loopback import LoopbackHub
 from switchgear_runtime.config import EngineConfig
@@ -81,7 +82,7 @@ class Call:
     params: SamplingParams
     tenant: str
     events: list[SequenceEvent] = field(default_factory=list)
-    submits: list[Submit] = field(default_factory=list)
+    submits: list[Submit] = field(default_factory=list)  # the first of each sequence
     request: Request | None = None
     aborted: bool = False
     num_refused: int = 0
@@ -269,7 +270,8 @@ class SimCluster:
             waited = (one for one in self.calls if one.request is request)
             call = next(waited, self._current)  # the current one has no request yet
             assert call is not None
-            call.submits.append(message)
+            if message.incarnation == 1:
+                call.submits.append(message)
             self._perform(self.controller.on_submit())
 
     def _on_message(self, life: Life, message: FromRank) -> None:
@@ -317,7 +319,7 @@ class SimCluster:
                 case NotReady():
                     self.core.set_ready(None)
                 case FailRank():
-                    self.core.fail_rank(action.rank, action.reason)
+                    self.core.lose_rank(action.rank, action.reason)
                 case GiveUp():
                     raise AssertionError(f"the controller gave up: {action.reason}")
 

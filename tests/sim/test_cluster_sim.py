@@ -1,7 +1,7 @@
 """The seeded whole-cluster simulation: real engines, transports, Controller and ServerCore; a failure is a seed.
 
-Oracle: every accepted sequence ends exactly once, with the tokens and logprobs of one rank serving it alone; one that
-ended by an error or an abort has a prefix of them. The same seed gives the same trace.
+Oracle: every accepted sequence ends exactly once, with the tokens and logprobs of one rank serving it alone, whatever
+ranks died under it; one that was aborted has a prefix of them. The same seed gives the same trace.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sim_cluster import Call, SimCluster
 from sim_system import SimSystem
 from tiny_cluster import VOCAB_SIZE, Alone, make_config, make_tiny_checkpoint
 
+from switchgear.server.live_sequence import DEATHS_MAX
 from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.sampling_params import SamplingParams
 
@@ -38,6 +39,7 @@ class Scenario:
 TRAFFIC = Scenario()
 PLACEMENT = Scenario(stage=5)
 FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
+DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,9 @@ def check_sequence(
     if finish.reason == "abort":
         assert call.aborted
     elif finish.reason == "error":
-        assert cluster.num_lost > 0, finish.error
+        assert cluster.num_lost >= DEATHS_MAX, finish.error
         assert isinstance(finish.error, RankFailed), finish.error
+        assert "no rank has survived this sequence" in str(finish.error)
     else:
         assert len(token_ids) == len(expected)
         assert finish.reason == expected[-1][2]
@@ -172,6 +175,13 @@ def test_killed_and_hung_ranks(model: tuple[Path, Alone], seed: int) -> None:
     cluster, _ = play(model[0], seed, FAULTS, 3)
     check(cluster, model[1])
     assert cluster.num_generations > 1
+
+
+@pytest.mark.parametrize("seed", range(20, 26))
+def test_what_dead_ranks_held_goes_on(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, DEATHS, 3)
+    check(cluster, model[1])
+    assert cluster.core.num_carried
 
 
 @pytest.mark.parametrize("scenario", [PLACEMENT, FAULTS], ids=["placement", "faults"])

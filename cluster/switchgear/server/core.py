@@ -1,26 +1,24 @@
 """The server's mind: `ServerCore` admits requests, hands sequences to ranks, and turns tokens into events.
 
 Sans-IO and single-threaded: it is called on one asyncio loop (or by the simulation), talks to ranks through `send`, to
-its callers through their sinks, and to the clock through `System`. Each accepted sequence ends exactly once.
+its callers through their sinks, and to the clock through `System`. Each accepted sequence ends exactly once. A rank
+that dies or leaves ends none: the core has every token it gave, and another rank goes on from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Protocol
 
 from switchgear.outputs import ExpertLoad
 from switchgear.server.admission import Admission, Admitter, Prompt, parse_prompts
-from switchgear.server.detokenizer import Detokenizer
 from switchgear.server.events import Finish, FinishReason, SequenceEvent, Sink, TokenLogprob
 from switchgear.server.limits import ModelFacts, ServerLimits
-from switchgear.server.live_sequence import LiveSequence, token_logprob
+from switchgear.server.live_sequence import DEATHS_MAX, LiveSequence, token_logprob
 from switchgear.server.load_table import LoadTable
 from switchgear.server.rank_table import RankTable
+from switchgear.server.request import Observer, Request
 from switchgear.server.seeds import draw_seed
-from switchgear.server.stop_strings import StopStrings
 from switchgear.server.waiting_line import WaitingLine
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.errors import RankFailed, RequestError, SwitchgearError
@@ -39,29 +37,9 @@ from switchgear_runtime.sampling_params import SamplingParams
 from switchgear_runtime.system import System
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class Request:
-    """What one `submit` accepted: one or more prompts, n choices each. `sequences`: those that have not ended."""
-
-    request_id: str
-    sink: Sink
-    arrival_s: float
-    admissions: list[Admission]
-    sequences: dict[int, LiveSequence] = field(default_factory=dict)
-
-
-class Observer(Protocol):
-    """Who counts (metrics.py). Durations in seconds."""
-
-    def accepted(self, num_prompt_tokens: int) -> None: ...
-
-    def token(self, since_arrival_s: float, since_token_s: float | None) -> None: ...
-
-    def finished(self, reason: FinishReason, since_arrival_s: float) -> None: ...
-
-
 class ServerCore:
-    """All live requests. `submit` and `abort` are for callers; `on_message`, `set_ready`, `fail_*` for the cluster."""
+    """All live requests. `submit` and `abort` are for callers; `on_message`, `set_ready`, `lose_rank`, `vacate` and
+    `fail_all` for the cluster."""
 
     def __init__(
         self,
@@ -84,6 +62,7 @@ class ServerCore:
         self.epoch = 0
         self.draining = False
         self.num_discarded_tokens = 0  # late ones, of sequences that ended or moved
+        self.num_carried = 0  # sequences that went on with another rank than they were on
         self._system = system
         self._send = send
         self.admitter = Admitter(tokenizer, facts, self.limits)
@@ -166,17 +145,7 @@ class ServerCore:
 
     def expert_load(self) -> ExpertLoad:
         """Sums since the start."""
-        return ExpertLoad(
-            num_layers=self.load.num_layers,
-            num_experts=self.load.num_experts,
-            generation=self.generation,
-            epoch=self.epoch,
-            routed=self.load.routed(),
-            rows=self.load.rows(),
-            routed_by_source=self.load.routed_by_source(),
-            routed_by_tenant=self.load.routed_by_tenant(),
-            step=self.load.num_steps,
-        )
+        return self.load.sums(generation=self.generation, epoch=self.epoch)
 
     def abort(self, request_id: str) -> None:
         """End what is left of a request, on its ranks too. Idempotent."""
@@ -224,10 +193,28 @@ class ServerCore:
             self.ranks[rank].parked = True
         self._feed()
 
-    def fail_rank(self, rank: int, reason: str) -> None:
-        """A rank is dead: what it held ends with `reason`, which names it. Nothing is sent to it; who waits goes on."""
-        for sequence in [one for one in self._sequences.values() if one.rank == rank]:
-            self._finish(sequence, "error", error=RankFailed(reason))
+    def lose_rank(self, rank: int, reason: str) -> None:
+        """A rank is dead: what it held goes on elsewhere, from prompt and emitted tokens, once ranks serve again.
+
+        A sequence that ranks die under again and again, with no token in between, is taken to be what kills them.
+        """
+        for sequence in self._held_by({rank}):
+            sequence.num_deaths += 1
+        for suspect in [one for one in self._held_by({rank}) if one.num_deaths >= DEATHS_MAX]:
+            error = RankFailed(f"{reason}; no rank has survived this sequence, of {suspect.num_deaths} that held it")
+            for sequence in (suspect, *suspect.followers):
+                self._finish(sequence, "error", error=error)
+        self._carry({rank})
+
+    def vacate(self, ranks: Iterable[int]) -> None:
+        """These ranks are about to leave: they get no more sequences, and what they hold goes on elsewhere."""
+        leaving = set(ranks)
+        self.ranks.serve({state.rank for state in self.ranks.states() if state.serving} - leaving)
+        for sequence in self._held_by(leaving):
+            assert sequence.rank is not None
+            self._send(sequence.rank, Abort(sequence.sequence_id))
+        self._carry(leaving)
+        self._feed()
 
     def fail_all(self, reason: str) -> None:
         """No rank can go on: every sequence ends with an error."""
@@ -238,6 +225,27 @@ class ServerCore:
         """The end of a drain whose deadline passed."""
         for request_id in list(self._requests):
             self._abort(request_id)
+
+    # --- from rank to rank --------------------------------------------------------------------------------------
+
+    def _held_by(self, ranks: set[int]) -> list[LiveSequence]:
+        """What these ranks were sent and have not finished."""
+        return [one for one in self._sequences.values() if one.rank in ranks and one.incarnation > 0]
+
+    def _carry(self, ranks: set[int]) -> None:
+        """Back to the line, ahead of who came later; choices that wait for their first one come along."""
+        carried = self._held_by(ranks)
+        for sequence in carried:
+            for one in (sequence, *sequence.followers):
+                self._give_up_place(one)
+                one.rank = None
+        self.waiting.put_back(carried)
+        self.num_carried += len(carried)
+
+    def _give_up_place(self, sequence: LiveSequence) -> None:
+        assert sequence.rank is not None
+        self._answered(sequence)
+        self.ranks.remove(sequence.rank, sequence.num_tokens)
 
     # --- one sequence -------------------------------------------------------------------------------------------
 
@@ -263,18 +271,14 @@ class ServerCore:
         tenant: str,
         cache_salt: str,
     ) -> LiveSequence:
-        params = admission.params
-        sequence = LiveSequence(
+        sequence = LiveSequence.of(
+            admission,
+            sampling,
             sequence_id=self._num_submitted,
             request=request,
             prompt_index=prompt_index,
             index=index,
-            prompt_token_ids=admission.prompt_token_ids,
-            sampling=sampling,
-            stop_token_ids=frozenset(params.stop_token_ids),
-            include_stop=params.include_stop_str_in_output,
-            detokenizer=Detokenizer(self.tokenizer, admission.prompt_token_ids),
-            stops=StopStrings(params.stop, include_in_output=params.include_stop_str_in_output),
+            tokenizer=self.tokenizer,
             tenant=tenant,
             cache_salt=cache_salt,
         )
@@ -326,7 +330,7 @@ class ServerCore:
         if self.observer:
             since_token_s = None if sequence.last_token_s is None else now_s - sequence.last_token_s
             self.observer.token(now_s - sequence.request.arrival_s, since_token_s)
-        sequence.last_token_s = now_s
+        sequence.last_token_s, sequence.num_deaths = now_s, 0
         self.ranks[rank].num_tokens += 1
         text, reason, stop_reason = sequence.take(token)
         logprob = token_logprob(token)
@@ -377,19 +381,17 @@ class ServerCore:
         del request.sequences[sequence.sequence_id]
         if not request.sequences:
             self._requests.pop(request.request_id, None)
-        num_prompt, num_output = len(sequence.prompt_token_ids), len(sequence.output_token_ids)
         if sequence.rank is None:
             self.waiting.remove(sequence)
         else:
-            self._answered(sequence)
-            self.ranks.remove(sequence.rank, num_prompt + num_output)
+            self._give_up_place(sequence)
         if self.observer:
             self.observer.finished(reason, self._system.now() - request.arrival_s)
         finish = Finish(
             reason=reason,
             seed=sequence.sampling.seed,
-            num_prompt_tokens=num_prompt,
-            num_output_tokens=num_output,
+            num_prompt_tokens=len(sequence.prompt_token_ids),
+            num_output_tokens=len(sequence.output_token_ids),
             num_cached_tokens=sequence.num_cached_tokens,
             stop_reason=stop_reason,
             error=error,

@@ -13,10 +13,11 @@ from switchgear.conversation import chat_prompt
 from switchgear.server.admission import Admission
 from switchgear.server.body import BodyReader
 from switchgear.server.containers import check_json
-from switchgear.server.core import Request, ServerCore
+from switchgear.server.core import ServerCore
 from switchgear.server.delta_stream import DeltaStream
 from switchgear.server.events import SequenceEvent
 from switchgear.server.openai_schema import ChatRequest, decode_json
+from switchgear.server.request import Request
 from switchgear.server.schema import Body, ChatFields
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.sampling_params import SamplingParams

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from switchgear.server.admission import Admission
 from switchgear.server.detokenizer import Detokenizer
 from switchgear.server.events import FinishReason, TokenLogprob
 from switchgear.server.stop_strings import StopStrings
+from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.messages import PromptLogprobs, Submit, TokenOutput, WireSampling
 
 if TYPE_CHECKING:
-    from switchgear.server.core import Request
+    from switchgear.server.request import Request
+
+DEATHS_MAX = 4  # of ranks that held a sequence, in a row without a token of it
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -41,8 +45,40 @@ class LiveSequence:
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None  # grows from the second prompt token on, if asked for
     followers: list[LiveSequence] = field(default_factory=list)  # other choices, to start after its first token
+    num_deaths: int = 0  # of ranks that held it, since its last token
     num_cached_tokens: int = 0
     last_token_s: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        admission: Admission,
+        sampling: WireSampling,
+        *,
+        sequence_id: int,
+        request: Request,
+        prompt_index: int,
+        index: int,
+        tokenizer: Tokenizer | None,
+        tenant: str,
+        cache_salt: str,
+    ) -> LiveSequence:
+        """One choice of an admitted prompt."""
+        params = admission.params
+        return cls(
+            sequence_id=sequence_id,
+            request=request,
+            prompt_index=prompt_index,
+            index=index,
+            prompt_token_ids=admission.prompt_token_ids,
+            sampling=sampling,
+            stop_token_ids=frozenset(params.stop_token_ids),
+            include_stop=params.include_stop_str_in_output,
+            detokenizer=Detokenizer(tokenizer, admission.prompt_token_ids),
+            stops=StopStrings(params.stop, include_in_output=params.include_stop_str_in_output),
+            tenant=tenant,
+            cache_salt=cache_salt,
+        )
 
     def submit(self) -> Submit:
         """What a rank needs to start this sequence, or to go on with it."""
@@ -60,10 +96,13 @@ class LiveSequence:
         )
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
     def num_submit_bytes(self) -> int:
         """About what `submit` takes on the wire."""
-        num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
-        return 5 * num_tokens + 14 * len(self.sampling.logit_bias) + 4 * len(self.cache_salt) + 512
+        return 5 * self.num_tokens + 14 * len(self.sampling.logit_bias) + 4 * len(self.cache_salt) + 512
 
     def accepts(self, rank: int, token: TokenOutput) -> bool:
         """Only the next token of the current owner; a rank declared dead may still have something in flight."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from switchgear.outputs import ExpertLoad
 from switchgear.server.limits import ModelFacts
 from switchgear_runtime.messages import StepFrame
 from switchgear_runtime.moe.load_window import OTHER_TENANTS, LoadWindow
@@ -87,6 +88,20 @@ class LoadTable:
         """[rank][layer][expert]; likewise."""
         rows: list[list[list[int]]] = self._stack(self._rows_by_rank).tolist()
         return rows
+
+    def sums(self, *, generation: int, epoch: int) -> ExpertLoad:
+        """Since the start, as the API gives it."""
+        return ExpertLoad(
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            generation=generation,
+            epoch=epoch,
+            routed=self.routed(),
+            rows=self.rows(),
+            routed_by_source=self.routed_by_source(),
+            routed_by_tenant=self.routed_by_tenant(),
+            step=self.num_steps,
+        )
 
     def snapshot(self, time_s: float) -> LoadSnapshot:
         by_tenant = self._routed_by_tenant.values()

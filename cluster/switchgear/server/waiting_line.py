@@ -1,12 +1,13 @@
 """Sequences that no rank has yet: `WaitingLine`. Ranks are fed a bounded window of them, first come, first served.
 
-The rank is chosen when a sequence is fed, by what each holds then. A rank's death does not touch who still waits here.
+The rank is chosen when a sequence is fed, by what each holds then. A rank's death does not touch who still waits here,
+and sends what it held back, ahead of those who came later.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from switchgear.server.live_sequence import LiveSequence
 from switchgear.server.rank_table import RankTable
@@ -33,6 +34,12 @@ class WaitingLine:
         self._line[sequence.sequence_id] = sequence
         self._num_waiting += 1 + len(sequence.followers)
 
+    def put_back(self, sequences: Iterable[LiveSequence]) -> None:
+        """Each with its followers, where it was in the order of arrival: before those who never had a rank."""
+        for sequence in sequences:
+            self.add(sequence)
+        self._line = OrderedDict(sorted(self._line.items()))
+
     def remove(self, sequence: LiveSequence) -> None:
         """One that ended while it waited."""
         self._line.pop(sequence.sequence_id, None)
@@ -48,7 +55,7 @@ class WaitingLine:
             _, leader = self._line.popitem(last=False)
             for sequence in (leader, *leader.followers):
                 sequence.rank = rank
-                self._ranks.add(rank, len(sequence.prompt_token_ids))
+                self._ranks.add(rank, sequence.num_tokens)
                 self._num_waiting -= 1
             num_fed += 1
             num_bytes += leader.num_submit_bytes

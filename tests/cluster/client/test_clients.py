@@ -188,13 +188,13 @@ def test_keys_and_queues() -> None:
         server.close()
 
 
-def test_a_dead_rank_fails_its_requests_with_its_name() -> None:
+def test_a_cluster_without_ranks_fails_its_requests_with_the_reason() -> None:
     server = ToyServer(num_ranks=1, step_s=0.01)
     try:
         with Client(server.url) as client:
             stream = client.stream("a", SamplingParams(max_tokens=2000))
             next(iter(stream))
-            server.on_loop(lambda: server.core.fail_rank(0, "rank 0 was killed by SIGKILL"))
+            server.on_loop(lambda: server.core.fail_all("rank 0 was killed by SIGKILL"))
             with pytest.raises(RankFailed, match="rank 0 was killed by SIGKILL"):
                 list(stream)
             body = {"prompt": "a", "max_tokens": 2000, "stream": True}

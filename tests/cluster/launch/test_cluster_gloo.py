@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -22,17 +21,16 @@ def test_same_bits_through_a_death_and_a_hang() -> None:
 
     async def scenario(cluster: Cluster) -> None:
         assert await answers(cluster) == alone
-        for blow, error_timeout_s in ((signal.SIGKILL, 2.0), (signal.SIGSTOP, STEP_TIMEOUT_S + 3.0)):
+        whole = submit(cluster, PROMPTS, max_tokens=100, ignore_eos=True)
+        await whole.all_finished(len(PROMPTS), 60)
+        for blow in (signal.SIGKILL, signal.SIGSTOP):
             collector = submit(cluster, PROMPTS, max_tokens=100, ignore_eos=True)
             await collector.until(lambda c=collector: len(c.token_ids) == len(PROMPTS))
-            start = time.monotonic()
             os.kill(rank_pids(cluster)[1], blow)
-            await collector.until(lambda c=collector: c.finishes, error_timeout_s)
-            assert time.monotonic() - start < error_timeout_s
-            errors = {str(f.error) for f in await collector.all_finished(len(PROMPTS), 60) if f.reason == "error"}
-            expected = "rank 1 was killed by SIGKILL" if blow == signal.SIGKILL else "rank 1 stopped answering"
-            assert errors
-            assert all(expected in error for error in errors), errors
+            seconds = await until(lambda: not cluster.ready, STEP_TIMEOUT_S + 3.0)
+            assert blow == signal.SIGSTOP or seconds < 2.0
+            assert {finish.reason for finish in await collector.all_finished(len(PROMPTS), 60)} == {"length"}
+            assert collector.token_ids == whole.token_ids
             await until(lambda: cluster.ready, 30)
         for pid in rank_pids(cluster):
             listening = [c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]

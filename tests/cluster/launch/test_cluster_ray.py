@@ -91,24 +91,17 @@ def test_joins_a_running_ray_that_wants_its_token(served: Served, monkeypatch: p
     assert served.loop.call(served.tokens(served.cluster), 60) == served.whole
 
 
-def test_killed_actor_ends_only_what_it_held(served: Served) -> None:
+def test_what_a_killed_actor_held_goes_on(served: Served) -> None:
     async def scenario() -> None:
         cluster = served.cluster
         collector = submit(cluster, PROMPTS, max_tokens=NUM_TOKENS, ignore_eos=True)
         await collector.until(lambda: len(collector.token_ids) == len(PROMPTS))
-        victim = rank_pids(cluster)[0]
-        start = time.monotonic()
-        os.kill(victim, signal.SIGKILL)
-        await collector.until(lambda: collector.finishes, 2)
-        assert time.monotonic() - start < 2
+        os.kill(rank_pids(cluster)[0], signal.SIGKILL)
+        assert await until(lambda: not cluster.ready, 2) < 2
         finishes = await collector.all_finished(len(PROMPTS), 60)
-        failed = {index for index, finish in enumerate(finishes) if finish.reason == "error"}
-        assert len(failed) == 2
-        assert {str(finishes[index].error) for index in failed} == {
-            f"rank 0 died: its process {victim} is gone (killed, or crashed)"
-        }
-        await until(lambda: cluster.ready, 60)
-        assert all(collector.token_ids[index] == served.whole[index] for index in set(range(4)) - failed)
+        assert {finish.reason for finish in finishes} == {"length"}
+        assert cluster.core.num_carried == 2
+        assert collector.token_ids == served.whole
         assert await served.tokens(cluster) == served.whole
 
     served.loop.call(scenario(), 150)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from switchgear.config import bundled_model
-from switchgear.server.core import Observer, ServerCore
+from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
 from switchgear.server.limits import ModelFacts, ServerLimits
+from switchgear.server.request import Observer
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.messages import Abort, RankStats, StepFrame, Submit, TokenOutput, ToRank
 from switchgear_runtime.system import RealSystem

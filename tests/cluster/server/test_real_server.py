@@ -18,7 +18,6 @@ import pytest
 from served_process import start_server, stop_server
 
 from switchgear import LLM, AsyncClient, Client, SamplingParams
-from switchgear_runtime.errors import RankFailed
 
 pytestmark = pytest.mark.ranks
 
@@ -294,7 +293,7 @@ def test_sigterm_drains_then_exits_0_and_leaves_no_process() -> None:
     assert not any(child.is_running() for child in children)
 
 
-def test_a_killed_rank_fails_its_requests_in_two_seconds_and_the_server_recovers() -> None:
+def test_a_killed_rank_changes_no_stream() -> None:
     process, url = start_server("--ranks", "2")
     try:
         ranks = [
@@ -303,35 +302,29 @@ def test_a_killed_rank_fails_its_requests_in_two_seconds_and_the_server_recovers
             if "rank_worker" in " ".join(child.cmdline())
         ]
         assert len(ranks) == 2
-        params = SamplingParams(max_tokens=1900, ignore_eos=True)
+        params = SamplingParams(max_tokens=400, ignore_eos=True, seed=7)
 
-        async def run() -> list[tuple[float, BaseException | None]]:
+        async def run(victim: psutil.Process | None) -> list[list[int]]:
             async with AsyncClient(url) as client:
-
-                async def one(i: int) -> tuple[float, BaseException | None]:
-                    try:
-                        async for _ in client.stream([5, i], params):
-                            started.add(i)
-                    except RankFailed as error:
-                        return time.monotonic(), error
-                    return time.monotonic(), None
-
                 started: set[int] = set()
+
+                async def one(i: int) -> list[int]:
+                    token_ids: list[int] = []
+                    async for delta in client.stream([5, i], params):
+                        started.add(i)
+                        token_ids += delta.token_ids
+                    return token_ids
+
                 tasks = [asyncio.create_task(one(i)) for i in range(3, 9)]
                 while len(started) < 6:
                     await asyncio.sleep(0.01)
-                killed_s = time.monotonic()
-                ranks[1].kill()
-                await asyncio.wait(tasks, timeout=2.0)
-                failed = [task.result() for task in tasks if task.done()]
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                return [(when - killed_s, error) for when, error in failed]
+                if victim is not None:
+                    victim.kill()
+                return await asyncio.gather(*tasks)
 
-        failed = asyncio.run(asyncio.wait_for(run(), 60))
-        assert len([error for _, error in failed if isinstance(error, RankFailed)]) >= 3
-        assert all("rank 1" in str(error) for _, error in failed)
+        whole = asyncio.run(asyncio.wait_for(run(None), 60))
+        assert [len(token_ids) for token_ids in whole] == [400] * 6
+        assert asyncio.run(asyncio.wait_for(run(ranks[1]), 60)) == whole
         with Client(url) as client:
             client.wait_ready(30)
             (output,) = client.generate("Once", SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)

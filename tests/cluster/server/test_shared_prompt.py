@@ -50,15 +50,13 @@ def test_a_short_prompt_or_no_cache_spreads_at_once() -> None:
     assert len(hand.submitted) == 3
 
 
-@pytest.mark.parametrize("end", ["abort", "death", "rejected", "all"])
+@pytest.mark.parametrize("end", ["abort", "rejected", "all"])
 def test_each_choice_ends_once_whatever_becomes_of_the_first(end: str) -> None:
     hand = deal()
     request_id = start(hand, LONG, n=3)
     rank = hand.submitted[0][0]
     if end == "abort":
         hand.core.abort(request_id)
-    elif end == "death":
-        hand.core.fail_rank(rank, f"rank {rank} died")
     elif end == "all":
         hand.core.fail_all("no rank left")
     else:
@@ -67,9 +65,9 @@ def test_each_choice_ends_once_whatever_becomes_of_the_first(end: str) -> None:
     finishes = [event.finish for event in hand.finishes()]
     assert len(finishes) == 3
     assert hand.core.num_live == 0
-    if end in ("abort", "death", "all"):
+    if end in ("abort", "all"):
         assert list(hand.submitted) == [0], "nothing may be started that has ended"
-    kinds = {"rejected": RequestError, "death": RankFailed, "all": RankFailed}
+    kinds = {"rejected": RequestError, "all": RankFailed}
     for finish in finishes:
         assert finish is not None
         assert isinstance(finish.error, kinds[end]) if end in kinds else finish.reason == "abort"

@@ -1,4 +1,4 @@
-"""ServerCore's waiting line: ranks are fed a bounded window, in order, and who waits has no rank that could die."""
+"""ServerCore's waiting line: ranks are fed a bounded window, in order; a death or a leave sends back what they held."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks_by_hand import FACTS, Hand, deal
-from toy_server import ToyRank
+from toy_server import ToyRank, toy_tokens
 
 from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
@@ -79,19 +79,21 @@ def test_one_event_feeds_a_bounded_number() -> None:
     assert len(hand.submitted) == 1000
 
 
-def test_who_waits_survives_the_death_of_every_rank() -> None:
+def test_all_survive_the_death_of_every_rank_in_order_of_arrival() -> None:
     hand = deal(2, facts=SMALL)
     start(hand, [[5]] * 3 * WIDTH)
     hand.core.set_ready(None)
-    hand.core.fail_rank(0, "killed")
-    hand.core.fail_rank(1, "killed too")
-    assert {event.prompt_index for event in hand.finishes()} == set(range(2 * WIDTH))
-    assert len(hand.core.waiting) == hand.core.num_live == WIDTH
-    assert len(hand.submitted) == 2 * WIDTH, "no rank serves"
+    hand.core.lose_rank(0, "killed")
+    hand.core.lose_rank(1, "killed too")
+    assert len(hand.core.waiting) == hand.core.num_live == 3 * WIDTH
+    assert (len(hand.submitted), hand.finishes()) == (2 * WIDTH, []), "no rank serves"
+    num_sent = len(hand.sent)
     hand.core.set_ready([1], generation=2)
-    for sequence_id in range(2 * WIDTH, 3 * WIDTH):
+    for sequence_id in range(3 * WIDTH):
         assert hand.submitted[sequence_id][0] == 1
         hand.play(sequence_id, [7], "length")
+    fed = [message.sequence_id for _, message in hand.sent[num_sent:] if isinstance(message, Submit)]
+    assert fed == list(range(3 * WIDTH))
     assert len(hand.finishes()) == 3 * WIDTH
     assert hand.core.num_live == 0
 
@@ -143,15 +145,16 @@ def test_metrics_count_who_waits() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_each_sequence_ends_once_whatever_happens(seed: int) -> None:
-    """Random requests, aborts, steps and deaths over toy ranks: one end each, in order of arrival, nothing left."""
+    """Random requests, aborts, steps, deaths and leaves over toy ranks: one end each, the same tokens, nothing left."""
     draw = random.Random(seed)
     num_ranks = draw.randint(1, 3)
     ranks = [ToyRank(rank) for rank in range(num_ranks)]
-    fed: list[int] = []
+    fed: Counter[int] = Counter()
 
     def send(rank: int, message: Any) -> None:
         if isinstance(message, Submit):
-            fed.append(message.sequence_id)
+            fed[message.sequence_id] += 1
+            assert message.incarnation == fed[message.sequence_id], f"seed {seed}"
         ranks[rank].receive(message)
 
     facts = dataclasses.replace(FACTS, max_num_seqs=draw.randint(1, 4))
@@ -159,6 +162,8 @@ def test_each_sequence_ends_once_whatever_happens(seed: int) -> None:
     core.set_ready(range(num_ranks))
     events: dict[str, list[SequenceEvent]] = {}
     expected: dict[str, int] = {}
+    wanted: dict[str, list[list[int]]] = {}  # by request: the tokens of each prompt's first choice
+    num_carried = 0
 
     def step() -> None:
         for rank in ranks:
@@ -166,13 +171,16 @@ def test_each_sequence_ends_once_whatever_happens(seed: int) -> None:
             assert core.ranks[rank.rank].num_sequences <= WINDOW * facts.max_num_seqs + 3, f"seed {seed}"
 
     for _ in range(150):
-        what = draw.choice(["submit", "submit", "step", "step", "step", "abort", "die"])
+        what = draw.choice(["submit", "submit", "step", "step", "step", "step", "abort", "die", "leave"])
         if what == "submit":
             mine: list[SequenceEvent] = []
             prompts = [[5] * draw.choice([1, 40]) for _ in range(draw.randint(1, 12))]
-            params = SamplingParams(n=draw.randint(1, 4), max_tokens=draw.randint(1, 5))
+            params = SamplingParams(n=draw.randint(1, 4), max_tokens=draw.randint(1, 5), seed=draw.getrandbits(16))
             request = core.submit(prompts, params, sink=mine.append)
             events[request.request_id], expected[request.request_id] = mine, len(prompts) * params.n
+            assert params.seed is not None
+            assert params.max_tokens is not None
+            wanted[request.request_id] = [toy_tokens(prompt, params.seed, params.max_tokens) for prompt in prompts]
         elif what == "step":
             step()
         elif what == "abort" and events:
@@ -180,8 +188,18 @@ def test_each_sequence_ends_once_whatever_happens(seed: int) -> None:
         elif what == "die" and draw.random() < 0.3:
             core.set_ready(None)
             dead = draw.randrange(num_ranks)
+            num_carried += len(ranks[dead].held)
             ranks[dead].held.clear()
-            core.fail_rank(dead, "killed")
+            core.lose_rank(dead, "killed")
+            core.set_ready(range(num_ranks))
+            step()  # each gets a token: none is taken for what kills ranks
+            step()
+        elif what == "leave" and num_ranks > 1 and draw.random() < 0.3:
+            leaver = draw.randrange(num_ranks)
+            num_carried += len(ranks[leaver].held)
+            core.vacate([leaver])
+            assert not ranks[leaver].held, f"seed {seed}"
+            step()
             core.set_ready(range(num_ranks))
     for _ in range(2000):
         if core.num_live:
@@ -190,7 +208,14 @@ def test_each_sequence_ends_once_whatever_happens(seed: int) -> None:
     for request_id, mine in events.items():
         ends = Counter((event.prompt_index, event.index) for event in mine if event.finish)
         assert len(ends) == ends.total() == expected[request_id], f"seed {seed}"
-    assert len(set(fed)) == len(fed), f"seed {seed}: a sequence was sent twice"
+        for prompt_index, tokens in enumerate(wanted[request_id]):
+            first = [event for event in mine if (event.prompt_index, event.index) == (prompt_index, 0)]
+            got = [token_id for event in first for token_id in event.token_ids]
+            finish = first[-1].finish
+            assert finish is not None
+            assert finish.reason in ("length", "abort"), f"seed {seed}: {finish}"
+            assert got == (tokens if finish.reason == "length" else tokens[: len(got)]), f"seed {seed}"
+    assert core.num_carried == num_carried == fed.total() - len(fed), f"seed {seed}"
     for state in core.ranks.states():
         assert (state.num_sequences, state.num_tokens, state.num_unanswered_bytes) == (0, 0, 0), f"seed {seed}"
     assert all(not rank.held for rank in ranks), f"seed {seed}"
