@@ -1,0 +1,396 @@
+"""Where experts lie while traffic runs: `PlacementController` observes, asks the planner, migrates. Does no I/O.
+
+As in controller.py of the cluster: events go in, actions come out, `next_deadline()` says when to tick.
+
+    observing --window closes--> planning --a plan with moves--> migrating --a step on its epoch--> observing
+                                    | no moves, no answer          | refused, late, or the generation ended
+                                    '--------> observing <---------'   (the old epoch stays in force)
+
+Numbers of maps are in epochs.py, the budget in byte_bucket.py, what follows from a bad plan in hindsight.py, and the
+alarm for when no decision comes in watchdog.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from switchgear.placement.byte_bucket import ByteBucket
+from switchgear.placement.cost_model import CostModel
+from switchgear.placement.counters import Counters
+from switchgear.placement.epochs import Epochs, same_place
+from switchgear.placement.events import (
+    AskPlanner,
+    Committed,
+    Outcome,
+    PlacementAction,
+    PlanReply,
+    PlanRequest,
+    RestartPlanner,
+    Settle,
+    TellRank,
+    WakeRanks,
+)
+from switchgear.placement.hindsight import Hindsight
+from switchgear.placement.migration import Migration
+from switchgear.placement.observer import LoadObserver, Window
+from switchgear.placement.plan import PlacementPlan, moves_between
+from switchgear.placement.problem import PlacementProblem
+from switchgear.placement.settings import PlacementSettings
+from switchgear.placement.topology import Topology
+from switchgear.placement.watchdog import Watchdog
+from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.messages import DropMap, MapRefused, MapStaged, StepFrame
+from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.system import System
+
+WINDOWS_KEPT = 8  # that policies forecast from
+STAGE_GRACE_S = 30.0  # beside what the bytes take, until a migration is dropped
+STAGE_SLOWNESS = 4.0  # times the budgeted rate: a migration slower than that is dropped
+
+
+@dataclass(slots=True)
+class _Planning:
+    request: PlanRequest
+    deadline_s: float
+    window_is_new: bool  # it answers a round of the watchdog
+    dry: bool = False
+    ticket: int | None = None
+
+
+class PlacementController:
+    """See the module's text. `initial`: the map of the first generation; None: the contiguous one."""
+
+    def __init__(
+        self,
+        settings: PlacementSettings,
+        cost: CostModel,
+        *,
+        num_layers: int,
+        num_experts: int,
+        system: System,
+        initial: ExpertMap | None = None,
+    ) -> None:
+        self.settings = settings
+        self.counters = Counters()
+        self.hindsight = Hindsight()
+        self.watchdog = Watchdog(settings.patience_s)
+        self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
+        self.pinned: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.last_reason = "no window of load has closed yet"
+        self._system = system
+        self._cost = cost
+        self._shape = (num_layers, num_experts)
+        self._epochs = Epochs(num_layers, num_experts, initial)
+        self._observer = LoadObserver(num_layers, num_experts, settings.window_s)
+        self._bucket = ByteBucket(settings.bytes_per_s, settings.window_s, system.now())
+        self._generation: int | None = None  # None: no generation is whole
+        self._hosts: tuple[str, ...] = ()
+        self._planning: _Planning | None = None
+        self._migration: Migration | None = None
+        self._dropped: dict[int, Migration] = {}  # of this generation: they may flip all the same
+        self._num_requests = 0
+        self._step = 0  # the latest of this generation
+        self._window_steps = 0
+
+    # --- what others ask --------------------------------------------------------------------------------------------
+
+    @property
+    def now_s(self) -> float:
+        return self._system.now()
+
+    @property
+    def state(self) -> str:
+        if self._generation is None:
+            return "waiting"
+        if self._migration is not None:
+            return "migrating"
+        return "planning" if self._planning is not None else "observing"
+
+    @property
+    def migration(self) -> Migration | None:
+        return self._migration
+
+    @property
+    def expert_map(self) -> ExpertMap | None:
+        """In force, or what the next generation begins with."""
+        return self._epochs.current
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self.expert_map is None else self.expert_map.epoch
+
+    @property
+    def byte_budget(self) -> int | None:
+        return self._bucket.available(self._system.now())
+
+    def alarm(self) -> str | None:
+        return self.watchdog.alarm(self._system.now())
+
+    def next_deadline(self) -> float | None:
+        times = [self._observer.due_s]
+        if self._planning is not None:
+            times.append(self._planning.deadline_s)
+        if self._migration is not None:
+            times.append(self._migration.deadline_s)
+        return min((time for time in times if time is not None), default=None)
+
+    def next_map(self, num_ranks: int) -> ExpertMap:
+        """What the next generation begins with."""
+        return self._epochs.next_generation(num_ranks)
+
+    # --- generations ------------------------------------------------------------------------------------------------
+
+    def on_generation(self, generation: int, hosts: tuple[str, ...]) -> list[PlacementAction]:
+        """It is whole, on the map that `next_map` gave. `hosts`: of each rank."""
+        assert self.expert_map is not None
+        assert self.expert_map.num_ranks == len(hosts)
+        self._generation, self._hosts, self._step = generation, hosts, 0
+        self._dropped.clear()
+        self._observer.begin(len(hosts))
+        return []
+
+    def on_generation_over(self, reason: str) -> list[PlacementAction]:
+        """Its ranks forget what they staged; the map in force goes on with the next generation."""
+        self._generation = None
+        self.watchdog.pause(self._system.now())
+        actions: list[PlacementAction] = []
+        if self._planning is not None:
+            actions += self._settle(self._planning.ticket, error=f"the generation ended: {reason}")
+            self._planning = None
+        if self._migration is not None:
+            actions += self._end_migration("dropped", f"the generation ended: {reason}")
+        return actions
+
+    # --- events of ranks --------------------------------------------------------------------------------------------
+
+    def on_frame(self, frame: StepFrame) -> list[PlacementAction]:
+        """Load, and the epoch that the step ran on."""
+        if frame.generation != self._generation:
+            return []
+        if frame.step > self._step:
+            self.counters.steps += frame.step - self._step
+            self._window_steps += frame.step - self._step
+            self._step = frame.step
+        if frame.expert_load is not None or frame.expert_rows is not None:
+            self._observer.add(self._system.now(), frame.rank, frame.expert_load, frame.expert_rows)
+        return [*self._on_epoch(frame.epoch), *self.tick()]
+
+    def on_staged(self, message: MapStaged) -> list[PlacementAction]:
+        migration = self._migration
+        if message.generation != self._generation or migration is None or message.epoch != migration.epoch:
+            return []
+        last = migration.on_staged(message.rank, message.seconds, message.moved_bytes)
+        return [WakeRanks()] if last else []
+
+    def on_refused(self, message: MapRefused) -> list[PlacementAction]:
+        migration = self._migration
+        if message.generation != self._generation or migration is None or message.epoch != migration.epoch:
+            return []
+        return self._drop("refused", f"rank {message.rank} refused the map of epoch {message.epoch}: {message.reason}")
+
+    def _on_epoch(self, epoch: int) -> list[PlacementAction]:
+        if self.expert_map is None or epoch <= self.expert_map.epoch:
+            return []
+        flipped = self._migration if self._migration and self._migration.epoch == epoch else self._dropped.get(epoch)
+        return [] if flipped is None else self._commit(flipped)
+
+    # --- events of the planner --------------------------------------------------------------------------------------
+
+    def on_plan(self, reply: PlanReply) -> list[PlacementAction]:
+        planning = self._planning
+        if planning is None or reply.request_id != planning.request.request_id:
+            return []  # of a request that was given up
+        self._planning = None
+        if reply.plan is None:
+            return self._round_failed(planning, f"the planner failed: {reply.error}")
+        self.counters.plan_s = reply.plan_s
+        self.counters.plans += 1
+        self.last_reason = reply.plan.reason
+        if planning.window_is_new:
+            self.hindsight.judge(reply)
+        if planning.dry or same_place(reply.plan.expert_map, planning.request.current):
+            self._round_done(planning)
+            return self._settle(planning.ticket, plan=reply.plan)
+        if planning.window_is_new and self.hindsight.hold_windows > 0:
+            self.last_reason = f"holds still for {self.hindsight.hold_windows} windows: the last plan was regretted"
+            self._round_done(planning)
+            return []
+        return self._migrate(reply.plan.expert_map, reply.plan, planning.ticket)
+
+    def on_planner_lost(self, request_id: int, reason: str) -> list[PlacementAction]:
+        """Its process died over this request. The next one starts another."""
+        planning = self._planning
+        if planning is None or request_id != planning.request.request_id:
+            return []  # it was killed for that
+        self._planning = None
+        self.counters.planner_restarts += 1
+        return self._round_failed(planning, f"the planner died: {reason}")
+
+    def _round_done(self, planning: _Planning) -> None:
+        if planning.window_is_new:
+            self.watchdog.done(self._system.now())
+
+    def _round_failed(self, planning: _Planning, reason: str) -> list[PlacementAction]:
+        self.last_reason = reason
+        if planning.window_is_new:
+            self.watchdog.failed(reason)
+        return self._settle(planning.ticket, error=reason)
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def tick(self) -> list[PlacementAction]:
+        """Act on the deadlines that have passed."""
+        now = self._system.now()
+        actions: list[PlacementAction] = []
+        planning, migration = self._planning, self._migration
+        if planning is not None and planning.deadline_s <= now:
+            self._planning = None
+            self.counters.planner_restarts += 1
+            reason = f"the planner did not answer within {self.settings.plan_timeout_s:g} s"
+            actions += [RestartPlanner(reason), *self._round_failed(planning, reason)]
+        if migration is not None and migration.deadline_s <= now:
+            late = migration.waits_for()
+            who = f"ranks {late} did not stage it" if late else "no step ran on it"
+            actions += self._drop(
+                "dropped", f"the map of epoch {migration.epoch}: {who} within {now - migration.begun_s:.0f} s"
+            )
+        due_s = self._observer.due_s
+        if due_s is not None and due_s <= now and self._generation is not None:
+            actions += self._close_window(now)
+        return actions
+
+    def _close_window(self, now: float) -> list[PlacementAction]:
+        self.windows.append(self._observer.close(now))
+        num_steps, self._window_steps = max(1, self._window_steps), 0
+        if not self.settings.plans:
+            return []
+        self.watchdog.due(now)
+        self.hindsight.window_closed()
+        if self._planning is not None or self._migration is not None:
+            return []
+        return self._ask(num_steps=num_steps, window_is_new=True)
+
+    # --- operators' orders; `ticket` comes back in a Settle -----------------------------------------------------------
+
+    def rebalance(self, ticket: int, *, dry: bool = False) -> list[PlacementAction]:
+        """Plan now, on what the open window has too, and do it unless `dry`. The byte budget holds."""
+        error = self._why_busy()
+        if not error and not self.settings.can_plan:
+            error = f"placement={self.settings.policy!r} plans nothing; start with another policy, or apply a map"
+        if error:
+            return self._settle(ticket, error=error)
+        if self._observer.begin_s is not None:
+            self.windows.append(self._observer.close(self._system.now()))
+        return self._ask(num_steps=max(1, self._window_steps), dry=dry, ticket=ticket)
+
+    def apply(self, ticket: int, expert_map: ExpertMap) -> list[PlacementAction]:
+        """Migrate to this map, whatever the load and the budget; the epoch it gets is ours."""
+        error = self._why_busy() or self._why_not_legal(expert_map)
+        if error:
+            return self._settle(ticket, error=error)
+        assert self.expert_map is not None
+        if same_place(expert_map, self.expert_map):
+            return self._settle(ticket)
+        return self._migrate(expert_map, None, ticket)
+
+    def pin(self, pins: dict[tuple[int, int], tuple[int, ...]]) -> None:
+        """Replace all pins: plans from now on put these experts exactly there. ConfigError if none could."""
+        if self.expert_map is not None:
+            self._problem(1, pins).check(self.expert_map)
+        self.pinned = dict(pins)
+
+    def _why_busy(self) -> str:
+        if self._generation is None:
+            return "no generation of ranks is whole; retry in a moment"
+        if self._migration is not None:
+            return f"a migration to epoch {self._migration.epoch} is under way; retry when it has ended"
+        return "a plan is being made; retry in a moment" if self._planning is not None else ""
+
+    def _why_not_legal(self, expert_map: ExpertMap) -> str:
+        try:
+            self.settings.check_map(expert_map, *self._shape, num_ranks=len(self._hosts))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _problem(self, num_steps: int, pins: dict[tuple[int, int], tuple[int, ...]]) -> PlacementProblem:
+        num_ranks, settings = len(self._hosts), self.settings
+        return PlacementProblem(
+            topology=Topology(num_ranks=num_ranks, hosts=self._hosts),
+            slots_per_rank=settings.columns(*self._shape, num_ranks),
+            pool_slots=settings.pool_slots(*self._shape, num_ranks),
+            cost=self._cost,
+            byte_budget=self.byte_budget,
+            replica_budget_per_layer=settings.replicas_per_layer,
+            pinned=pins,
+            num_steps=num_steps,
+        )
+
+    def _ask(
+        self, *, num_steps: int, window_is_new: bool = False, dry: bool = False, ticket: int | None = None
+    ) -> list[PlacementAction]:
+        assert self.expert_map is not None
+        self._num_requests += 1
+        loads = [window.routed_LE for window in self.windows] or [np.zeros(self._shape, np.int64)]
+        request = PlanRequest(
+            request_id=self._num_requests,
+            policy=self.settings.planning_policy,
+            windows_WLE=np.stack(loads),
+            current=self.expert_map,
+            problem=self._problem(num_steps, self.pinned),
+            previous=self.hindsight.replaced if window_is_new else None,
+        )
+        deadline_s = self._system.now() + self.settings.plan_timeout_s
+        self._planning = _Planning(request, deadline_s, window_is_new, dry, ticket)
+        return [AskPlanner(request)]
+
+    def _migrate(self, expert_map: ExpertMap, plan: PlacementPlan | None, ticket: int | None) -> list[PlacementAction]:
+        assert self.expert_map is not None
+        now = self._system.now()
+        expert_map = expert_map.with_epoch(self._epochs.new())
+        moves = moves_between(self.expert_map, expert_map, self._problem(1, {}))
+        num_bytes = len(moves) * self._cost.expert_bytes
+        self._bucket.take(num_bytes, now)
+        rate = self.settings.bytes_per_s
+        deadline_s = now + STAGE_GRACE_S + (0.0 if rate is None else STAGE_SLOWNESS * num_bytes / rate)
+        self._migration = Migration(expert_map, plan, moves, num_bytes, now, deadline_s, ticket)
+        assert self._generation is not None
+        return [TellRank(*order) for order in self._migration.orders(self._generation, rate)]
+
+    def _commit(self, migration: Migration) -> list[PlacementAction]:
+        self.counters.committed(len(migration.moves), migration.num_bytes, self._system.now())
+        self.hindsight.committed(None if migration.plan is None else self.expert_map)
+        self._epochs.current = migration.expert_map
+        actions: list[PlacementAction] = [Committed(migration.expert_map)]
+        if migration is self._migration:
+            self._migration = None
+            self.watchdog.done(self._system.now())
+            actions += self._settle(migration.ticket, plan=migration.plan)
+        return actions
+
+    def _drop(self, how: str, reason: str) -> list[PlacementAction]:
+        """Tell every rank to forget the map; the old epoch stays in force."""
+        assert self._migration is not None
+        assert self._generation is not None
+        drop = DropMap(self._generation, self._migration.epoch)
+        self._dropped[self._migration.epoch] = self._migration
+        return [*(TellRank(rank, drop) for rank in range(len(self._hosts))), *self._end_migration(how, reason)]
+
+    def _end_migration(self, how: str, reason: str) -> list[PlacementAction]:
+        migration, self._migration = self._migration, None
+        assert migration is not None
+        self.counters.migrations[how] += 1
+        self.last_reason = reason
+        if migration.plan is not None:
+            self.watchdog.failed(reason)
+        return self._settle(migration.ticket, error=reason)
+
+    def _settle(
+        self, ticket: int | None, *, plan: PlacementPlan | None = None, error: str = ""
+    ) -> list[PlacementAction]:
+        return [] if ticket is None else [Settle(ticket, Outcome(plan, self.epoch, error))]
