@@ -41,7 +41,18 @@ TORCH_FREE = {
 }
 LEAVES = {"errors", "env", "config", "system", "weight_format"}  # import nothing of ours but each other
 # Lower may not import higher. Names are the modules (or subpackages) of switchgear_runtime.
-LAYERS = ["native", "ops_reference", "ops", "comm", "moe", "model", "model_runner", "engine", "rank_worker"]
+LAYERS = [
+    "native",
+    "ops_reference",
+    "ops",
+    "comm",
+    "moe",
+    "model",
+    "model_runner",
+    "migration",
+    "engine",
+    "rank_worker",
+]
 THE_RUNTIMES_PUBLIC_NAMES = {
     "config",
     "env",
@@ -61,6 +72,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "placement",
     "moe.load_window",
     "moe.routing_trace",
+    "moe.rehome",
     "comm.rendezvous",
     "comm.shm",
 }

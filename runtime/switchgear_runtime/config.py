@@ -54,6 +54,9 @@ class EngineConfig:
         "Where packed weights are kept for the next start and shared by the ranks of a host; empty: nowhere. "
         "Default: switchgear/weights in the user's cache folder.",
     )
+    survive: int = setting(
+        1, "Size a rank's slot pool so that after so many deaths the other ranks can hold every expert."
+    )
     num_threads: int = setting(1, "Compute threads per rank.")
     bind_cpus: bool = setting(
         True, "Give each rank CPUs of its own, where the host has enough free ones for all ranks' threads."
@@ -69,6 +72,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        if not isinstance(self.survive, int) or self.survive < 0:
+            raise ConfigError(f"survive={self.survive!r} must be a number of ranks, 0 or more")
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
         if self.step_timeout_s < 1.0:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from switchgear_runtime import messages
 from switchgear_runtime.block_manager import BlockManager
@@ -23,10 +22,10 @@ from switchgear_runtime.errors import RequestError, TransportAborted, TransportE
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision, StepHeader, decide
 from switchgear_runtime.inbox import Inbox
-from switchgear_runtime.membership import Group, Membership
+from switchgear_runtime.membership import Group, Membership, OpenPeers
 from switchgear_runtime.messages import FromRank, PromptLogprobs, Submit, TokenOutput, ToRank
+from switchgear_runtime.migration.stager import StageOutcome
 from switchgear_runtime.model_runner import ModelRunner
-from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.prompt_scorer import frames_of, score_prompts
 from switchgear_runtime.sampler import Sampler
 from switchgear_runtime.scheduler import Scheduler
@@ -39,18 +38,12 @@ LOAD_PERIOD_S = 1.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StageExpertMap:
-    """From `Engine.stage`: compute with this map once all ranks have staged it."""
-
-    expert_map: ExpertMap
-
-
-EngineMessage = ToRank | StageExpertMap
+EngineMessage = ToRank | StageOutcome
 
 
 class Engine:
-    """`send` hands a message to the link; `open_transport` meets the other ranks of a generation."""
+    """`send` hands a message to the link; `open_transport` meets the other ranks of a generation; `open_peers` opens a
+    channel to their experts (default: none, experts come from disk); `at_stager_start` runs in the stager's thread."""
 
     def __init__(
         self,
@@ -62,6 +55,8 @@ class Engine:
         inbox: Inbox[EngineMessage],
         send: Callable[[FromRank], None],
         open_transport: Callable[[GenerationDescriptor], Transport],
+        open_peers: OpenPeers | None = None,
+        at_stager_start: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.runner = runner
@@ -78,12 +73,21 @@ class Engine:
             enable_chunked_prefill=config.enable_chunked_prefill,
         )
         self.sampler = Sampler()
-        self.membership = Membership(runner, rank=rank, open_transport=open_transport)
+        self.membership = Membership(
+            runner,
+            rank=rank,
+            system=system,
+            open_transport=open_transport,
+            open_peers=open_peers,
+            deliver=inbox.put,
+            at_stager_start=at_stager_start,
+        )
         self._system = system
         self._inbox = inbox
         self._send = send
         self._pending: deque[EngineMessage] = deque()  # drained, not yet applied
         self._load_reported_at = system.now()
+        self._flipped = False  # and no frame has told it
         self._stop_requested = False
         self._stopped = False
         inbox.on_arrival = self.membership.on_arrival
@@ -101,10 +105,6 @@ class Engine:
             num_experts=spec.num_experts,
         )
 
-    def stage(self, expert_map: ExpertMap) -> None:
-        """Offer a later epoch's map; from any thread. Once all ranks have been given the same, they flip together."""
-        self._inbox.put(StageExpertMap(expert_map))
-
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -114,6 +114,7 @@ class Engine:
                 self._turn()
         finally:
             self.membership.leave(f"the engine of rank {self.rank} ended")
+            self.membership.close()
 
     def step(self) -> Decision:
         """One turn of all ranks. When it raises, the scheduler is as before."""
@@ -169,21 +170,27 @@ class Engine:
             stop=self._stop_requested,
             map_digest=group.map_digest,
         )
+        group.offered_epoch = header.staged_epoch
         headers = group.transport.all_gather(header.pack(), timeout_s=self.config.step_timeout_s)
         decision = decide([StepHeader.unpack(data) for data in headers])
         if decision.epoch != group.expert_map.epoch:
             self.membership.flip(decision.epoch)
+            self._flipped = True
+        else:
+            self.membership.settle()
         return decision
 
     def _emit(
         self, outputs: list[TokenOutput], scored: list[PromptLogprobs] | None = None, *, report_load: bool = False
     ) -> None:
-        """One frame with all that the step produced; none when that is nothing, unless it is a generation's first."""
+        """One frame with all that the step produced; none when that is nothing, unless it is a generation's or an
+        epoch's first."""
         group = self._group()
         now = self._system.now()
         report_load = report_load or now - self._load_reported_at >= LOAD_PERIOD_S
-        if not outputs and not scored and not report_load and group.step > 0:
+        if not outputs and not scored and not report_load and not self._flipped and group.step > 0:
             return
+        self._flipped = False
         if report_load:
             self._load_reported_at = now
         self._send(
@@ -197,6 +204,7 @@ class Engine:
                 expert_rows=self.runner.load.take_rows() if report_load else None,
                 prompt_logprobs=scored or [],
                 tenant_load=self.runner.load.taken_by_tenant if report_load else {},
+                epoch=group.expert_map.epoch,
             )
         )
 
@@ -206,7 +214,7 @@ class Engine:
         self._emit([], report_load=True)
         self._send(messages.Parked(self.rank, group.generation, group.step))
         while self.membership.group is group and not self._stop_requested and group.wake_step < group.step:
-            if self.scheduler.has_work:
+            if self.scheduler.has_work or self.membership.has_offer:
                 self._send(messages.Waking(self.rank, group.generation, group.step))
                 return
             self._inbox.wait(IDLE_WAIT_S)
@@ -256,15 +264,23 @@ class Engine:
                 if group is not None and message.generation == group.generation:
                     group.wake_step = max(group.wake_step, message.step)
             case messages.BeginGeneration():
-                self.membership.begin(message.descriptor)
+                self.membership.begin(message)
             case messages.EndGeneration():
                 if self.membership.ends(message):  # answered, also from a park: so the controller sees who lives
                     reason = f"the controller ended this generation: {message.reason}"
                     self._fault(TransportAborted(reason, rank=self.rank))
             case messages.Stop():
                 self._stop_requested = True
-            case StageExpertMap():
-                self.membership.stage(message.expert_map)
+            case messages.StageMap():
+                self._answer(self.membership.stage(message))
+            case messages.DropMap():
+                self.membership.drop(message)
+            case StageOutcome():
+                self._answer(self.membership.take(message))
+
+    def _answer(self, message: messages.MapStaged | messages.MapRefused | None) -> None:
+        if message is not None:
+            self._send(message)
 
     def _submit(self, message: Submit) -> None:
         known = self.scheduler.get(message.sequence_id)

@@ -41,7 +41,8 @@ class StageMap(msgspec.Struct, tag="stage_map", frozen=True, kw_only=True):
     """Bring this map's experts here while steps go on; answered by MapStaged or MapRefused, once.
 
     All ranks flip to it at one step boundary once all have staged it, with no further word (StepFrame.epoch tells).
-    `expert_map`: ExpertMap.to_json, of an epoch that this generation has not used. `bytes_per_s`: bounds what this rank
+    `expert_map`: ExpertMap.to_json, of an epoch later than any that this generation has heard of; once staged, it takes
+    the place of an earlier one that waits for its flip. `bytes_per_s`: bounds what this rank
     reads or copies for it; None: unbounded. `source`: where the experts come from that this rank has no packed copy of:
     another rank that computes with them ("peer"), or the checkpoint; "auto": what costs least.
     """

@@ -1,14 +1,14 @@
 """One rank's model, its KV cache and its place in a generation: `ModelRunner.forward(batch)` gives the logits.
 
-Life: construct (all weights) -> `begin(transport, expert_map)` for each generation -> `forward` each step. Between
-steps `stage` loads a later epoch's experts beside those in use and `flip` makes it the current one. Experts already
-here are never read again.
+Life: construct (all weights) -> `begin(transport, expert_map)` for each generation -> `forward` each step. Meanwhile
+another thread may `stage` a later epoch's experts beside those in use; `flip`, between steps, makes it the current one.
+Experts already here are never read again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,8 @@ from switchgear_runtime.model.matrices import expert_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
-from switchgear_runtime.model.weight_store import WeightStore
+from switchgear_runtime.model.staged_map import StagedMap
+from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
@@ -40,9 +41,11 @@ from switchgear_runtime.moe.load import ExpertLoad
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
 
+ReadStaged = Callable[[int, int], ExpertWeights]  # (MoE layer, logical expert) -> its packed weights
+
 
 class ModelRunner:
-    """Weights, cache and dispatch of one rank. Not thread-safe."""
+    """Weights, cache and dispatch of one rank. One thread, and beside it one that stages: `begin` must not overlap it."""
 
     def __init__(
         self,
@@ -87,9 +90,9 @@ class ModelRunner:
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._transport: Transport | None = None
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
-        self._staged: dict[int, tuple[ExpertMap, list[ExpertSlots]]] = {}  # by epoch
         self.expert_map = expert_map
-        self._place(self.expert_map, self._load_slots(self.expert_map))
+        self._place(self._prepare(expert_map, self.read_expert))
+        self._store.publish()
 
     @property
     def is_native(self) -> bool:
@@ -132,26 +135,51 @@ class ModelRunner:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
         self.world_size = transport.world_size
         self._check(expert_map)
-        self._staged.clear()
-        self._place(expert_map, self._load_slots(expert_map))
+        self._place(self._prepare(expert_map, self.read_expert))
+        self._store.publish()
         self._connect(transport)
 
-    def stage(self, expert_map: ExpertMap) -> None:
-        """Load a later epoch's experts beside the current ones. `flip` puts them into use."""
-        self._check(expert_map)
-        if expert_map.epoch <= self.epoch:
-            raise ConfigError(
-                f"expert map of epoch {expert_map.epoch} is not later than the current epoch {self.epoch}"
-            )
-        self._staged[expert_map.epoch] = (expert_map, self._load_slots(expert_map))
+    @property
+    def pool_slots(self) -> int:
+        """Most (layer, expert) pairs that this rank may hold, staged ones included."""
+        return footprint.pool_slots(self.spec, self.world_size, self.config.survive)
 
-    def flip(self, epoch: int) -> None:
-        """Make a staged epoch current, between the same two steps on all ranks. Older staged ones are dropped."""
-        expert_map, slots = self._staged[epoch]
-        self._staged = {later: staged for later, staged in self._staged.items() if later > epoch}
-        self._place(expert_map, slots)
+    @property
+    def shares_weights(self) -> bool:
+        """Whether every expert of the model is a page of this host's weight cache away."""
+        return self._store.cache.is_shared
+
+    def stage(self, expert_map: ExpertMap, read: ReadStaged | None = None) -> StagedMap:
+        """Everything `flip` needs, made in another thread while steps run. `read` (default: `read_expert`) gives the
+        experts that this rank does not compute with yet; what it raises passes through."""
+        self._check(expert_map)
+        staged = self._prepare(expert_map, read or self.read_expert)
+        self._store.publish()
+        return staged
+
+    def flip(self, staged: StagedMap) -> None:
+        """Make a staged epoch current, between the same two steps on all ranks."""
+        if staged.epoch <= self.epoch:
+            raise ConfigError(f"expert map of epoch {staged.epoch} is not later than the current epoch {self.epoch}")
         assert self._transport is not None
+        self._place(staged)
         self._connect(self._transport)
+
+    def read_expert(self, moe_layer: int, expert: int, pace: Callable[[int], None] | None = None) -> ExpertWeights:
+        """From the host's weight cache, or else packed from the checkpoint. `pace` is told of every piece."""
+        return self._store.expert(self.spec.moe_layers[moe_layer], expert, pace)
+
+    def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
+        """Memory for an expert that comes from elsewhere."""
+        return self._store.empty_expert(self.spec.moe_layers[moe_layer], expert)
+
+    def held_expert(self, moe_layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
+        """The packed weights (gate and up, down) of an expert that this rank computes with now; from any thread."""
+        experts = self.moe_layers[moe_layer].experts
+        if experts is None:
+            return None
+        (slots,) = np.nonzero(experts.experts == expert)
+        return (experts.w13_S[slots[0]], experts.w2_S[slots[0]]) if len(slots) else None
 
     def forward(self, batch: Batch) -> Tensor:
         """logits fp32 [sampling rows, vocabulary], in the order of the batch's sequences that sample. An empty batch
@@ -199,10 +227,17 @@ class ModelRunner:
                 f"expert map is for (ranks, layers, experts) = {actual}; this model and cluster have {expected}"
             )
 
-    def _load_slots(self, expert_map: ExpertMap) -> list[ExpertSlots]:
-        slots = []
+    def _prepare(self, expert_map: ExpertMap, read: ReadStaged) -> StagedMap:
+        slots, num_new, new_bytes = [], 0, 0
+
+        def count(moe_layer: int, expert: int) -> ExpertWeights:
+            nonlocal num_new, new_bytes
+            weights = read(moe_layer, expert)
+            num_new += 1
+            new_bytes += sum(weight.data.nbytes for weight in weights)
+            return weights
+
         for index, layer in enumerate(self.moe_layers):
-            decoder_layer = self.spec.moe_layers[index]
             slots.append(
                 ExpertSlots.load(
                     expert_map.local_experts(index, self.rank),
@@ -210,12 +245,20 @@ class ModelRunner:
                     hidden=self.spec.hidden_size,
                     ffn=self.spec.moe.ffn,
                     format=self._store.expert_format,
-                    read=partial(self._store.expert, decoder_layer),
+                    read=partial(count, index),
                     held=layer.experts,
                 )
             )
-        self._store.publish()
-        return slots
+        slot_tables_LE = torch.from_numpy(expert_map.slot_tables(self.rank))
+        return StagedMap(
+            expert_map=expert_map,
+            digest=expert_map.digest(),
+            slots=slots,
+            slot_tables_L=list(slot_tables_LE),
+            native=None if self._native is None else self._native.prepare(slots, slot_tables_LE),
+            num_new=num_new,
+            new_bytes=new_bytes,
+        )
 
     def _expert_names(self, expert_map: ExpertMap) -> list[str]:
         """Of the matrices that this rank needs."""
@@ -226,12 +269,13 @@ class ModelRunner:
                     names += expert_matrix_names(layer, expert)
         return names
 
-    def _place(self, expert_map: ExpertMap, slots: list[ExpertSlots]) -> None:
-        for index, layer in enumerate(self.moe_layers):
-            layer.place(slots[index], torch.from_numpy(expert_map.slot_table(index, self.rank)))
+    def _place(self, staged: StagedMap) -> None:
+        for layer, slots, slot_table_E in zip(self.moe_layers, staged.slots, staged.slot_tables_L, strict=True):
+            layer.place(slots, slot_table_E)
         if self._native is not None:
-            self._native.place()
-        self.expert_map = expert_map
+            assert staged.native is not None
+            self._native.place(staged.native)
+        self.expert_map = staged.expert_map
 
     def _connect(self, transport: Transport) -> None:
         dispatcher = Dispatcher(

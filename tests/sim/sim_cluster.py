@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from sim_network import SimNetwork
+from sim_placement import SimPeers, SimPlacement
 from sim_system import SimSystem
 from tiny_cluster import make_runner
 
@@ -38,9 +38,12 @@ from switchgear_runtime.engine import Engine, EngineMessage
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.messages import (
+    BeginGeneration,
     Fault,
     FromRank,
     Hello,
+    MapRefused,
+    MapStaged,
     Parked,
     StepFrame,
     Submit,
@@ -51,7 +54,7 @@ from switchgear_runtime.messages import (
     encode,
 )
 from switchgear_runtime.model.spec import load_spec
-from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.sampling_params import SamplingParams
 
 RETRY_S = 0.1
@@ -66,6 +69,7 @@ class Life:
     number: int
     inbox: Inbox[EngineMessage] | None = None
     engine: Engine | None = None
+    runner: ModelRunner | None = None
     killed: bool = False
     gone: bool = False  # and the controller knows
 
@@ -95,24 +99,21 @@ class Call:
 class ComputingRunner:
     """The real runner, with virtual time spent in each step."""
 
-    def __init__(self, runner: Any, system: SimSystem, flipped_epochs: set[int]) -> None:
+    def __init__(self, runner: Any, system: SimSystem, computes: Callable[[], None]) -> None:
         self._runner = runner
         self._system = system
-        self._flipped_epochs = flipped_epochs
+        self._computes = computes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def forward(self, batch: Any) -> Any:
+        self._computes()
         self._system.sleep(self._system.random.random() * 0.01)
         return self._runner.forward(batch)
 
     def prompt_logits(self) -> Iterator[Any]:
         return self._runner.prompt_logits()
-
-    def flip(self, epoch: int) -> None:
-        self._flipped_epochs.add(epoch)
-        self._runner.flip(epoch)
 
 
 class SimCluster:
@@ -127,7 +128,6 @@ class SimCluster:
         self.num_parked = 0
         self.num_generations = 0
         self.num_lost = 0  # lives that were killed or hung
-        self.flipped_epochs: set[int] = set()
         self._spec = load_spec(config.model)
         self._hub = LoopbackHub(world_size, system)
         self._network = SimNetwork(system)
@@ -135,8 +135,7 @@ class SimCluster:
         self._changed = system.condition()
         self._lives: dict[int, Life] = {}
         self._num_lives = 0
-        self._epoch = 0
-        self._maps = np.random.default_rng(system.randbits(32))
+        self.placement = SimPlacement(system, self._spec.num_moe_layers, self._spec.num_experts, world_size)
         self._current: Call | None = None
         self.controller = Controller(
             num_ranks=world_size,
@@ -183,22 +182,13 @@ class SimCluster:
 
         self._todo.put(act)
 
-    def stage(self) -> None:
-        """A new placement for all ranks, each told at a time of its own."""
-        self._epoch += 1
-        expert_map = ExpertMap.random(
-            self._maps,
-            self._spec.num_moe_layers,
-            self._spec.num_experts,
-            self.world_size,
-            num_redundant=int(self._maps.integers(4)),
-            epoch=self._epoch,
-        )
-        for life in list(self._lives.values()):
-            if life.engine is not None:
-                self._network.after(
-                    self.system.random.random() * 0.05, "stage", lambda e=life.engine: e.stage(expert_map)
-                )  # type: ignore[misc]
+    def stage(self, ranks: list[int] | None = None) -> None:
+        """A new placement, for all ranks or, by a server that dies while it tells them, for some."""
+        self._todo.put(lambda: self.placement.propose(ranks or list(range(self.world_size)), self._send))
+
+    def drop(self) -> None:
+        """The server changes its mind about the latest placement."""
+        self._todo.put(lambda: self.placement.drop(list(range(self.world_size)), self._send))
 
     def kill(self, rank: int) -> None:
         """SIGKILL; the launcher learns of it a little later."""
@@ -280,9 +270,12 @@ class SimCluster:
         rank, controller = life.rank, self.controller
         match message:
             case StepFrame():
+                self.placement.on_message(message)
                 if not controller.ready:
                     self._perform(controller.on_frame(rank, message.generation))
                 self.core.on_message(rank, message)
+            case MapStaged() | MapRefused():
+                self.placement.on_message(message)
             case Parked():
                 self.num_parked += 1
                 self.core.on_message(rank, message)
@@ -302,7 +295,10 @@ class SimCluster:
         for action in actions:
             match action:
                 case SendTo():
-                    self._send(action.rank, action.message)
+                    message = action.message
+                    self._send(
+                        action.rank, self.placement.begin(message) if isinstance(message, BeginGeneration) else message
+                    )
                 case StartRank():
                     self._start_rank(action.rank)
                 case KillRank():
@@ -352,9 +348,16 @@ class SimCluster:
                 lambda data: self._todo.put(lambda: self._on_message(life, decode_from_rank(data))),
             )
 
+        def computes() -> None:
+            assert life.engine is not None
+            group = life.engine.membership.group
+            assert group is not None
+            self.placement.computes(group.generation, group.step, group.expert_map)
+
+        life.runner = make_runner(self.config, rank, self.world_size)
         life.engine = Engine(
             self.config,
-            ComputingRunner(make_runner(self.config, rank, self.world_size), system, self.flipped_epochs),
+            ComputingRunner(life.runner, system, computes),
             rank=rank,
             system=system,
             inbox=life.inbox,
@@ -362,6 +365,7 @@ class SimCluster:
             open_transport=lambda descriptor: self._hub.open(
                 rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=self.config.step_timeout_s
             ),
+            open_peers=lambda _: SimPeers(system, rank, self._runner_of, self.placement),
         )
         send(life.engine.hello(pid=1000 + life.number))
         life.engine.run()
@@ -369,6 +373,10 @@ class SimCluster:
         assert not life.engine.scheduler.has_work
         assert life.engine.scheduler.blocks.num_free_blocks == life.engine.scheduler.blocks.num_blocks
         self._network.after(0.001, "exit", lambda: self._gone(life, "ended"))
+
+    def _runner_of(self, rank: int) -> ModelRunner | None:
+        life = self._lives[rank]
+        return None if life.killed or life.gone else life.runner
 
     def _end(self, life: Life) -> None:
         life.killed = True

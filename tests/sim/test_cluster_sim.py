@@ -7,7 +7,7 @@ ranks died under it; one that was aborted has a prefix of them. The same seed gi
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -32,12 +32,17 @@ class Scenario:
     idle: int = 2  # long enough to park
     abort: int = 1
     stage: int = 0
+    stage_some: int = 0  # the server dies while it tells the ranks
+    drop: int = 0
+    strike: int = 0  # a rank dies in the middle of a migration: a source, a destination or neither
     kill: int = 0
     hang: int = 0
 
 
 TRAFFIC = Scenario()
 PLACEMENT = Scenario(stage=5)
+MIGRATIONS = Scenario(num_actions=40, stage=5, stage_some=2, drop=3)
+STRIKES = Scenario(num_actions=40, stage=3, stage_some=1, drop=1, strike=2, hang=1)
 FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
 DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
 
@@ -78,9 +83,7 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
 
     def main() -> None:
         cluster.start()
-        weights = {
-            name: getattr(scenario, name) for name in ("submit", "pause", "idle", "abort", "stage", "kill", "hang")
-        }
+        weights = {name: weight for name, weight in asdict(scenario).items() if name != "num_actions"}
         for _ in range(scenario.num_actions):
             action = rng.choices(list(weights), list(weights.values()))[0]
             system.note(f"scenario: {action}")
@@ -99,6 +102,14 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
                 cluster.abort(rng.choice(cluster.calls))
             elif action == "stage":
                 cluster.stage()
+            elif action == "stage_some":
+                cluster.stage(rng.sample(range(world_size), rng.randrange(1, world_size)))
+            elif action == "drop":
+                cluster.drop()
+            elif action == "strike":
+                cluster.stage()
+                system.sleep(rng.random() * rng.choice([0.01, 0.1]))
+                cluster.kill(rng.randrange(world_size))
             elif action == "kill":
                 cluster.kill(rng.randrange(world_size))
             elif action == "hang":
@@ -127,6 +138,8 @@ def check(cluster: SimCluster, alone: Alone) -> None:
             scored = [one for event in call.events for one in event.prompt_logprobs or ()]
             assert [(one.logprob, one.top) for one in scored] == alone.scored(call.submits[0])
     assert cluster.core.num_live == 0
+    cluster.placement.check()
+    assert {fault.kind for fault in cluster.faults} <= {"PeerLost", "TransportTimeout", "TransportAborted"}
 
 
 def check_sequence(
@@ -167,7 +180,22 @@ def test_epochs_flip_under_traffic(model: tuple[Path, Alone], seed: int) -> None
     cluster, _ = play(model[0], seed, PLACEMENT, 3)
     check(cluster, model[1])
     assert not cluster.faults
-    assert cluster.flipped_epochs
+    assert cluster.placement.flipped_epochs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_migrations_are_dropped_and_half_told(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, MIGRATIONS, 3)
+    check(cluster, model[1])
+    assert not cluster.faults
+    assert cluster.placement.num_fetched > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranks_die_in_the_middle_of_a_migration(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, STRIKES, 3)
+    check(cluster, model[1])
+    assert cluster.num_generations > 1
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -184,7 +212,7 @@ def test_what_dead_ranks_held_goes_on(model: tuple[Path, Alone], seed: int) -> N
     assert cluster.core.num_carried
 
 
-@pytest.mark.parametrize("scenario", [PLACEMENT, FAULTS], ids=["placement", "faults"])
+@pytest.mark.parametrize("scenario", [PLACEMENT, STRIKES, FAULTS], ids=["placement", "strikes", "faults"])
 def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -> None:
     traces = []
     for seed in (11, 12, 11):
@@ -198,6 +226,7 @@ def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_many_seeds(model: tuple[Path, Alone], world_size: int, seed: int) -> None:
-    cluster, _ = play(model[0], seed, FAULTS, world_size)
+@pytest.mark.parametrize("scenario", [MIGRATIONS, STRIKES, FAULTS], ids=["migrations", "strikes", "faults"])
+def test_many_seeds(model: tuple[Path, Alone], scenario: Scenario, world_size: int, seed: int) -> None:
+    cluster, _ = play(model[0], seed, scenario, world_size)
     check(cluster, model[1])

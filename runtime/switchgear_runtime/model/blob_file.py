@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ SYNC_BYTES_MAX = 32 << 20  # at a time: a process that waits for the disk cannot
 _STATE = struct.Struct("<Q")
 _STATE_BYTES = 16
 _MS_SYNC = 4
+MAP_BYTES_MAX = 1 << 20  # a multiple of a page
+
+Pace = Callable[[int], None]  # told of the bytes of each piece; may wait, and may raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +125,19 @@ class BlobFile:
         _write(self._descriptor, struct.pack("<I", zlib.crc32(data.data)), offset + _STATE.size)
         _write(self._descriptor, _STATE.pack(self._boot), offset)
 
-    def view(self, index: int) -> NDArray[np.uint8]:
+    def view(self, index: int, pace: Pace | None = None) -> NDArray[np.uint8]:
         """The published blob. Flagged writable, since torch warns of others; the pages are not, and the kernel ends
-        who writes."""
+        who writes. `pace` is told of every piece whose pages were mapped."""
         start, length = self.layout.starts[index], self.layout.lengths[index]
-        if length:
-            try:  # map the pages now: one call costs a fraction of a page fault for each during the first steps
-                self._mapping.madvise(_POPULATE_READ, start, length)
-            except OSError:  # before Linux 5.14
-                self._mapping.madvise(mmap.MADV_WILLNEED, start, length)
+        # Map the pages now: one call costs a fraction of a page fault for each during the first steps. In pieces, and
+        # not through the mmap module, which would keep the interpreter's lock while the disk reads.
+        for piece in range(start, start + length, MAP_BYTES_MAX):
+            num_bytes = min(MAP_BYTES_MAX, start + length - piece)
+            address, size = ctypes.c_void_p(self._address + piece), ctypes.c_size_t(num_bytes)
+            if _library().madvise(address, size, _POPULATE_READ) != 0:  # before Linux 5.14
+                self._mapping.madvise(mmap.MADV_WILLNEED, piece, num_bytes)
+            if pace is not None:
+                pace(num_bytes)
         return np.asarray(_Window(self._mapping, self._address + start, length))
 
     def crc_matches(self, index: int) -> bool:
@@ -163,9 +171,8 @@ class BlobFile:
 
     def _sync(self, start: int, end: int) -> None:
         """As fdatasync, of a part of the file."""
-        library = ctypes.CDLL(None, use_errno=True)
         address, length = ctypes.c_void_p(self._address + start), ctypes.c_size_t(end - start)
-        if library.msync(address, length, _MS_SYNC) != 0:
+        if _library().msync(address, length, _MS_SYNC) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
@@ -183,6 +190,11 @@ class _Window:
     def __init__(self, mapping: mmap.mmap, address: int, length: int) -> None:
         self.mapping = mapping
         self.__array_interface__ = {"shape": (length,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def boot_token() -> int:

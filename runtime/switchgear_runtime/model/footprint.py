@@ -116,6 +116,13 @@ def slots_per_layer(spec: DecoderSpec, num_holders: int) -> int:
     return -(-spec.num_experts // num_holders)
 
 
+def pool_slots(spec: DecoderSpec, num_ranks: int, survive: int) -> int:
+    """Slots of a rank over all MoE layers: for a share of the experts among the ranks that remain after `survive`
+    deaths, and one more a layer, where a migration stages. Never more than there are experts."""
+    per_layer = slots_per_layer(spec, max(1, num_ranks - survive))
+    return spec.num_moe_layers * min(spec.num_experts, per_layer + 1)
+
+
 def kv_block_bytes(spec: DecoderSpec, dtype: str, block_size: int) -> int:
     """One block of keys and values over all layers."""
     per_token = sum(layer.attention.num_kv_heads * layer.attention.head_dim for layer in spec.layers)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from switchgear_runtime.model import native_structs as c
 from switchgear_runtime.model.attention import Attention
 from switchgear_runtime.model.decoder import Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
+from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.ops import PackedWeight
@@ -36,14 +39,22 @@ from switchgear_runtime.packing import FORMATS
 _SCORINGS = ("softmax", "sigmoid")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NativePlacements:
+    """The experts of all MoE layers as native code takes them."""
+
+    structs: ctypes.Array[c.Placement]
+    kept: list[object]  # alive, since the structures point into it
+
+
 class NativeDecoder:
-    """One rank's decoder. Not thread-safe. `place` every MoE layer before the first step."""
+    """One rank's decoder. Not thread-safe but for `prepare`. `place` experts before the first step."""
 
     def __init__(self, decoder: Decoder, kv_cache: KVCache, *, num_experts: int) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
-        self._moe_layers = [layer.ffn for layer in decoder.layers if isinstance(layer.ffn, MoELayer)]
-        self._placements: list[Any] = [None] * len(self._moe_layers)
+        num_moe_layers = sum(isinstance(layer.ffn, MoELayer) for layer in decoder.layers)
+        self._placements: NativePlacements | None = None
         self._library = c.library()
         self.hidden = decoder.embedding_VD.shape[1]
         layers = (c.Layer * len(decoder.layers))(
@@ -53,7 +64,7 @@ class NativeDecoder:
         assert isinstance(norm, RMSNorm)
         spec = c.DecoderSpec(
             num_layers=len(decoder.layers),
-            num_moe_layers=len(self._moe_layers),
+            num_moe_layers=num_moe_layers,
             num_experts=num_experts,
             hidden=self.hidden,
             vocab_size=decoder.lm_head.num_out,
@@ -92,29 +103,35 @@ class NativeDecoder:
                 return False
         return all(isinstance(norm, RMSNorm) for norm in norms)
 
-    def place(self) -> None:
-        """Take over the experts and tables that the MoE layers hold now. Between steps."""
-        for index, layer in enumerate(self._moe_layers):
-            experts, table_E = layer.experts, layer.slot_table_E
-            assert experts is not None
-            assert table_E is not None
+    def prepare(self, slots: Sequence[ExpertSlots], slot_tables_LE: Tensor) -> NativePlacements:
+        """What `place` takes: each MoE layer's experts and the slots of this rank's tokens. Any thread, any time."""
+        num_layers = len(slots)
+        placements = (c.Placement * num_layers)()
+        kept: list[object] = [slots, slot_tables_LE]
+        for index, experts in enumerate(slots):
             num_slots = len(experts.experts)
             w13, w2 = (
                 (ctypes.c_void_p * num_slots)(*(tensor.data_ptr() or None for tensor in tensors))
                 for tensors in (experts.w13_S, experts.w2_S)
             )
             held = np.ascontiguousarray(experts.experts, np.int32)
-            placement = c.Placement(
+            placements[index] = c.Placement(
                 w13_packed_S=w13,
                 w2_packed_S=w2,
                 experts_S=held.ctypes.data,
-                slot_table_E=table_E.data_ptr(),
+                slot_table_E=slot_tables_LE[index].data_ptr(),
                 slots_per_rank=num_slots,
                 first_slot=experts.first_slot,
             )
+            kept += (held, w13, w2)
+        return NativePlacements(placements, kept)
+
+    def place(self, placements: NativePlacements) -> None:
+        """Compute with these experts and tables from now on. Between steps."""
+        for index, placement in enumerate(placements.structs):
             if self._library.sg_decoder_place(self._handle, index, ctypes.byref(placement)):
                 raise RuntimeError(native.last_error())
-            self._placements[index] = (experts, table_E, held, w13, w2)
+        self._placements = placements
 
     def hidden_states(
         self,

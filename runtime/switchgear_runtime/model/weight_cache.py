@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.env import user_cache_folder
-from switchgear_runtime.model.blob_file import BlobFile, Layout
+from switchgear_runtime.model.blob_file import BlobFile, Layout, Pace
 from switchgear_runtime.model.cache_folder import LOCK, SUFFIX, CacheFolder, CacheUnusable
 from switchgear_runtime.model.checkpoint import Checkpoint
 
@@ -109,17 +109,17 @@ class WeightCache:
         """Of all blobs, filled or not."""
         return sum(self._lengths)
 
-    def get(self, name: str, fill: Fill) -> Tensor:
+    def get(self, name: str, fill: Fill, pace: Pace | None = None) -> Tensor:
         """The blob, uint8, at a multiple of 4096 and never to be written to (pages of the file are write-protected:
         SIGSEGV). `fill` is called if no process has published it: it gets memory with arbitrary contents and writes
-        all of it."""
+        all of it. `pace` is told of every piece that is mapped or packed."""
         index = self._index[name]
         file = self._file
         if file is None or not self._await_turn(file, index, name):
-            return self._private(index, fill)
+            return self._private(index, fill, pace)
         if file.is_published(index):
             self.num_mapped += 1
-            return self._map(file, index)
+            return self._map(file, index, pace)
         try:
             data = self._fill_and_write(file, index, fill)
         finally:
@@ -128,7 +128,7 @@ class WeightCache:
             self._scratch = None  # the tensor's now
             self.num_private += 1
             return torch.from_numpy(data)
-        return self._map(file, index)
+        return self._map(file, index, pace)
 
     def prepare(self, fills: Mapping[str, Fill]) -> None:
         """Before `get`s: publish those of these blobs that nobody has and nobody is packing. Ranks that start together
@@ -208,15 +208,17 @@ class WeightCache:
         self._seen.add(index)
         return None
 
-    def _map(self, file: BlobFile, index: int) -> Tensor:
+    def _map(self, file: BlobFile, index: int, pace: Pace | None) -> Tensor:
         self._seen.add(index)
-        return torch.from_numpy(file.view(index))
+        return torch.from_numpy(file.view(index, pace))
 
-    def _private(self, index: int, fill: Fill) -> Tensor:
+    def _private(self, index: int, fill: Fill, pace: Pace | None) -> Tensor:
         self.num_private += 1
         length = self._lengths[index]
-        blob = torch.frombuffer(mmap.mmap(-1, max(1, length)), dtype=torch.uint8, count=length)
+        blob = private_blob(length)
         fill(blob)
+        if pace is not None:
+            pace(length)
         return blob
 
     def _make_durable(self, file: BlobFile, indices: set[int]) -> None:
@@ -226,6 +228,11 @@ class WeightCache:
             log.warning("%s cannot be synced (%s) and is removed", self.path, error.strerror)
             assert self.path is not None
             self.path.unlink(missing_ok=True)
+
+
+def private_blob(num_bytes: int) -> Tensor:
+    """uint8, on pages of its own, with arbitrary contents."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8, count=num_bytes)
 
 
 def weight_cache_folder(setting: str | None) -> Path | None:

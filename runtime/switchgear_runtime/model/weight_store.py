@@ -13,14 +13,17 @@ from torch import Tensor
 
 from switchgear_runtime import ops
 from switchgear_runtime.errors import CheckpointError
+from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names, matrices
-from switchgear_runtime.model.weight_cache import WeightCache, WeightCacheKey, weight_cache_folder
+from switchgear_runtime.model.weight_cache import WeightCache, WeightCacheKey, private_blob, weight_cache_folder
 from switchgear_runtime.packing import pack_version
+
+ExpertWeights = tuple[ops.PackedWeight, ops.PackedWeight]  # gate and up, down
 
 
 class WeightStore:
-    """Not thread-safe. `weight_cache`: EngineConfig's setting of that name."""
+    """One thread at a time. `weight_cache`: EngineConfig's setting of that name."""
 
     def __init__(
         self,
@@ -68,21 +71,20 @@ class WeightStore:
         data = self.cache.get(EMBEDDING, partial(self._fill, matrix))
         return data.view(self.dtype).view(matrix.num_out, matrix.num_k)
 
-    def matrix(self, name: str, bias_N: Tensor | None = None) -> ops.PackedWeight:
+    def matrix(self, name: str, bias_N: Tensor | None = None, pace: Pace | None = None) -> ops.PackedWeight:
         matrix = self.matrices[name]
-        return ops.PackedWeight(
-            data=self.cache.get(name, partial(self._fill, matrix)),
-            format=matrix.format,
-            num_out=matrix.num_out,
-            num_k=matrix.num_k,
-            gate_up=matrix.gate_up,
-            bias_N=bias_N,
-        )
+        return _weight(matrix, self.cache.get(name, partial(self._fill, matrix), pace), bias_N)
 
-    def expert(self, layer: int, expert: int) -> tuple[ops.PackedWeight, ops.PackedWeight]:
-        """(gate and up, down) of one logical expert of decoder layer `layer`."""
+    def expert(self, layer: int, expert: int, pace: Pace | None = None) -> ExpertWeights:
+        """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece read."""
         gate_up, down = expert_matrix_names(layer, expert)
-        return self.matrix(gate_up), self.matrix(down)
+        return self.matrix(gate_up, pace=pace), self.matrix(down, pace=pace)
+
+    def empty_expert(self, layer: int, expert: int) -> ExpertWeights:
+        """Memory of its own for an expert whose packed weights come from elsewhere; arbitrary contents."""
+        matrices = [self.matrices[name] for name in expert_matrix_names(layer, expert)]
+        gate_up, down = (_weight(matrix, private_blob(matrix.num_bytes)) for matrix in matrices)
+        return gate_up, down
 
     def _fill(self, matrix: Matrix, out: Tensor) -> None:
         weight_NK = self._read(matrix)
@@ -102,3 +104,14 @@ class WeightStore:
             return read(*matrix.expert)
         tensors = [self.checkpoint.tensor(name) for name in matrix.tensors]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _weight(matrix: Matrix, data: Tensor, bias_N: Tensor | None = None) -> ops.PackedWeight:
+    return ops.PackedWeight(
+        data=data,
+        format=matrix.format,
+        num_out=matrix.num_out,
+        num_k=matrix.num_k,
+        gate_up=matrix.gate_up,
+        bias_N=bias_N,
+    )

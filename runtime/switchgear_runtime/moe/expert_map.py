@@ -13,6 +13,7 @@ Example, 3 experts on 2 ranks: ExpertMap.contiguous(1, 3, 2).physical_to_logical
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,11 @@ class ExpertMap:
         return cls._make(epoch, num_ranks, num_experts, physical.reshape(num_layers, -1))
 
     @classmethod
+    def of(cls, physical_to_logical_LP: Int32, *, num_ranks: int, num_experts: int, epoch: int) -> ExpertMap:
+        """Of [L, R * slots_per_rank] logical ids; ConfigError where it is no placement."""
+        return cls._make(epoch, num_ranks, num_experts, physical_to_logical_LP)
+
+    @classmethod
     def _make(cls, epoch: int, num_ranks: int, num_experts: int, physical_LP: Int32) -> ExpertMap:
         physical_LP = np.ascontiguousarray(physical_LP, np.int32)
         physical_LP.flags.writeable = False
@@ -115,14 +121,34 @@ class ExpertMap:
             )
         if physical.size and (physical.min() < EMPTY or physical.max() >= self.num_experts):
             raise ConfigError(f"expert map: an expert id is outside 0..{self.num_experts - 1}")
-        for layer, row in enumerate(physical):
-            missing = np.setdiff1d(np.arange(self.num_experts), row)
-            if missing.size:
-                raise ConfigError(f"expert map: layer {layer} has no slot for expert {missing[0]}")
-            for rank, slots in enumerate(row.reshape(self.num_ranks, -1)):
-                held = slots[slots != EMPTY]
-                if len(np.unique(held)) != len(held):
-                    raise ConfigError(f"expert map: layer {layer}: rank {rank} holds one expert twice")
+        is_held = physical != EMPTY
+        is_there_LE = np.zeros((len(physical), self.num_experts), np.bool_)
+        is_there_LE[np.nonzero(is_held)[0], physical[is_held]] = True
+        for layer, expert in np.argwhere(~is_there_LE)[:1].tolist():
+            raise ConfigError(f"expert map: layer {layer} has no slot for expert {expert}")
+        sorted_LRS = np.sort(physical.reshape(len(physical), self.num_ranks, -1), axis=-1)
+        is_twice = (sorted_LRS[..., 1:] == sorted_LRS[..., :-1]) & (sorted_LRS[..., 1:] != EMPTY)
+        for layer, rank, _ in np.argwhere(is_twice)[:1].tolist():
+            raise ConfigError(f"expert map: layer {layer}: rank {rank} holds one expert twice")
+
+    def check_pool(self, pool_slots: int) -> None:
+        """ConfigError if a rank holds more (layer, expert) pairs than its slot pool has places."""
+        for rank, num_pairs in enumerate(self.pairs_per_rank.tolist()):
+            if num_pairs > pool_slots:
+                raise ConfigError(
+                    f"expert map: rank {rank} holds {num_pairs} experts over all layers, its pool has {pool_slots} "
+                    "slots; place fewer replicas, or raise survive"
+                )
+
+    @property
+    def pairs_per_rank(self) -> NDArray[np.int64]:
+        """[R] how many (layer, expert) pairs each rank holds, which all take a slot of its one pool."""
+        held_LRS = self.physical_to_logical_LP.reshape(self.num_layers, self.num_ranks, -1) != EMPTY
+        return np.asarray(held_LRS.sum(axis=(0, 2)), np.int64)
+
+    def digest(self) -> int:
+        """Of the placement, 32 bits; the same on all ranks."""
+        return zlib.crc32(self.physical_to_logical_LP.tobytes())
 
     def with_epoch(self, epoch: int) -> ExpertMap:
         return replace(self, epoch=epoch)
@@ -144,6 +170,20 @@ class ExpertMap:
             own = [slot for slot in slots if slot // slots_per_rank == source_rank]
             table_E[expert] = own[0] if own else slots[(source_rank + expert) % len(slots)]
         return table_E
+
+    def slot_tables(self, source_rank: int) -> Int32:
+        """`slot_table` of every layer, [L, E], in a fraction of the time."""
+        first, last = source_rank * self.slots_per_rank, (source_rank + 1) * self.slots_per_rank
+        experts_E = np.arange(self.num_experts)
+        tables_LE = np.empty((self.num_layers, self.num_experts), np.int32)
+        for row_P, table_E in zip(self.physical_to_logical_LP, tables_LE, strict=True):
+            slots_by_expert_P = np.argsort(row_P, kind="stable")  # an expert's slots lowest first; the empty before all
+            starts_E = np.searchsorted(row_P[slots_by_expert_P], experts_E)
+            counts_E = np.bincount(row_P[row_P != EMPTY], minlength=self.num_experts)
+            table_E[:] = slots_by_expert_P[starts_E + (source_rank + experts_E) % counts_E]
+            own_S = np.flatnonzero(row_P[first:last] != EMPTY) + first
+            table_E[row_P[own_S]] = own_S
+        return tables_LE
 
     def _slots_by_expert(self, layer: int) -> Iterator[tuple[int, list[int]]]:
         slots: list[list[int]] = [[] for _ in range(self.num_experts)]

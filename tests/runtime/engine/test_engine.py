@@ -21,7 +21,7 @@ from tiny_cluster import (
 )
 
 from switchgear_runtime.generation import GenerationDescriptor
-from switchgear_runtime.messages import Abort, BeginGeneration, EndGeneration, Submit, Wake
+from switchgear_runtime.messages import Abort, BeginGeneration, EndGeneration, StageMap, Submit, Wake
 from switchgear_runtime.moe.expert_map import ExpertMap
 
 
@@ -265,19 +265,24 @@ def test_epochs_flip_when_all_have_staged_and_no_token_changes(lab: tuple[Path, 
         cluster.inboxes[index % 3].put(submit)
     for epoch in (1, 2, 3):
         expert_map = ExpertMap.random(rng, 2, 8, 3, num_redundant=3, epoch=epoch)
-        for rank, engine in enumerate(cluster.engines):
-            if (rank, epoch) != (2, 2):  # rank 2 never hears of epoch 2
-                engine.stage(expert_map)
+        cluster.stage(expert_map, but=2 if epoch == 2 else None)  # rank 2 never hears of epoch 2
+        if epoch != 2:
+            cluster.pump(lambda run, epoch=epoch: all(run.epochs[rank][-1:] == [epoch] for rank in range(3)))  # type: ignore[misc]
+            continue
+        cluster.pump(lambda run: sum(message.epoch == 2 for message in run.staged) == 2)
         seen = len(cluster.run_result.outputs[0])
         cluster.pump(lambda run, seen=seen: len(run.outputs[0]) > seen + 20 or num_finished(run) == 6)  # type: ignore[misc]
-        epochs = {engine.membership.group.expert_map.epoch for engine in cluster.engines if engine.membership.group}
-        assert epochs == {1 if epoch == 2 else epoch}
-    cluster.engines[0].stage(ExpertMap.contiguous(2, 8, 3, epoch=2))  # too late: ignored
-    cluster.engines[0].stage(ExpertMap.contiguous(1, 4, 3, epoch=9))  # of another model: refused
-    cluster.pump(lambda run: num_finished(run) == 6)
+    cluster.inboxes[0].put(StageMap(generation=1, expert_map=ExpertMap.contiguous(2, 8, 3, epoch=2).to_json()))
+    cluster.stage(ExpertMap.contiguous(1, 4, 3, epoch=9), but=1)  # of another model
+    cluster.pump(lambda run: num_finished(run) == 6 and len(run.refused) == 3)
     run = cluster.stop()
     assert not run.faults
     assert_served(lab, run, wanted)
+    assert [run.epochs[rank] for rank in range(3)] == [[0, 1, 3]] * 3
+    staged = {(message.rank, message.epoch) for message in run.staged}
+    assert staged == {(rank, epoch) for rank in range(3) for epoch in (1, 2, 3)} - {(2, 2)}
+    assert all((message.moved_bytes > 0) == (message.num_experts > 0) for message in run.staged)
+    assert sum(message.num_experts for message in run.staged) > 0
 
 
 def test_a_rank_without_a_generation_stops_when_told(lab: tuple[Path, Alone]) -> None:

@@ -27,10 +27,13 @@ from switchgear_runtime.messages import (
     BeginGeneration,
     Fault,
     FromRank,
+    MapRefused,
+    MapStaged,
     Parked,
     PromptLogprobs,
     RankStats,
     Rejected,
+    StageMap,
     StepFrame,
     Stop,
     Stopped,
@@ -88,6 +91,7 @@ def make_config(model_dir: Path, **changes: Any) -> EngineConfig:
         "max_num_batched_tokens": 128,
         "transport": "loopback",
         "step_timeout_s": 30.0,
+        "survive": 99,  # a pool for every expert: maps are drawn at random
     }
     return EngineConfig(**{**settings, **changes})
 
@@ -107,6 +111,9 @@ class ClusterRun:
     num_parked: int = 0
     expert_load: int = 0
     expert_rows: int = 0
+    staged: list[MapStaged] = field(default_factory=list)
+    refused: list[MapRefused] = field(default_factory=list)
+    epochs: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # by rank, as frames told them
 
 
 class Cluster:
@@ -144,12 +151,21 @@ class Cluster:
         self._tasks = [self.system.spawn(f"rank-{rank}", engine.run) for rank, engine in enumerate(self.engines)]
         self.begin(generation)
 
-    def begin(self, generation: int) -> None:
+    def begin(self, generation: int, expert_map: ExpertMap | None = None) -> None:
         descriptor = GenerationDescriptor(
-            term=1, generation=generation, world_size=self.world_size, epoch=0, channel=f"g{generation}"
+            term=1,
+            generation=generation,
+            world_size=self.world_size,
+            epoch=0 if expert_map is None else expert_map.epoch,
+            channel=f"g{generation}",
         )
         for inbox in self.inboxes:
-            inbox.put(BeginGeneration(descriptor))
+            inbox.put(BeginGeneration(descriptor, None if expert_map is None else expert_map.to_json()))
+
+    def stage(self, expert_map: ExpertMap, *, but: int | None = None, generation: int = 1, **fields: Any) -> None:
+        for rank, inbox in enumerate(self.inboxes):
+            if rank != but:
+                inbox.put(StageMap(generation=generation, expert_map=expert_map.to_json(), **fields))
 
     def pump(self, until: Callable[[ClusterRun], bool]) -> ClusterRun:
         """Relay and collect messages until the run satisfies `until`."""
@@ -178,6 +194,9 @@ class Cluster:
         match message:
             case StepFrame():
                 run.stats[message.rank] = message.stats
+                epochs = run.epochs[message.rank]
+                if not epochs or epochs[-1] != message.epoch:
+                    epochs.append(message.epoch)
                 run.expert_load += sum(message.expert_load or ())
                 run.expert_rows += sum(message.expert_rows or ())
                 for part in message.prompt_logprobs:
@@ -195,6 +214,10 @@ class Cluster:
                 run.rejected.append(message)
             case Fault():
                 run.faults.append(message)
+            case MapStaged():
+                run.staged.append(message)
+            case MapRefused():
+                run.refused.append(message)
             case Parked():
                 run.num_parked += 1
             case Stopped():

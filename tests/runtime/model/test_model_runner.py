@@ -68,7 +68,7 @@ def test_a_map_of_another_cluster_is_refused(model_dir: Path) -> None:
                 runner.begin(transport, ExpertMap.contiguous(*shape))
         runner.begin(transport, contiguous_map(runner))
         with pytest.raises(ConfigError, match="not later"):
-            runner.stage(contiguous_map(runner))
+            runner.flip(runner.stage(contiguous_map(runner)))
 
     run_ranks(1, run)
 
@@ -100,12 +100,14 @@ def test_epochs_flip_without_a_changed_bit_and_read_only_what_is_new(model_dir: 
             held = [set(layer.experts.experts.tolist()) for layer in runner.moe_layers if layer.experts is not None]
             wanted = [set(expert_map.local_experts(layer, rank).tolist()) - {-1} for layer in range(2)]
             num_read = runner.checkpoint.num_tensors_read
-            runner.stage(expert_map)
+            staged = runner.stage(expert_map)
             num_new = sum(len(want - have) for want, have in zip(wanted, held, strict=True))
             assert runner.checkpoint.num_tensors_read - num_read == 3 * num_new
+            assert staged.num_new == num_new
+            assert (staged.new_bytes > 0) == (num_new > 0)
             assert torch.equal(last_logits(runner), before)  # still the old epoch
             assert runner.epoch == epoch - 1
-            runner.flip(epoch)
+            runner.flip(staged)
             assert runner.epoch == epoch
             assert torch.equal(last_logits(runner), before)
         return before

@@ -86,8 +86,7 @@ def run_steps(runner: Recorder, rng: random.Random, epochs: list[ExpertMap]) -> 
     trace = Trace()
     for step in range(NUM_STEPS):
         if step == NUM_STEPS // 2:
-            runner.stage(epochs[1])
-            runner.flip(epochs[1].epoch)
+            runner.flip(runner.stage(epochs[1]))
         if free and rng.random() < 0.8:
             token_ids = [rng.randrange(vocab_size) for _ in range(rng.randint(1, 50))]
             needed = -(-(len(token_ids) + 8) // block_size)

@@ -1,0 +1,20 @@
+"""How ranks get experts from each other: `ExpertPeers`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from switchgear_runtime.migration.pace import Pace
+
+
+class ExpertPeers(Protocol):
+    """One rank's way to the experts of the others of its generation."""
+
+    def fetch(self, source: int, moe_layer: int, expert: int, out: tuple[memoryview, memoryview], pace: Pace) -> None:
+        """Fill `out` (gate and up, down) with the packed weights that rank `source` computes with. Raises
+        TransportError naming it, and what `pace` raises."""
+        ...
+
+    def close(self) -> None:
+        """End it, and whatever waits in `fetch`; from any thread."""
+        ...

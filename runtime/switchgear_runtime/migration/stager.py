@@ -1,0 +1,199 @@
+"""Brings a map's experts to this rank in a thread of its own, while steps run: `Stager`.
+
+    stage(job) -> ... -> deliver(StageOutcome)      cancel() -> no outcome
+
+It touches nothing that a step reads: what it makes is a StagedMap, and the engine alone puts that into use. Experts come
+from the host's weight cache where there is one; else from a rank that computes with them now, or from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from switchgear_runtime.errors import ConfigError, SwitchgearError, TransportError
+from switchgear_runtime.messages import StageMap
+from switchgear_runtime.migration.pace import Pace, StagingCancelled
+from switchgear_runtime.migration.peers import ExpertPeers
+from switchgear_runtime.model.staged_map import StagedMap
+from switchgear_runtime.model.weight_store import ExpertWeights
+from switchgear_runtime.model_runner import ModelRunner
+from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
+from switchgear_runtime.system import System
+
+_IDLE_WAIT_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StageJob:
+    """A StageMap that was accepted, and the circumstances. `current` gives the map in use; `peers`: None where ranks
+    have no channel for experts."""
+
+    message: StageMap
+    epoch: int
+    current: Callable[[], ExpertMap]
+    peers: ExpertPeers | None
+    pace: Pace
+    started_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StageOutcome:
+    """What became of a job. `staged`, or the reason why not."""
+
+    job: StageJob
+    staged: StagedMap | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _State:
+    waiting: deque[StageJob] = field(default_factory=deque)
+    running: StageJob | None = None
+    closed: bool = False
+
+
+class Stager:
+    """One job at a time, in order. `deliver` is called in the stager's thread, `at_start` once, in it."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        rank: int,
+        system: System,
+        deliver: Callable[[StageOutcome], None],
+        at_start: Callable[[], None] | None = None,
+    ) -> None:
+        self._runner = runner
+        self._rank = rank
+        self._system = system
+        self._deliver = deliver
+        self._at_start = at_start
+        self._condition = system.condition()
+        self._state = _State()
+        self._is_started = False
+
+    def stage(self, job: StageJob) -> None:
+        with self._condition:
+            self._state.waiting.append(job)
+            self._condition.notify_all()
+        if not self._is_started:  # a rank that never moves an expert has no such thread
+            self._is_started = True
+            self._system.spawn(f"stager-{self._rank}", self._run)
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._state.waiting) + (self._state.running is not None)
+
+    def cancel(self, epoch: int | None = None) -> None:
+        """Give up the jobs of this epoch, or all; none of them has an outcome any more, unless it is on its way."""
+        with self._condition:
+            state = self._state
+            jobs = [*state.waiting, *([state.running] if state.running is not None else [])]
+            dropped = [job for job in jobs if epoch in (None, job.epoch)]
+            state.waiting = deque(job for job in state.waiting if job not in dropped)
+        for job in dropped:
+            job.pace.cancel()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """After `cancel`: True once no job runs, so that the runner may load by itself."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._state.running is None, timeout_s)
+
+    def close(self) -> None:
+        """End the thread, soon."""
+        self.cancel()
+        with self._condition:
+            self._state.closed = True
+            self._condition.notify_all()
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._at_start is not None:
+            self._at_start()
+        while (job := self._next()) is not None:
+            outcome = self._stage(job)
+            with self._condition:
+                self._state.running = None
+                self._condition.notify_all()
+            if outcome is not None and not job.pace.cancelled:
+                self._deliver(outcome)
+
+    def _next(self) -> StageJob | None:
+        state = self._state
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: state.closed or bool(state.waiting), _IDLE_WAIT_S)
+                if state.closed:
+                    return None
+                if state.waiting:
+                    state.running = state.waiting.popleft()
+                    return state.running
+
+    def _stage(self, job: StageJob) -> StageOutcome | None:
+        try:
+            expert_map = ExpertMap.from_json(job.message.expert_map)
+            self._check(job, expert_map)
+            staged = self._runner.stage(expert_map, lambda layer, expert: self._read(job, layer, expert))
+        except StagingCancelled:
+            return None
+        except (SwitchgearError, OSError) as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("rank %d: the map of epoch %d cannot be staged", self._rank, job.epoch)
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            return StageOutcome(job=job, staged=staged, seconds=self._system.now() - job.started_s)
+        return StageOutcome(job=job, reason=f"rank {self._rank}: {reason}")
+
+    def _check(self, job: StageJob, expert_map: ExpertMap) -> None:
+        """Its own experts and those it computes with meanwhile have to fit; other ranks check theirs."""
+        current = job.current()
+        if expert_map.num_ranks != current.num_ranks or expert_map.num_layers != current.num_layers:
+            raise ConfigError(
+                f"expert map: it is for {expert_map.num_ranks} ranks and {expert_map.num_layers} layers; this "
+                f"generation has {current.num_ranks} and {current.num_layers}"
+            )
+        num_pairs = sum(
+            len(_held(expert_map, layer, self._rank) | _held(current, layer, self._rank))
+            for layer in range(expert_map.num_layers)
+        )
+        if num_pairs > self._runner.pool_slots:
+            raise ConfigError(
+                f"expert map: {num_pairs} experts would be held while they are staged, the slot pool has "
+                f"{self._runner.pool_slots}; move fewer at a time, or raise survive"
+            )
+
+    def _read(self, job: StageJob, moe_layer: int, expert: int) -> ExpertWeights:
+        """An expert that this rank does not compute with."""
+        source, pace = job.message.source, job.pace
+        if pace.cancelled:
+            raise StagingCancelled
+        if job.peers is None or source == "checkpoint" or (source == "auto" and self._runner.shares_weights):
+            return self._runner.read_expert(moe_layer, expert, pace)
+        try:
+            return self._fetch(job, job.peers, moe_layer, expert)
+        except TransportError as error:
+            if source == "peer":
+                raise
+            log.info("rank %d: expert %d of MoE layer %d comes from disk: %s", self._rank, expert, moe_layer, error)
+            return self._runner.read_expert(moe_layer, expert, pace)
+
+    def _fetch(self, job: StageJob, peers: ExpertPeers, moe_layer: int, expert: int) -> ExpertWeights:
+        current = job.current()
+        holders = [slot // current.slots_per_rank for slot in current.replicas(moe_layer, expert)]
+        gate_up, down = self._runner.empty_expert(moe_layer, expert)
+        out = gate_up.data.numpy().data, down.data.numpy().data
+        peers.fetch(holders[(self._rank + expert) % len(holders)], moe_layer, expert, out, job.pace)
+        return gate_up, down
+
+
+def _held(expert_map: ExpertMap, layer: int, rank: int) -> set[int]:
+    return set(expert_map.local_experts(layer, rank).tolist()) - {EMPTY}
