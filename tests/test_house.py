@@ -70,6 +70,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "model.spec",
     "moe.expert_map",
     "placement",
+    "moe.forced_routing",
     "moe.load_window",
     "moe.routing_trace",
     "moe.rehome",

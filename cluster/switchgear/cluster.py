@@ -47,6 +47,7 @@ from switchgear_runtime.messages import (
     Waking,
 )
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
+from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.rank_worker import RankWorkerConfig
 from switchgear_runtime.system import RealSystem, System
 
@@ -84,6 +85,12 @@ class Cluster:
                 f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job"
             )
         self.spec = load_spec(self.engine.model)
+        ForcedRouting.load(  # for its errors: ranks load their own
+            self.engine.forced_routing,
+            num_layers=self.spec.num_moe_layers,
+            num_experts=self.spec.num_experts,
+            top_k=self.spec.moe.top_k,
+        )
         self.model_name = config.served_model_name or Path(self.engine.model).name
         self._system = system or RealSystem()
         self.name = f"{self._system.randbits(48):012x}"

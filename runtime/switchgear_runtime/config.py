@@ -57,6 +57,11 @@ class EngineConfig:
     survive: int = setting(
         1, "Size a rank's slot pool so that after so many deaths the other ranks can hold every expert."
     )
+    forced_routing: str | None = setting(
+        None,
+        "An experiment: file of `switchgear record` that draws each token's experts in place of the router, by the "
+        "request's seed and the token's position. The text becomes nonsense. Needs --no-enable-prefix-caching.",
+    )
     num_threads: int = setting(1, "Compute threads per rank.")
     bind_cpus: bool = setting(
         True, "Give each rank CPUs of its own, where the host has enough free ones for all ranks' threads."
@@ -76,6 +81,11 @@ class EngineConfig:
             raise ConfigError(f"survive={self.survive!r} must be a number of ranks, 0 or more")
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
+        if self.forced_routing is not None and self.enable_prefix_caching:
+            raise ConfigError(
+                f"forced_routing={self.forced_routing!r} needs enable_prefix_caching=False: cached tokens were routed "
+                "by another request's seed"
+            )
         if self.step_timeout_s < 1.0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} is below 1; a busy host needs at least a second")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -35,6 +35,7 @@ from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
+from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.load import ExpertLoad
 
@@ -88,6 +89,10 @@ class ModelRunner:
         if native and NativeDecoder.supports(self._decoder):
             self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
+        self._forced = ForcedRouting.load(
+            config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
+        )
+        self._forced_ids_LTK: NDArray[np.int32] | None = None
         self._transport: Transport | None = None
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
@@ -127,6 +132,8 @@ class ModelRunner:
             "checkpoint": self.checkpoint.identity(),
             "model": hashlib.sha256(repr(self.spec).encode()).hexdigest()[:16],
         }
+        if self._forced is not None:
+            parts = {**parts, "forced_routing": self._forced.digest}
         return " ".join(f"{name}={value}" for name, value in parts.items())
 
     def begin(self, transport: Transport, expert_map: ExpertMap) -> None:
@@ -188,6 +195,8 @@ class ModelRunner:
             raise RuntimeError("forward before begin: the rank is in no generation")
         flat = batch.flatten(self.config.block_size)
         self.load.begin_step(*batch.tenants())
+        if self._forced is not None:
+            self._force(self._forced.of_batch(batch))
         x_TD = self._hidden_states(flat, self._transport)
         logits = self._logits(x_TD, torch.tensor(flat.sampling_rows, dtype=torch.int64))
         self.load.commit()
@@ -197,10 +206,18 @@ class ModelRunner:
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
         if self._native is not None:
             timeout_s = self.config.step_timeout_s
-            return self._native.hidden_states(flat, transport, timeout_s=timeout_s, load=self.load)
+            return self._native.hidden_states(
+                flat, transport, timeout_s=timeout_s, load=self.load, forced_ids_LTK=self._forced_ids_LTK
+            )
         with torch.inference_mode():
             token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
             return self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
+
+    def _force(self, ids_LTK: NDArray[np.int32]) -> None:
+        """The experts of the step's tokens, whatever the routers say."""
+        self._forced_ids_LTK = ids_LTK
+        for layer, ids_TK in zip(self.moe_layers, ids_LTK, strict=True):
+            layer.forced_ids_TK = torch.from_numpy(ids_TK)
 
     def _logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
         if self._native is not None:

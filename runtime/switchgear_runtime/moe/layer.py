@@ -40,6 +40,7 @@ class MoELayer:
         self.shared = shared
         self.experts: ExpertSlots | None = None
         self.slot_table_E: Tensor | None = None
+        self.forced_ids_TK: Tensor | None = None  # of this step's tokens, in place of the router's (forced_routing.py)
         self._dispatcher: Dispatcher | None = None
 
     def place(self, experts: ExpertSlots, slot_table_E: Tensor) -> None:
@@ -59,6 +60,8 @@ class MoELayer:
         assert self.experts is not None
         assert self._dispatcher is not None
         topk_weights_TK, topk_ids_TK = self.router(x_TD)
+        if self.forced_ids_TK is not None:
+            topk_ids_TK = self.forced_ids_TK
         slot_ids_TK = self.remap(topk_ids_TK)
         recv, handle = self._dispatcher.dispatch(x_TD, slot_ids_TK)
         rows = self.experts(recv)

@@ -22,6 +22,8 @@ from switchgear_runtime.errors import TransportAborted
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.load_window import LoadWindow
+from switchgear_runtime.moe.routing_trace import RoutingTrace
 from switchgear_runtime.sequence import Sequence
 
 NOT_NATIVE = {"phimoe"}  # LayerNorm and SparseMixer
@@ -124,10 +126,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def check(model_dir: Path, world_size: int, kind: str) -> None:
+def check(model_dir: Path, world_size: int, kind: str, **changes: Any) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
     rng = random.Random(seed)
-    settings = KINDS[kind] | {"block_size": rng.choice([16, 48]), "num_threads": rng.choice([1, 2, 3])}
+    settings = KINDS[kind] | {"block_size": rng.choice([16, 48]), "num_threads": rng.choice([1, 2, 3])} | changes
     map_seed, num_redundant = rng.randrange(1 << 30), rng.randint(0, 4)
 
     def run_all(native: bool) -> list[Trace]:
@@ -158,6 +160,16 @@ def test_the_same_bits_as_op_by_op(root: Path, arch: str, overrides: dict[str, A
     model_dir = make_checkpoint(root, arch, 7, **overrides)
     for world_size in (1, 2, 3):
         check(model_dir, world_size, kind)
+
+
+def test_the_same_bits_with_forced_routing(root: Path) -> None:
+    model_dir = make_checkpoint(root, "qwen3_moe", 7)
+    spec = Checkpoint(model_dir).spec
+    load = np.random.default_rng(7).integers(0, 9, (1, spec.num_moe_layers, spec.num_experts))
+    window = LoadWindow(begin_step=0, end_step=1, routed_SLE=load)
+    RoutingTrace.of([window], top_k=spec.moe.top_k).save(root / "trace.npz")
+    for world_size in (1, 2):
+        check(model_dir, world_size, "bfloat16", forced_routing=str(root / "trace.npz"), enable_prefix_caching=False)
 
 
 def test_what_is_not_native_says_so(root: Path) -> None:
