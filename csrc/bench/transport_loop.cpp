@@ -31,8 +31,9 @@ uint64_t first_word(uint64_t seed, uint64_t iteration, uint32_t source) {
 }
 
 // `exchange(data)` sends what `place()` gave and was written, and returns where the peer's message lies, or null.
-template <typename Place, typename Exchange>
-int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, Exchange exchange) {
+// `release()`: it has been read.
+template <typename Place, typename Exchange, typename Release>
+int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, Exchange exchange, Release release) {
   timing = {};
   const uint32_t peer = 1 - job.rank;
   for (uint64_t i = 0; i < job.num_iterations + kNumUntimed; ++i) {
@@ -45,6 +46,7 @@ int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, E
     const unsigned char* received = exchange(data);
     if (!received) return -1;
     const uint64_t sum = sg_bench_checksum(received, job.num_bytes);
+    release();
     const uint64_t end_ns = now_ns();
     timing.write_ns += written_ns - begin_ns;
     timing.exchange_ns += end_ns - written_ns;
@@ -98,8 +100,8 @@ int32_t sg_bench_memcpy(const sg_bench_job* job, sg_bench_barrier barrier, void*
   return 0;
 }
 
-int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, void* channel, const unsigned char* segment,
-                     sg_bench_timing* timing) {
+int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_release release, void* channel,
+                     const unsigned char* segment, sg_bench_timing* timing) {
   const uint32_t peer = 1 - job->rank;
   const void* send[2] = {};
   uint64_t send_bytes[2] = {}, offsets[2] = {}, received_bytes[2] = {};
@@ -113,6 +115,9 @@ int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, void* 
         send[peer] = data;
         if (call(channel, &exchange, kTimeoutS) || received_bytes[peer] != job->num_bytes) return nullptr;
         return offsets[peer] == sg::comm::kInRoom ? job->receive : segment + offsets[peer];
+      },
+      [&] {
+        if (release) release(channel);
       });
 }
 
@@ -125,7 +130,8 @@ int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exchanger*
         uint64_t num_bytes = 0;
         const unsigned char* received = exchanger->received(exchanger->self, peer, &num_bytes);
         return num_bytes == job->num_bytes ? received : nullptr;
-      });
+      },
+      [&] { exchanger->release(exchanger->self); });
 }
 
 int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, uintptr_t byte_type, uintptr_t communicator,
@@ -137,7 +143,8 @@ int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, uintp
       [&](const unsigned char* data) -> const unsigned char* {
         const int failed = call(data, counts, starts, byte_type, job->receive, counts, starts, byte_type, communicator);
         return failed ? nullptr : job->receive;
-      });
+      },
+      [] {});
 }
 
 int32_t sg_bench_shm_all_gather(const sg_bench_job* job, sg_bench_all_gather call, void* channel,
@@ -151,7 +158,8 @@ int32_t sg_bench_shm_all_gather(const sg_bench_job* job, sg_bench_all_gather cal
         if (call(channel, data, length, kTimeoutS, headers, lengths)) return nullptr;
         const uint32_t peer = 1 - job->rank;
         return lengths[peer] == length ? headers + peer * sg::comm::kHeaderBytesMax : nullptr;
-      });
+      },
+      [] {});
 }
 
 int32_t sg_bench_mpi_all_gather(const sg_bench_job* job, sg_bench_mpi_allgather call, uintptr_t byte_type,
@@ -162,5 +170,6 @@ int32_t sg_bench_mpi_all_gather(const sg_bench_job* job, sg_bench_mpi_allgather 
         const auto count = static_cast<int>(job->num_bytes);
         if (call(data, count, byte_type, job->receive, count, byte_type, communicator)) return nullptr;
         return job->receive + (1 - job->rank) * job->num_bytes;
-      });
+      },
+      [] {});
 }

@@ -35,9 +35,12 @@ using sg_bench_barrier = int32_t (*)(void* channel, double timeout_s);
 SG_API int32_t sg_bench_memcpy(const sg_bench_job* job, sg_bench_barrier barrier, void* channel,
                                sg_bench_timing* timing);
 
+// `release` is called once a message has been read, so that what it lay in may be written again, as MPI's receive
+// buffer is; null: views are held until the second-next exchange.
 using sg_bench_all_to_all_v = int32_t (*)(void* channel, const sg::comm::Exchange* exchange, double timeout_s);
-SG_API int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, void* channel,
-                            const unsigned char* segment, sg_bench_timing* timing);
+using sg_bench_release = void (*)(void* self);
+SG_API int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_release release,
+                            void* channel, const unsigned char* segment, sg_bench_timing* timing);
 
 // As a user of reserve does it: the message is written where the peer will read it.
 struct sg_bench_exchanger {
@@ -45,6 +48,7 @@ struct sg_bench_exchanger {
   unsigned char* (*reserve)(void* self, uint32_t dst, uint64_t num_bytes);
   int32_t (*exchange)(void* self, double timeout_s);
   const unsigned char* (*received)(const void* self, uint32_t src, uint64_t* num_bytes);
+  sg_bench_release release;
 };
 SG_API int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exchanger* exchanger,
                                      sg_bench_timing* timing);

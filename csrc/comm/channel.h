@@ -47,6 +47,10 @@ class Channel {
   // caller may compute between, with the messages and the arrays of `exchange` left as they are.
   Status post(const Exchange& exchange, double timeout_s);
   Status collect(const Exchange& exchange, double timeout_s);
+  // The views of the latest exchange, and of those before, are done with; else they are valid until the second-next one
+  // is posted. Who says so receives long messages in memory that is still in its cache, and spares the sender the
+  // eviction of other lines.
+  void release();
   // Where the next exchange's message to `dst` lies, before it is posted: a message written there and given as
   // exchange.send[dst] is not copied. Null when it does not fit the mailbox, and between post and collect.
   unsigned char* reserve(uint32_t dst, uint64_t num_bytes);
@@ -76,10 +80,11 @@ class Channel {
     uint64_t base = 0;  // the mailbox's piece count before it
   };
 
-  struct Buffers {  // of one outgoing mailbox: those of the latest two messages, and the one that is free
+  struct Buffers {  // of one outgoing mailbox, by their messages' age; `free` is free whatever the receiver says
     uint32_t latest = 2;
     uint32_t previous = 1;
     uint32_t free = 0;
+    uint32_t reserved = kNumBuffers;  // for the next message, or none
   };
 
   template <typename Advance>
@@ -87,8 +92,8 @@ class Channel {
   Status enter(Call call, double timeout_s);
   void start_clock(double timeout_s);
   Status gather(const void* header, uint32_t length, unsigned char* headers, uint32_t* lengths);
+  uint32_t warmest_buffer(uint32_t dst, uint64_t call, uint64_t length) const;
   void choose_buffer(uint32_t dst, const void* data, uint64_t length);
-  bool has_entered(uint32_t peer, uint64_t length) const;
   bool push(uint32_t dst, const Exchange& exchange, uint64_t& to_ring);
   void push_all(const Exchange& exchange);
   bool pull(uint32_t src, const Exchange& exchange);

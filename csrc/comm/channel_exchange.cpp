@@ -23,34 +23,49 @@ void copy(unsigned char* to, const unsigned char* from, uint64_t num_bytes) {
 
 }  // namespace
 
-// The mailbox of the next exchange has been ours since the latest one ended (layout.h), so it may be written early.
-unsigned char* Channel::reserve(uint32_t dst, uint64_t num_bytes) {
-  if (posted_ || dst == rank_ || dst >= world_size_ || num_bytes > layout_.mailbox_bytes()) return nullptr;
-  if (closing_.load(kOrdered) || failure_.status != Status::kOk) return nullptr;
-  return layout_.payload(rank_, dst, buffers_[dst].free);
+// The views of two before are the receiver's no more once it has entered `call`; those before may be released sooner.
+// It is given a small part of the time that the copy takes to do so. A wait in vain costs little: until the peer has
+// entered it has not sent its message either. But a message that is written in place is not worth a wait for a peer
+// which did not release the views of the exchange before.
+uint32_t Channel::warmest_buffer(uint32_t dst, uint64_t call, uint64_t length) const {
+  const Buffers& buffers = buffers_[dst];
+  if (length < kReuseBytes || length > layout_.mailbox_bytes() || call <= 2) return buffers.free;
+  const RankState& peer = layout_.rank(dst);
+  const bool worth_waiting = spin_ns_ && (posted_ || peer.released.load(kRelaxed) + 2 >= call);
+  const uint64_t until_ns = worth_waiting ? now_ns() + length / kEntryBytesPerNs : 0;
+  for (;;) {
+    const bool has_entered = peer.exchanges.load(kAcquire) >= call;  // first: what it released before is seen then
+    if (peer.released.load(kAcquire) + 1 >= call) return buffers.latest;
+    if (has_entered) return buffers.previous;
+    if (!worth_waiting || now_ns() >= until_ns) return buffers.free;
+    pause_briefly();
+  }
 }
 
-// Whether the peer has entered the exchange under way, or does within a small part of the time that the copy takes. A
-// wait in vain costs little: until the peer has entered it has not sent its message either.
-bool Channel::has_entered(uint32_t peer, uint64_t length) const {
-  const std::atomic<uint64_t>& entered = layout_.rank(peer).exchanges;
-  if (entered.load(kAcquire) >= num_exchanges_) return true;
-  const uint64_t until_ns = now_ns() + (spin_ns_ ? length / kEntryBytesPerNs : 0);
-  while (now_ns() < until_ns) {
-    pause_briefly();
-    if (entered.load(kAcquire) >= num_exchanges_) return true;
-  }
-  return false;
+// The buffer has been ours since the latest exchange ended (layout.h), or has been released, so it may be written
+// early.
+unsigned char* Channel::reserve(uint32_t dst, uint64_t num_bytes) {
+  ChannelUser user(*this);
+  if (posted_ || dst == rank_ || dst >= world_size_ || num_bytes > layout_.mailbox_bytes()) return nullptr;
+  if (user.closed() || failure_.status != Status::kOk) return nullptr;
+  Buffers& buffers = buffers_[dst];
+  if (buffers.reserved == kNumBuffers) buffers.reserved = warmest_buffer(dst, num_exchanges_ + 1, num_bytes);
+  return layout_.payload(rank_, dst, buffers.reserved);
+}
+
+void Channel::release() {
+  ChannelUser user(*this);
+  if (posted_ || user.closed()) return;
+  layout_.rank(rank_).released.store(num_exchanges_, kRelease);
 }
 
 void Channel::choose_buffer(uint32_t dst, const void* data, uint64_t length) {
   Buffers& buffers = buffers_[dst];
-  const bool is_long = length >= kReuseBytes && length <= layout_.mailbox_bytes();
-  if (is_long && num_exchanges_ > 2 && data != layout_.payload(rank_, dst, buffers.free) && has_entered(dst, length)) {
-    std::swap(buffers.latest, buffers.previous);
-  } else {
-    buffers = {buffers.free, buffers.latest, buffers.previous};
-  }
+  const bool in_place = buffers.reserved < kNumBuffers && data == layout_.payload(rank_, dst, buffers.reserved);
+  const uint32_t chosen = in_place ? buffers.reserved : warmest_buffer(dst, num_exchanges_, length);
+  buffers.reserved = kNumBuffers;
+  if (chosen == buffers.free) std::swap(buffers.free, buffers.previous);
+  if (chosen == buffers.previous) std::swap(buffers.previous, buffers.latest);
 }
 
 // Writes what may be written of the message to `dst`; true when all of it is. Then a whole message

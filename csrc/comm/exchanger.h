@@ -5,7 +5,8 @@
 //
 //   rows = exchanger.reserve(peer, num_bytes);        // for each peer; write there
 //   status = exchanger.exchange(timeout_s);           // or post, compute, collect
-//   for each rank: exchanger.received(rank)           // valid until the second-next exchange on the channel
+//   for each rank: exchanger.received(rank)           // valid until the second-next exchange on the channel, or
+//   exchanger.release();                              // until this, where it can be said sooner
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,8 @@ class Exchanger {
 
   // What `src` sent in the latest exchange, at a multiple of 64 bytes (what the own rank gave lies where it lay).
   std::span<const unsigned char> received(uint32_t src) const;
+  // What was received so far is done with: the next long message comes where the latest one was.
+  void release() { channel_.release(); }
   Channel& channel() const { return channel_; }
 
  private:

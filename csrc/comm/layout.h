@@ -18,8 +18,10 @@
 // all have given call n + 1.
 //
 // The slot header of call n is that of buffer n % 3, where the receiver looks for it; it says which buffer has the
-// payload. That is the one which has been free longest, n % 3 too, but for a message of kReuseBytes or more whose
-// receiver has entered call n already: then it is the buffer of call n - 2, whose lines are more likely in a cache.
+// payload. That is the one which has been free longest, but for a message of kReuseBytes or more a later one, if it is
+// free as well, because its lines are more likely in a cache: that of call n - 1 if the receiver has said that it is
+// done with those views (`released`), or that of call n - 2 if the receiver has entered call n. The receiver's release
+// store of either word, and the sender's acquire load, order the new bytes behind its last reads.
 //
 // Messages longer than a mailbox go through their buffer as a ring of kNumPieces pieces. `published` and `taken` count
 // the pieces of all long messages of this mailbox since the start; piece i of a message may be written when fewer than
@@ -33,12 +35,12 @@
 
 namespace sg::comm {
 
-constexpr uint32_t kMagic = 0x53474332;  // "SGC2"; also the version of this layout
+constexpr uint32_t kMagic = 0x53474333;  // "SGC3"; also the version of this layout
 constexpr uint32_t kMaxRanks = 64;       // sets of ranks are 64-bit masks
 constexpr uint32_t kNumBuffers = 3;
 constexpr uint32_t kNumGatherBuffers = 2;
 constexpr uint32_t kNumPieces = 4;
-constexpr uint64_t kReuseBytes = uint64_t{1} << 20;  // three buffers of such messages outgrow a cache before two do
+constexpr uint64_t kReuseBytes = uint64_t{1} << 20;  // three buffers of such messages outgrow a cache before one does
 constexpr uint32_t kHeaderBytesMax = 256;            // transport.py's HEADER_BYTES_MAX
 constexpr uint32_t kReasonBytes = 512;
 constexpr uint32_t kCpuWords = 16;  // 1024 processors, as in cpu_set_t
@@ -70,8 +72,9 @@ struct alignas(kLinePair) RankState {
   std::atomic<uint64_t> progress;      // call number << 8 | Call: which call the rank entered last
   uint64_t cpus[kCpuWords];            // which it may run on, valid from kMapped on
 
-  alignas(
-      kLinePair) std::atomic<uint64_t> exchanges;  // calls of all_to_all_v entered: views of two before are done with
+  // Calls of all_to_all_v entered (views of two before are done with), and the latest whose views were released.
+  alignas(kLinePair) std::atomic<uint64_t> exchanges;
+  std::atomic<uint64_t> released;
 
   // The only futex of the rank: everything it may wait for rings it. See Channel::wait.
   alignas(kLinePair) std::atomic<uint32_t> doorbell;

@@ -63,6 +63,8 @@ unsigned char* sg_shm_reserve(sg_shm* channel, uint32_t dst, uint64_t num_bytes)
   return channel->reserve(dst, num_bytes);
 }
 
+void sg_shm_release(sg_shm* channel) { channel->release(); }
+
 int32_t sg_shm_barrier(sg_shm* channel, double timeout_s) {
   return guarded([&] { return channel->barrier(timeout_s); });
 }
@@ -124,3 +126,5 @@ const unsigned char* sg_shm_exchanger_received(const sg_shm_exchanger* exchanger
   *num_bytes = received.size();
   return received.data();
 }
+
+void sg_shm_exchanger_release(sg_shm_exchanger* exchanger) { exchanger->release(); }

@@ -27,6 +27,8 @@ SG_API int32_t sg_shm_all_to_all_v(sg_shm* channel, const sg::comm::Exchange* ex
 SG_API int32_t sg_shm_post(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s);
 SG_API int32_t sg_shm_collect(sg_shm* channel, const sg::comm::Exchange* exchange, double timeout_s);
 SG_API unsigned char* sg_shm_reserve(sg_shm* channel, uint32_t dst, uint64_t num_bytes);
+// What the exchanges so far have received is done with.
+SG_API void sg_shm_release(sg_shm* channel);
 SG_API int32_t sg_shm_barrier(sg_shm* channel, double timeout_s);
 // Where the segment begins, from which Exchange::received_offset counts.
 SG_API const unsigned char* sg_shm_base(const sg_shm* channel);
@@ -54,3 +56,4 @@ SG_API int32_t sg_shm_exchanger_collect(sg_shm_exchanger* exchanger, double time
 SG_API int32_t sg_shm_exchanger_exchange(sg_shm_exchanger* exchanger, double timeout_s);
 SG_API const unsigned char* sg_shm_exchanger_received(const sg_shm_exchanger* exchanger, uint32_t src,
                                                       uint64_t* num_bytes);
+SG_API void sg_shm_exchanger_release(sg_shm_exchanger* exchanger);

@@ -1,9 +1,11 @@
 // A stress of Channel without Python, for the sanitizers: the ranks are threads over one mapping.
 //
-// Usage: channel_stress SEED WORLD_SIZE NUM_CALLS MAILBOX_BYTES. Each exchange is one call, its two halves, or an
-// Exchanger's, with messages written in place, copied, or shorter than reserved. Every byte received is checked, views
-// also after the next call (their lifetime), and the run ends in an abort from a second thread or in a close under a
-// pending call. Exit status 0: all held.
+// Usage: channel_stress SEED WORLD_SIZE NUM_CALLS MAILBOX_BYTES [crowded]. Each exchange is one call, its two halves,
+// or an Exchanger's, with messages written in place, copied, or shorter than reserved. Every byte received is checked,
+// views also after the next call (their lifetime) unless they were released, and the run ends in an abort from a second
+// thread or in a close under a pending call. `crowded`: all ranks on two cores, where more than two sleep instead of
+// spinning. Exit status 0: all held, and no rank slept on after a ring that it should have heard.
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -15,6 +17,7 @@
 
 #include "comm/channel.h"
 #include "comm/exchanger.h"
+#include "futex_watch.h"
 
 namespace {
 
@@ -187,7 +190,11 @@ void run_rank(unsigned char* base, uint32_t rank, uint32_t world_size, uint64_t 
       if (src != rank) require(latest[src].length == lengths[src][rank], "a length is wrong", rank, channel);
     }
     check(latest, call, rank, channel);
-    if (call > 1) check(views[(call - 1) % 2], call - 1, rank, channel);  // valid until the second-next call
+    check(views[(call - 1) % 2], call - 1, rank, channel);  // valid until the second-next call
+    if (own_random() % 2) {
+      own_random() % 2 ? channel.release() : exchanger.release();
+      for (auto& released : views) released.clear();
+    }
     if (plan.random() % 3 == 0) {
       const uint64_t longest = plan.random() % (sg::comm::kHeaderBytesMax + 1);
       std::vector<unsigned char> header(longest > rank ? longest - rank : 0, static_cast<unsigned char>(call + rank));
@@ -232,7 +239,15 @@ void run_rank(unsigned char* base, uint32_t rank, uint32_t world_size, uint64_t 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  if (argc < 5 || argc > 6) return 2;
+  if (argc == 6) {
+    cpu_set_t cpus;
+    if (sched_getaffinity(0, sizeof cpus, &cpus)) return 2;
+    for (int cpu = 0, num_kept = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &cpus) && ++num_kept > 2) CPU_CLR(cpu, &cpus);
+    }
+    if (sched_setaffinity(0, sizeof cpus, &cpus)) return 2;
+  }
   const uint64_t seed = std::strtoull(argv[1], nullptr, 10);
   const auto world_size = static_cast<uint32_t>(std::strtoul(argv[2], nullptr, 10));
   const uint64_t num_calls = std::strtoull(argv[3], nullptr, 10);
@@ -240,11 +255,17 @@ int main(int argc, char** argv) {
   const uint64_t num_bytes = sg::comm::Layout(nullptr, world_size, mailbox_bytes).segment_bytes();
   void* base = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) return 2;
+  watch_doorbells(sg::comm::Layout(base, world_size, mailbox_bytes), world_size);
   std::vector<std::thread> ranks;
   for (uint32_t rank = 0; rank < world_size; ++rank) {
     ranks.emplace_back(run_rank, static_cast<unsigned char*>(base), rank, world_size, mailbox_bytes, seed, num_calls);
   }
   for (auto& rank : ranks) rank.join();
   munmap(base, num_bytes);
+  if (lost_wakes()) {
+    std::fprintf(stderr, "%llu of %llu sleeps ended by their time limit after a ring that they should have heard\n",
+                 static_cast<unsigned long long>(lost_wakes()), static_cast<unsigned long long>(watched_sleeps()));
+    return 1;
+  }
   return 0;
 }
