@@ -7,6 +7,7 @@ from typing import Protocol
 
 from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
 from switchgear_bench.kernels_command import KERNELS_BENCH
+from switchgear_bench.migration_command import MIGRATION
 from switchgear_bench.perplexity_command import PERPLEXITY
 from switchgear_bench.report_command import REPORT
 from switchgear_bench.serve_command import SERVE
@@ -29,6 +30,7 @@ class Benchmark(Protocol):
 BENCHMARKS: dict[str, Benchmark] = {
     "expert-parallel": EXPERT_PARALLEL,
     "kernels": KERNELS_BENCH,
+    "migration": MIGRATION,
     "perplexity": PERPLEXITY,
     "profile": PROFILE,
     "report": REPORT,

@@ -116,6 +116,9 @@ class RankWorker:
             from switchgear_runtime.comm.rendezvous import open_transport
             from switchgear_runtime.comm.transport import Transport
             from switchgear_runtime.engine import Engine
+            from switchgear_runtime.link_store import ChannelStore
+            from switchgear_runtime.migration.background import step_back
+            from switchgear_runtime.migration.peer_channel import PeerChannel
             from switchgear_runtime.model.checkpoint import Checkpoint
             from switchgear_runtime.model.spec import load_spec
             from switchgear_runtime.model_runner import ModelRunner
@@ -162,6 +165,20 @@ class RankWorker:
                 if self._parent_bound:
                     set_parent_death_signal(signal.SIGKILL)
 
+        def open_peers(descriptor: GenerationDescriptor) -> PeerChannel | None:
+            if descriptor.world_size == 1:
+                return None
+            return PeerChannel(
+                runner,
+                ChannelStore(store, descriptor.channel),
+                rank=config.rank,
+                world_size=descriptor.world_size,
+                address=link.own_address,
+                timeout_s=engine_config.step_timeout_s,
+                system=self._system,
+                at_thread_start=step_back,
+            )
+
         return Engine(
             engine_config,
             runner,
@@ -170,6 +187,8 @@ class RankWorker:
             inbox=inbox,
             send=link.send,
             open_transport=meet,
+            open_peers=open_peers,
+            at_stager_start=step_back,
         )
 
 

@@ -1,0 +1,96 @@
+"""`switchgear bench migration`: step times while experts migrate, against the same steps while none do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class MigrationCommand:
+    """One JSON file with a header and one row."""
+
+    help = "step times (p50, p99, p99.9) while experts migrate back to back, against the same without"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("model", nargs="?", default="", help="checkpoint (default: the bundled model)")
+        parser.add_argument("--ranks", type=int, default=2, help="an even number (default: 2)")
+        parser.add_argument("--steps", type=int, default=10_000, help="of each arm (default: 10000)")
+        parser.add_argument("--block-steps", type=int, default=250, help="of one arm at a time (default: 250)")
+        parser.add_argument("--batch-size", type=int, default=8, help="sequences a rank (default: 8)")
+        parser.add_argument(
+            "--experts-per-s", type=int, default=280, help="bound of the pace, over all ranks (default: 280)"
+        )
+        parser.add_argument("--moves-per-map", type=int, default=16, help="to each rank (default: 16)")
+        parser.add_argument(
+            "--source", default="auto", choices=("auto", "peer", "checkpoint"), help="of the experts (default: auto)"
+        )
+        parser.add_argument("--seed", type=int, default=1)
+        parser.add_argument("--out", type=Path, help="JSON file (default: print only)")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        from switchgear.config import bundled_model
+        from switchgear_bench import machine, migration
+        from switchgear_runtime.model.footprint import run_dtype, slot_bytes
+        from switchgear_runtime.model.spec import load_spec
+
+        model = arguments.model or str(bundled_model())
+        spec = load_spec(model)
+        if arguments.ranks < 2 or arguments.ranks % 2:
+            raise SystemExit(f"--ranks {arguments.ranks} must be an even number: ranks swap experts in pairs")
+        row = migration.run(
+            migration.Setup(
+                model=model,
+                ranks=arguments.ranks,
+                steps=arguments.steps,
+                block_steps=arguments.block_steps,
+                batch_size=arguments.batch_size,
+                experts_per_s=arguments.experts_per_s,
+                moves_per_map=arguments.moves_per_map,
+                source=arguments.source,
+                seed=arguments.seed,
+                expert_bytes=slot_bytes(spec, run_dtype(spec, "auto")),
+            )
+        )
+        row["model"] = Path(model).name
+        report = {
+            "benchmark": "migration",
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine.describe(),
+            "rows": [row],
+        }
+        text = json.dumps(report, indent=1) + "\n"
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(text, encoding="utf-8")
+        sys.stdout.write(_table(row))
+        return 0
+
+
+def _table(row: dict[str, Any]) -> str:
+    lines = [
+        f"{row['model']}, {row['ranks']} ranks, {row['steps_per_arm']} steps an arm, {row['num_flips']} flips, "
+        f"{row['experts_per_s']:.0f} experts/s ({row['moved_bytes_per_s'] / 1e6:.1f} MB/s) from {row['source']}",
+        "",
+        "| clock | percentile | none, us | none again | migrating | ratio (95 %) | of equal arms (95 %) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for clock in ("wall", "cpu"):
+        for name, cell in row[clock].items():
+            if name != "mean_us":
+                low, high = cell["ratio_95"]
+                same_low, same_high = cell["same_ratio_95"]
+                lines.append(
+                    f"| {clock} | {name} | {cell['none_us']:.0f} | {cell['none_again_us']:.0f} | "
+                    f"{cell['migrating_us']:.0f} | {cell['ratio']:.3f} ({low:.3f}-{high:.3f}) | "
+                    f"{cell['same_ratio']:.3f} ({same_low:.3f}-{same_high:.3f}) |"
+                )
+    flip = row["flip_step_us"]
+    lines.append(f"\nSteps that flipped: median {flip['p50']:.0f} us, longest {flip['max']:.0f} us.")
+    return "\n".join(lines) + "\n"
+
+
+MIGRATION = MigrationCommand()

@@ -1,0 +1,133 @@
+"""Experts over TCP between ranks: the bytes that the source computes with, and who is blamed when they do not come."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+import pytest
+from tiny_cluster import make_config, make_runner, make_tiny_checkpoint
+
+from switchgear_runtime.errors import PeerLost, TransportAborted, TransportError, TransportTimeout
+from switchgear_runtime.link import GREETING, NONCE_BYTES, PROOF_BYTES
+from switchgear_runtime.migration.pace import Pace, StagingCancelled
+from switchgear_runtime.migration.peer_channel import MAGIC, PeerChannel
+from switchgear_runtime.model_runner import ModelRunner
+from switchgear_runtime.system import RealSystem
+
+SYSTEM = RealSystem(seed=5)
+
+
+class DictStore:
+    """The values of a generation, in one process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def put(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def get(self, keys: Sequence[str], *, timeout_s: float) -> dict[str, bytes]:
+        if not any(key in self.values for key in keys):
+            time.sleep(min(timeout_s, 0.05))
+        return {key: self.values[key] for key in keys if key in self.values}
+
+
+Pair = tuple[DictStore, list[ModelRunner], list[PeerChannel]]
+
+
+@pytest.fixture(scope="module")
+def runners(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRunner]:
+    config = make_config(make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed=6))
+    return [make_runner(config, rank, 2) for rank in range(2)]
+
+
+@pytest.fixture
+def pair(runners: list[ModelRunner]) -> Iterator[Pair]:
+    store = DictStore()
+    channels = [open_channel(runner, store, rank) for rank, runner in enumerate(runners)]
+    yield store, runners, channels
+    for channel in channels:
+        channel.close()
+
+
+def open_channel(runner: ModelRunner, store: DictStore, rank: int, timeout_s: float = 5.0) -> PeerChannel:
+    return PeerChannel(runner, store, rank=rank, world_size=2, address="127.0.0.1", timeout_s=timeout_s, system=SYSTEM)
+
+
+def fetch(pair: Pair, expert: int, pace: Pace | None = None) -> list[bytes]:
+    _, runners, channels = pair
+    weights = runners[1].empty_expert(1, expert)
+    gate_up, down = (weight.data.numpy().data for weight in weights)
+    channels[1].fetch(0, 1, expert, (gate_up, down), pace or Pace(SYSTEM, None))
+    return [bytes(gate_up), bytes(down)]
+
+
+def test_the_bytes_are_those_of_the_source(pair: Pair) -> None:
+    for expert in (0, 3, 1):
+        packed = pair[1][1].read_expert(1, expert)
+        assert fetch(pair, expert) == [weight.data.numpy().tobytes() for weight in packed]
+    with pytest.raises(TransportError, match="rank 0 does not compute with expert 7 of MoE layer 1") as caught:
+        fetch(pair, 7)
+    assert caught.value.peers == (0,)
+    fetch(pair, 2)  # the connection is still good
+
+
+def test_pace_bounds_the_bytes_per_second(pair: Pair) -> None:
+    fetch(pair, 0)
+    pace = Pace(SYSTEM, 20_000)
+    start_s = time.monotonic()
+    num_bytes = sum(map(len, fetch(pair, 0, pace)))
+    assert pace.total_bytes == num_bytes
+    assert time.monotonic() - start_s >= num_bytes / 20_000 - 0.06  # a lower bound holds on any machine
+
+
+def test_a_cancelled_job_ends_at_once_and_the_next_one_gets_its_own_bytes(pair: Pair) -> None:
+    pace = Pace(SYSTEM, 1)
+    threading.Timer(0.05, pace.cancel).start()
+    with pytest.raises(StagingCancelled):
+        fetch(pair, 0, pace)
+    assert fetch(pair, 1) == [weight.data.numpy().tobytes() for weight in pair[1][1].read_expert(1, 1)]
+
+
+def test_a_source_that_is_gone_is_named(pair: Pair) -> None:
+    fetch(pair, 0)
+    pair[2][0].close()
+    with pytest.raises(PeerLost) as caught:
+        fetch(pair, 1)
+    assert caught.value.peers == (0,)
+
+
+def test_closing_ends_a_fetch_that_waits(runners: list[ModelRunner]) -> None:
+    store = DictStore()
+    channel = open_channel(runners[1], store, 1, timeout_s=30.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = {"host": "127.0.0.1", "port": silent.getsockname()[1], "token": bytes(32)}
+        store.put("experts/0", msgspec.msgpack.encode(address))
+        threading.Timer(0.2, channel.close).start()
+        with pytest.raises(TransportAborted):
+            fetch((store, runners, [channel, channel]), 0)
+
+
+def test_a_source_without_an_address_is_waited_for_and_named(runners: list[ModelRunner]) -> None:
+    channel = open_channel(runners[1], DictStore(), 1, timeout_s=0.2)
+    with pytest.raises(TransportTimeout, match="address of rank 0"):
+        fetch((DictStore(), runners, [channel, channel]), 0)
+    channel.close()
+
+
+def test_strangers_get_nothing_and_impostors_are_found_out(pair: Pair) -> None:
+    store = pair[0]
+    address = msgspec.msgpack.decode(store.values["experts/0"])
+    with socket.create_connection((address["host"], address["port"]), timeout=5.0) as stranger:
+        stranger.sendall(GREETING.pack(MAGIC, 1, bytes(NONCE_BYTES)))
+        assert len(stranger.recv(64, socket.MSG_WAITALL)) == 64
+        stranger.sendall(bytes(PROOF_BYTES) + np.array([1, 0], "<u4").tobytes())
+        assert stranger.recv(1) == b""  # turned away, unheard
+    store.put("experts/0", msgspec.msgpack.encode({**address, "token": bytes(32)}))
+    with pytest.raises(TransportError, match="does not know its token"):
+        fetch(pair, 0)
