@@ -1,4 +1,4 @@
-"""The `switchgear` command: serve, run, run-batch, plan, record, bench, collect-env.
+"""The `switchgear` command: serve, run, run-batch, plan, record, placement, top, bench, collect-env.
 
 A subcommand is an object with `help`, `add_arguments` and `run`; ours are in commands.py and plan_command.py, other
 packages add theirs by the entry-point group `switchgear.commands`. Whatever takes long to import waits until a
@@ -15,7 +15,9 @@ from importlib.metadata import entry_points, version
 from typing import Protocol
 
 from switchgear.commands import COLLECT_ENV, RUN, RUN_BATCH, SERVE
+from switchgear.placement_command import PLACEMENT
 from switchgear.plan_command import PLAN
+from switchgear.top_command import TOP
 from switchgear.traces.record_command import RECORD
 from switchgear_runtime.errors import SwitchgearError
 
@@ -35,6 +37,7 @@ class Command(Protocol):
 
 def _commands() -> dict[str, Command]:
     ours: dict[str, Command] = {"serve": SERVE, "run": RUN, "run-batch": RUN_BATCH, "plan": PLAN, "record": RECORD}
+    ours |= {"placement": PLACEMENT, "top": TOP}
     theirs: dict[str, Command] = {entry.name: entry.load() for entry in entry_points(group="switchgear.commands")}
     return {**ours, **theirs, "collect-env": COLLECT_ENV}
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
-from switchgear.config import ServeConfig, resolve_model
+from switchgear.config import ServeConfig, check_together, resolve_model
 from switchgear.controller import Controller
 from switchgear.launcher.base import Launcher, LaunchError, OnExit
 from switchgear.launcher.make import make_launcher
 from switchgear.link_server import LinkServer
+from switchgear.placement.wiring import make_placement
 from switchgear.rendezvous_store import RendezvousStore
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
@@ -36,6 +37,8 @@ from switchgear_runtime.messages import (
     Fault,
     FromRank,
     Hello,
+    MapRefused,
+    MapStaged,
     Parked,
     StepFrame,
     Stopped,
@@ -46,7 +49,7 @@ from switchgear_runtime.messages import (
     ToRank,
     Waking,
 )
-from switchgear_runtime.model.spec import DecoderSpec, load_spec
+from switchgear_runtime.model.spec import load_spec
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.rank_worker import RankWorkerConfig
 from switchgear_runtime.system import RealSystem, System
@@ -76,14 +79,7 @@ class Cluster:
     ) -> None:
         self.config = config
         self.engine = resolve_model(engine)
-        if self.engine.transport == "loopback" and config.ranks > 1:
-            raise ConfigError(
-                "transport='loopback' joins ranks inside one process; rank processes need transport='auto'"
-            )
-        if self.engine.transport == "mpi" and config.launcher != "mpi":
-            raise ConfigError(
-                f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job"
-            )
+        check_together(config, self.engine)
         self.spec = load_spec(self.engine.model)
         ForcedRouting.load(  # for its errors: ranks load their own
             self.engine.forced_routing,
@@ -99,7 +95,7 @@ class Cluster:
             tokenizer=Tokenizer.load(
                 Path(self.engine.model), Path(config.chat_template).expanduser() if config.chat_template else None
             ),
-            facts=_facts(self.spec, self.engine),
+            facts=ModelFacts.of(self.spec, self.engine),
             send=self._send,
             limits=ServerLimits(
                 max_prompts_per_request=config.max_prompts_per_request,
@@ -116,6 +112,7 @@ class Cluster:
             start_timeout_s=config.start_timeout_s,
             max_restarts=config.max_restarts,
             restart_window_s=config.restart_window_s,
+            begin_map=lambda num_ranks: self.placement.begin_map(num_ranks),
         )
         self._links = LinkServer(
             system=self._system,
@@ -127,6 +124,16 @@ class Cluster:
         self._submits = SubmitBox(self._send_submits)
         make = launcher or partial(make_launcher, config, name=self.name, one_host=self.engine.transport == "shm")
         self.launcher = make(self._on_exit)
+        self.placement = make_placement(
+            config,
+            self.engine,
+            self.spec,
+            self.core,
+            self.launcher,
+            system=self._system,
+            send=self._send,
+            wake=lambda: self._perform(self.controller.on_submit()),
+        )
         self._address = ("", 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -189,6 +196,7 @@ class Cluster:
             await self._all_gone(STOP_TIMEOUT_S)
         if self._timer is not None:
             self._timer.cancel()
+        await self.placement.close()
         await self.launcher.close(CLOSE_TIMEOUT_S)
         await self._links.close()
         for task in list(self._tasks):
@@ -204,6 +212,9 @@ class Cluster:
                 if not controller.ready:
                     self._perform(controller.on_frame(rank, message.generation))
                 self.core.on_message(rank, message)
+                self.placement.on_message(message)
+            case MapStaged() | MapRefused():
+                self.placement.on_message(message)
             case Parked():
                 self.core.on_message(rank, message)
                 self._perform(controller.on_parked(rank, message.generation, message.step))
@@ -281,11 +292,13 @@ class Cluster:
                     self.core.set_ready(
                         range(self.config.ranks), generation=descriptor.generation, epoch=descriptor.epoch
                     )
+                    self.placement.on_ready(descriptor)
                     log.info("generation %d is ready: %d ranks", descriptor.generation, descriptor.world_size)
                     self._changed.set()
                 case NotReady():
                     self.not_ready_reason = action.reason
                     self.core.set_ready(None)
+                    self.placement.on_not_ready(action.reason)
                     log.warning("not ready: %s", action.reason)
                 case FailRank():
                     self.core.lose_rank(action.rank, action.reason)
@@ -382,15 +395,3 @@ class Cluster:
         tails = {rank: await self._log_tail(rank) for rank in range(self.config.ranks)}
         told = next((f"\nThe end of rank {rank}'s log:\n{tail}" for rank, tail in tails.items() if tail), "")
         return RankFailed(reason + told)
-
-
-def _facts(spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
-    return ModelFacts(
-        vocab_size=spec.vocab_size,
-        max_model_len=min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
-        eos_token_ids=spec.eos_token_ids,
-        num_layers=spec.num_moe_layers,
-        num_experts=spec.num_experts,
-        max_num_seqs=engine.max_num_seqs,
-        prefix_caching=engine.enable_prefix_caching,
-    )

@@ -16,10 +16,11 @@ from switchgear_runtime.config import EngineConfig, setting
 from switchgear_runtime.errors import ConfigError
 
 LAUNCHERS = ("ray", "local", "mpi")
+PLACEMENTS = ("off", "static", "eplb", "incremental", "adaptive", "robust")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 RANKS_MAX = 64
 # Settings of the HTTP front door: they mean nothing to an embedded cluster, so commands without one do not offer them.
-FRONT_DOOR = frozenset({"host", "port", "api_key", "drain_timeout_s", "max_body_bytes"})
+FRONT_DOOR = frozenset({"host", "port", "api_key", "admin_key", "drain_timeout_s", "max_body_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +43,26 @@ class ServeConfig:
     api_key: str | None = setting(
         None, "Key that requests must bear; covers every route but /health. Default: SWITCHGEAR_API_KEY."
     )
+    admin_key: str | None = setting(
+        None,
+        "Key of the admin routes, which change placement and size; another than --api-key. "
+        "Default: SWITCHGEAR_ADMIN_KEY; without either they are closed.",
+    )
     served_model_name: str | None = setting(None, "The model's name in the API. Default: its directory's name.")
     chat_template: str | None = setting(
         None, "File with the Jinja template for conversations. Default: the checkpoint's own."
+    )
+    placement: str = setting(
+        "adaptive",
+        "Who moves and replicates experts by their load: a policy; static: only the operator; off: nobody.",
+        choices=PLACEMENTS,
+    )
+    placement_window_s: float = setting(10.0, "Load is counted, and placement decided, in windows of so many seconds.")
+    migration_bytes_per_s: int = setting(
+        256 << 20, "Bytes of experts that placement may move per second, over all ranks; 0: no limit."
+    )
+    expert_map: str | None = setting(
+        None, "File with the placement to start with, as `switchgear placement show --save` writes it."
     )
     start_timeout_s: float = setting(120.0, "Deadline for all ranks to load the model and join, in seconds.")
     drain_timeout_s: float = setting(30.0, "How long a shutdown lets running requests finish, in seconds.")
@@ -75,7 +93,8 @@ class ServeConfig:
                 f"max_total_body_bytes={self.max_total_body_bytes} must hold one body of "
                 f"max_body_bytes={self.max_body_bytes}; raise it"
             )
-        for name in ("start_timeout_s", "restart_window_s", "ray_cpus_per_rank"):
+        _integer("migration_bytes_per_s", self.migration_bytes_per_s, 0, 1 << 50)
+        for name in ("start_timeout_s", "restart_window_s", "ray_cpus_per_rank", "placement_window_s"):
             _above_zero(name, getattr(self, name))
         if not _is_number(self.drain_timeout_s) or self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s!r} must be zero or more seconds")
@@ -85,8 +104,11 @@ class ServeConfig:
             raise ConfigError("mpi_command='' starts nothing; the default is 'mpiexec -n {ranks}'")
         if self.mpi_address in ("", "0.0.0.0", "::"):
             raise ConfigError(f"mpi_address={self.mpi_address!r} must be one address; ranks connect to it")
-        if self.api_key == "":
-            raise ConfigError("api_key='' would let everybody in; give a key, or leave it out")
+        for name in ("api_key", "admin_key"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}='' would let everybody in; give a key, or leave it out")
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ConfigError("admin_key is the api_key, which every client has; give another")
 
 
 def bundled_model() -> Path:
@@ -127,6 +149,14 @@ def resolve_model(engine: EngineConfig) -> EngineConfig:
         weight_cache_dir=str(Path(cache).expanduser().resolve()) if cache else cache,
         forced_routing=str(Path(forced).expanduser().resolve()) if forced else None,
     )
+
+
+def check_together(cluster: ServeConfig, engine: EngineConfig) -> None:
+    """ConfigError for values that exclude each other."""
+    if engine.transport == "loopback" and cluster.ranks > 1:
+        raise ConfigError("transport='loopback' joins ranks inside one process; rank processes need transport='auto'")
+    if engine.transport == "mpi" and cluster.launcher != "mpi":
+        raise ConfigError(f"transport='mpi' needs launcher='mpi', not {cluster.launcher!r}: its ranks are one MPI job")
 
 
 def _is_number(value: object) -> bool:

@@ -14,6 +14,7 @@ and seen gone, before the next generation begins.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Rea
 from switchgear.store import Store, Term
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
+from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.system import System
 
 EXIT_GRACE_S = 0.3  # from a lost link to the process's exit, which knows the signal
@@ -52,6 +54,7 @@ class Controller:
         start_timeout_s: float = 120.0,
         max_restarts: int = 8,
         restart_window_s: float = 300.0,
+        begin_map: Callable[[int], ExpertMap | None] = lambda _: None,
     ) -> None:
         self._ranks = [_Rank() for _ in range(num_ranks)]
         self._term = Term(store, owner)
@@ -59,6 +62,7 @@ class Controller:
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
         self._restart_window_s = restart_window_s
+        self._begin_map = begin_map  # of a generation of so many ranks; None: the contiguous one
         self._setbacks: deque[float] = deque()  # times of restarts and of generations broken without a death
         self._phase: Literal["forming", "begun", "ready", "broken", "stopping", "failed"] = "forming"
         self.was_ready = False  # before that, any trouble fails the start
@@ -68,7 +72,6 @@ class Controller:
         self._faults: list[Fault] = []
         self._verdict: str | None = None
         self._woken_step: int | None = None
-        self.epoch = 0
         self.failure: str | None = None  # why it gave up
 
     # --- what others ask ----------------------------------------------------------------------------------------
@@ -338,15 +341,17 @@ class Controller:
         self._faults, self._verdict, self._woken_step = [], None, None
         for rank in self._ranks:
             rank.entered, rank.parked_step, rank.faulted = False, None, False
+        expert_map = self._begin_map(len(self._ranks))
         self._descriptor = GenerationDescriptor(
             term=self._term.number,
             generation=self._generation,
             world_size=len(self._ranks),
-            epoch=self.epoch,
+            epoch=0 if expert_map is None else expert_map.epoch,
             channel=f"{self._system.randbits(128):032x}",
             hosts=tuple(hello.host for hello in self.hellos),
         )
-        return [SendTo(rank_id, BeginGeneration(self._descriptor)) for rank_id in range(len(self._ranks))]
+        begin = BeginGeneration(self._descriptor, None if expert_map is None else expert_map.to_json())
+        return [SendTo(rank_id, begin) for rank_id in range(len(self._ranks))]
 
     def _wake(self, step: int, *, but: int | None = None) -> list[Action]:
         if self._woken_step is not None and step <= self._woken_step:

@@ -1,11 +1,13 @@
 """`make demo`: serve the bundled model on four Ray actors, send a mixed batch, show what came out and who computed it.
 
-The last lines compare every token with those of a single rank: they are equal, bit for bit, or the demo fails.
+Then traffic of one kind makes experts hot, and the placement follows (demo_placement.py). The last lines compare every
+token with those of a single rank: they are equal, bit for bit, or the demo fails.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.table import Table
 
-from switchgear import LLM, Client, SamplingParams
+from switchgear import LLM, Client, SamplingParams, demo_placement
+from switchgear.admin_client import AdminClient
 from switchgear.demo_prompts import PROMPTS_BY_DOMAIN
 from switchgear.heat_map import heat_map
 from switchgear.outputs import RequestOutput
@@ -28,7 +31,7 @@ LOAD_REPORT_S = 0.3  # ranks report what their experts did when they park, momen
 
 
 @contextmanager
-def server(num_ranks: int) -> Iterator[str]:
+def server(num_ranks: int, *options: str) -> Iterator[str]:
     """`switchgear serve` as a user would start it; yields its URL, stops it with SIGTERM."""
     command = [
         sys.executable,
@@ -41,6 +44,7 @@ def server(num_ranks: int) -> Iterator[str]:
         str(num_ranks),
         "--port",
         "0",
+        *options,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -84,7 +88,8 @@ def main() -> None:
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
 
     console.print(f"Starting Ray and {NUM_RANKS} rank actors ...")
-    with server(NUM_RANKS) as url:
+    admin_key = secrets.token_hex(16)
+    with server(NUM_RANKS, "--admin-key", admin_key, "--placement-window-s", str(demo_placement.WINDOW_S)) as url:
         console.print(f"Serving the bundled model at {url}. Sending {len(prompts)} prompts in one batch.")
         client = Client(url)
         start_s = time.perf_counter()
@@ -92,22 +97,29 @@ def main() -> None:
         duration_s = time.perf_counter() - start_s
         time.sleep(LOAD_REPORT_S)
         load = client.expert_load()
+        show(console, domains, outputs)
+        console.print(heat_map(load.rows))
+        num_tokens = sum(len(tokens) for tokens in tokens_of(outputs))
+        rate = num_tokens / duration_s
+        console.print(
+            f"\n{len(outputs)} completions, {num_tokens} tokens in {duration_s:.2f} s: {rate:.0f} tokens/s on "
+            f"{NUM_RANKS} ranks."
+        )
+        with AdminClient(url, admin_key) as admin:
+            skewed = demo_placement.follow_the_load(console, client, admin, params)
         client.close()
 
-    num_tokens = sum(len(tokens) for tokens in tokens_of(outputs))
-    show(console, domains, outputs)
-    console.print(heat_map(load.rows))
-    rate = num_tokens / duration_s
-    console.print(
-        f"\n{len(outputs)} completions, {num_tokens} tokens in {duration_s:.2f} s: {rate:.0f} tokens/s on {NUM_RANKS} ranks."
-    )
-
-    console.print("The same batch on one rank ...")
+    console.print("\nThe same batches on one rank ...")
     with LLM(ranks=1, launcher="local") as llm:
         alone = llm.generate(prompts, params, use_tqdm=False)
-    if tokens_of(alone) != tokens_of(outputs):
+        skewed_alone = llm.generate(demo_placement.prompts(), params, use_tqdm=False)
+    equal = tokens_of(alone) == tokens_of(outputs)
+    if not equal or any(batch.tokens != tokens_of(skewed_alone) for batch in skewed):
         raise SystemExit("the tokens of one rank differ from those of four: this is a bug, please report it")
-    console.print(f"All {num_tokens} tokens are the same, bit for bit, on one rank and on {NUM_RANKS}.")
+    num_tokens += sum(len(tokens) for batch in skewed for tokens in batch.tokens)
+    console.print(
+        f"All {num_tokens} tokens are the same, bit for bit, on one rank and on {NUM_RANKS}, before and after the move."
+    )
 
 
 if __name__ == "__main__":

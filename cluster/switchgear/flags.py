@@ -14,6 +14,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from switchgear.byte_size import parse_bytes
 from switchgear_runtime.errors import ConfigError
 
+BYTES = ("_bytes", "_bytes_per_s")  # flags of these settings take `8MiB` too
+
 
 def flag_name(field_name: str) -> str:
     """`max_num_seqs` -> `--max-num-seqs`."""
@@ -44,7 +46,7 @@ def _default_text(field: Field[Any]) -> str:
 
 
 def _byte_count(text: str) -> int:
-    """For flags like --max-body-bytes: `8MiB` too."""
+    """For flags like --max-body-bytes."""
     try:
         return parse_bytes(text)
     except ConfigError as error:
@@ -66,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type[Any], *, skip: 
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = _byte_count if field.name.endswith("_bytes") else hint
+            options["type"] = _byte_count if field.name.endswith(BYTES) else hint
             options["choices"] = field.metadata.get("choices")
             options["metavar"] = None if options["choices"] else field.name.rsplit("_", 1)[-1].upper()
         group.add_argument(flag_name(field.name), **options)

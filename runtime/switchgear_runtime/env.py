@@ -13,9 +13,11 @@ from switchgear_runtime.errors import ConfigError
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 API_KEY = "SWITCHGEAR_API_KEY"
+ADMIN_KEY = "SWITCHGEAR_ADMIN_KEY"
 ENVIRONMENT = {  # for docs/CONFIG.md
     "SWITCHGEAR_ISA": "the kernels' build: `generic`, `avx2`, `avx512` or `avx512_bf16` (same bits). Default: the best the CPU has",
     API_KEY: "the API key of `switchgear serve` where `--api-key` is absent; unlike a flag, it shows in no process list",
+    ADMIN_KEY: "the key of the admin routes where `--admin-key` is absent, for the server and for `switchgear placement`",
     "XDG_CACHE_HOME": "where this user's caches lie; packed weights go to `switchgear/weights` there. Default: `~/.cache`",
 }
 
@@ -33,10 +35,20 @@ def forced_instruction_set() -> str | None:
 
 
 def api_key_of_environment() -> str | None:
-    """`SWITCHGEAR_API_KEY`; None where it is not set. Empty is a mistake: it would let everybody in."""
-    value = os.environ.get(API_KEY)
+    """`SWITCHGEAR_API_KEY`; None where it is not set."""
+    return _key(API_KEY)
+
+
+def admin_key_of_environment() -> str | None:
+    """`SWITCHGEAR_ADMIN_KEY`; None where it is not set."""
+    return _key(ADMIN_KEY)
+
+
+def _key(name: str) -> str | None:
+    """Empty is a mistake: it would let everybody in."""
+    value = os.environ.get(name)
     if value == "":
-        raise ConfigError(f"{API_KEY}='' would let everybody in; set a key, or unset it")
+        raise ConfigError(f"{name}='' would let everybody in; set a key, or unset it")
     return value
 
 
@@ -54,4 +66,4 @@ def user_cache_folder() -> Path | None:
 
 def child_environment(defaults: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a child, with `defaults` where the user has set nothing. A rank needs no key."""
-    return {**defaults, **{name: value for name, value in os.environ.items() if name != API_KEY}}
+    return {**defaults, **{name: value for name, value in os.environ.items() if name not in (API_KEY, ADMIN_KEY)}}

@@ -18,16 +18,19 @@ import msgspec
 
 from switchgear.launcher.base import LaunchError, OnExit
 from switchgear.launcher.process import describe_exit, end_session, read_tail
+from switchgear.launcher.ray_planner import RayPlanner
 from switchgear.launcher.ray_protocol import (
     LINE_BYTES_MAX,
     Command,
     Done,
     DriverSettings,
+    EndPlanner,
     Event,
     Exited,
     KillActor,
     Opened,
     OpenFailed,
+    Plan,
     ReadLog,
     StartActor,
     SweepChannel,
@@ -72,7 +75,7 @@ class RayLauncher:
         self._reader: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[Opened] | None = None
         self._ids = itertools.count()
-        self._waiting: dict[int, asyncio.Future[str]] = {}
+        self._waiting: dict[int, asyncio.Future[Done]] = {}
         self._running: set[int] = set()  # ranks whose exit has not been reported
         self._closing = False
         self.ray_address: str | None = None
@@ -122,7 +125,18 @@ class RayLauncher:
         await self._call(SweepChannel(next(self._ids), channel))
 
     async def log_tail(self, rank: int) -> str:
-        return await self._call(ReadLog(next(self._ids), rank))
+        return (await self._call(ReadLog(next(self._ids), rank))).result
+
+    async def plan(self, body: bytes) -> bytes:
+        """By the planner's actor; LaunchError if it dies over it."""
+        return (await self._call(Plan(next(self._ids), body))).data
+
+    async def end_planner(self) -> None:
+        """Kill the planner's actor, if there is one; the next `plan` starts another."""
+        await self._call(EndPlanner(next(self._ids)))
+
+    def make_planner(self) -> RayPlanner:
+        return RayPlanner(self)
 
     async def close(self, timeout_s: float) -> None:
         self._closing = True
@@ -146,10 +160,10 @@ class RayLauncher:
 
     # --- the driver process -----------------------------------------------------------------------------------------
 
-    async def _call(self, command: Command) -> str:
+    async def _call(self, command: Command) -> Done:
         if self._process is None or self._process.returncode is not None:
             raise LaunchError("the Ray driver process has ended")
-        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
         self._waiting[command.id] = done
         try:
             self._write(command)
@@ -196,7 +210,7 @@ class RayLauncher:
                 elif event.error is not None:
                     waiting.set_exception(LaunchError(event.error))
                 else:
-                    waiting.set_result(event.result)
+                    waiting.set_result(event)
             case Exited():
                 self._ended(event.rank, event.reason)
 

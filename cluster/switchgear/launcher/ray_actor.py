@@ -1,4 +1,4 @@
-"""What runs inside a Ray actor: one `RankWorker`. No tensor and no step ever goes through Ray."""
+"""What runs inside a Ray actor: one `RankWorker`, or the planner. No tensor and no step ever goes through Ray."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ class RankActor:
         configure_logging(config.rank, config.log_level)
         node_id = ray.get_runtime_context().get_node_id()  # two raylets on one machine are two hosts
         RankWorker(msgspec.structs.replace(config, host_name=node_id)).run()
+
+
+class PlannerActor:
+    """The planner of the cluster; has no memory, so another one goes on where it died."""
+
+    def describe(self) -> tuple[int, float]:
+        """(pid, creation time)."""
+        me = ProcessId.of(os.getpid())
+        return me.pid, me.created_s
+
+    def plan(self, body: bytes) -> bytes:
+        """One request and its reply, as in planner_protocol.py."""
+        from switchgear.placement.planner_protocol import PREFIX, decode_request, encode_reply
+        from switchgear.placement.worker import answer
+
+        return encode_reply(answer(decode_request(body)))[PREFIX.size :]

@@ -25,17 +25,19 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from switchgear.launcher.process import ProcessId, read_tail
-from switchgear.launcher.ray_actor import RankActor
+from switchgear.launcher.ray_actor import PlannerActor, RankActor
 from switchgear.launcher.ray_protocol import (
     LINE_BYTES_MAX,
     Command,
     Done,
     DriverSettings,
+    EndPlanner,
     Event,
     Exited,
     KillActor,
     Opened,
     OpenFailed,
+    Plan,
     ReadLog,
     StartActor,
     SweepChannel,
@@ -69,6 +71,8 @@ class RayDriver:
         self._emit_to = emit
         self._emit_lock = threading.Lock()
         self._ranks: dict[int, _Rank] = {}
+        self._planner: Any = None  # an ActorHandle, from the first Plan on
+        self._planner_process: ProcessId | None = None
         self._num_starts = 0
         self._node_id = ""
         self._session_dir = ""
@@ -121,6 +125,8 @@ class RayDriver:
             ray.kill(rank.actor, no_restart=True)
             if rank.process is not None and rank.node_id == self._node_id:
                 rank.process.kill_and_wait(KILL_TIMEOUT_S)
+        if self._planner_process is not None:
+            self._planner_process.kill_and_wait(KILL_TIMEOUT_S)
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
         ray.shutdown()
@@ -147,13 +153,12 @@ class RayDriver:
 
     async def _run(self, command: Command) -> None:
         try:
-            result = await self._execute(command)
+            done = await self._execute(command)
         except (RayError, RuntimeError, OSError, TimeoutError) as error:
-            self.emit(Done(command.id, error=_reason(error)))
-        else:
-            self.emit(Done(command.id, result=result))
+            done = Done(command.id, error=_reason(error))
+        self.emit(done)
 
-    async def _execute(self, command: Command) -> str:
+    async def _execute(self, command: Command) -> Done:
         match command:
             case StartActor():
                 await self._start(command.rank, command.config)
@@ -162,8 +167,12 @@ class RayDriver:
             case SweepChannel():
                 await self._sweep(command.channel)
             case ReadLog():
-                return self._log_tail(command.rank)
-        return ""
+                return Done(command.id, result=self._log_tail(command.rank))
+            case Plan():
+                return Done(command.id, data=await self._plan(command.body))
+            case EndPlanner():
+                await self._end_planner()
+        return Done(command.id)
 
     async def _start(self, rank: int, config: dict[str, Any]) -> None:
         settings = self._settings
@@ -240,6 +249,40 @@ class RayDriver:
             num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
         )
         return await asyncio.wait_for(asyncio.wrap_future(remote.remote(*arguments).future()), 2 * KILL_TIMEOUT_S)
+
+    async def _plan(self, body: bytes) -> bytes:
+        """By the planner's actor, here on the server's node: it takes no part of the ranks' bundles."""
+        if self._planner is None:
+            self._num_starts += 1
+            self._planner = (
+                ray.remote(PlannerActor)
+                .options(
+                    name=f"switchgear-{self._settings.name}-planner-{self._num_starts}",
+                    num_cpus=0,
+                    max_restarts=0,  # it comes back with the next request
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(self._node_id, soft=False),
+                )
+                .remote()
+            )
+        planner = self._planner
+        try:
+            if self._planner_process is None:
+                pid, created_s = await asyncio.wrap_future(planner.describe.remote().future())
+                self._planner_process = ProcessId(pid, created_s)
+            reply: bytes = await asyncio.wrap_future(planner.plan.remote(body).future())
+        except RayError:
+            if self._planner is planner:
+                self._planner = self._planner_process = None
+            raise
+        return reply
+
+    async def _end_planner(self) -> None:
+        planner, process = self._planner, self._planner_process
+        self._planner = self._planner_process = None
+        if planner is not None:
+            ray.kill(planner, no_restart=True)
+        if process is not None:
+            await asyncio.to_thread(process.kill_and_wait, KILL_TIMEOUT_S)
 
     def _log_tail(self, rank: int) -> str:
         state = self._ranks.get(rank)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-LINE_BYTES_MAX = 1 << 20
+LINE_BYTES_MAX = 64 << 20  # a plan's request has the load windows of all experts
 
 
 class DriverSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +42,18 @@ class ReadLog(msgspec.Struct, tag="log", frozen=True):
     rank: int
 
 
-Command = StartActor | KillActor | SweepChannel | ReadLog
+class Plan(msgspec.Struct, tag="plan", frozen=True):
+    """For the planner's actor, which is started if it does not run; `body` as in planner_protocol.py."""
+
+    id: int
+    body: bytes
+
+
+class EndPlanner(msgspec.Struct, tag="end_planner", frozen=True):
+    id: int
+
+
+Command = StartActor | KillActor | SweepChannel | ReadLog | Plan | EndPlanner
 
 
 class Opened(msgspec.Struct, tag="opened", frozen=True):
@@ -59,6 +70,7 @@ class OpenFailed(msgspec.Struct, tag="open_failed", frozen=True):
 class Done(msgspec.Struct, tag="done", frozen=True):
     id: int
     result: str = ""
+    data: bytes = b""  # of a Plan
     error: str | None = None
 
 

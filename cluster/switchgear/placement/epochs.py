@@ -6,6 +6,7 @@ import numpy as np
 
 from switchgear.placement.plan import presence
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.rehome import rehome
 
 
 class Epochs:
@@ -23,12 +24,14 @@ class Epochs:
 
     def next_generation(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with. If a proposal came to nothing, some ranks may have flipped to it just
-        before they lost each other: the old map then goes on under a number later than both."""
+        before they lost each other: the old map then goes on under a number later than both. Ranks keep their numbers
+        when there are more or fewer of them."""
         current = self.current
         if current is None:
             current = ExpertMap.contiguous(*self._shape, num_ranks)
         elif current.num_ranks != num_ranks:
-            current = ExpertMap.contiguous(*self._shape, num_ranks, epoch=self.new())
+            stay = [rank if rank < current.num_ranks else None for rank in range(num_ranks)]
+            current = rehome(current, stay, epoch=self.new())
         elif current.epoch < self._latest:
             current = current.with_epoch(self.new())
         self.current = current

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from switchgear.placement.service import PlacementService
 from switchgear.server.auth import RequireKey
 from switchgear.server.batch_route import BatchRoute
 from switchgear.server.chat import Chat
@@ -24,6 +25,8 @@ from switchgear.server.core import ServerCore
 from switchgear.server.errors import ErrorResponse, error_body, on_bug, on_http_exception, on_switchgear_error
 from switchgear.server.frontend import Frontend
 from switchgear.server.metrics import Metrics
+from switchgear.server.placement_metrics import PlacementCollector
+from switchgear.server.placement_routes import PlacementRoutes
 from switchgear.server.tokenization_routes import TokenizationRoutes
 from switchgear_runtime.errors import SwitchgearError
 
@@ -33,13 +36,19 @@ def create_app(
     *,
     model_name: str,
     api_key: str | None = None,
+    admin_key: str | None = None,
     why_not_ready: Callable[[], str | None] = lambda: None,
+    placement: PlacementService | None = None,
+    admin_routes: Sequence[Route] = (),
 ) -> Starlette:
-    """The app around `core`, whose observer it becomes. `why_not_ready`: what /ready says then."""
+    """The app around `core`, whose observer it becomes. `why_not_ready`: what /ready says then. `admin_routes`: more
+    routes under /admin/."""
     metrics = Metrics(core, model_name)
+    if placement is not None:
+        metrics.add(PlacementCollector(placement.controller, model_name))
     core.observer = metrics
     frontend = Frontend(core=core, model_name=model_name, created_s=int(time.time()))
-    small = _SmallRoutes(frontend, metrics, why_not_ready)
+    small = _SmallRoutes(frontend, metrics, why_not_ready, placement)
     tokenization = TokenizationRoutes(frontend)
     return Starlette(
         routes=[
@@ -56,8 +65,10 @@ def create_app(
             Route("/tokenizer_info", tokenization.info),
             Route("/version", small.version),
             Route("/v1/batch", BatchRoute(frontend).post, methods=["POST"]),
+            *(PlacementRoutes(frontend, placement).routes() if placement is not None else ()),
+            *admin_routes,
         ],
-        middleware=[Middleware(RequireKey, api_key=api_key)] if api_key is not None else [],
+        middleware=[Middleware(RequireKey, api_key=api_key, admin_key=admin_key)],
         exception_handlers={
             SwitchgearError: on_switchgear_error,
             HTTPException: on_http_exception,
@@ -67,10 +78,17 @@ def create_app(
 
 
 class _SmallRoutes:
-    def __init__(self, frontend: Frontend, metrics: Metrics, why_not_ready: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: Metrics,
+        why_not_ready: Callable[[], str | None],
+        placement: PlacementService | None,
+    ) -> None:
         self._frontend = frontend
         self._metrics = metrics
         self._why_not_ready = why_not_ready
+        self._placement = placement
 
     async def health(self, _: Request) -> Response:
         """Alive, whether or not the ranks are."""
@@ -81,9 +99,11 @@ class _SmallRoutes:
         if not core.ready:
             why = "the server is shutting down" if core.draining else self._why_not_ready() or "the ranks are not ready"
             return ErrorResponse(error_body(why, 503), 503)
-        return _json(
-            {"status": "ready", "ranks": core.ranks.num_serving, "generation": core.generation, "epoch": core.epoch}
-        )
+        alarm = None if self._placement is None else self._placement.controller.alarm()
+        answer = {"ranks": core.ranks.num_serving, "generation": core.generation, "epoch": core.epoch}
+        if alarm is not None:  # it serves, so 200; but not green
+            return _json({"status": "degraded", "placement": alarm, **answer})
+        return _json({"status": "ready", **answer})
 
     async def version(self, _: Request) -> Response:
         return _json({"version": version("switchgear")})

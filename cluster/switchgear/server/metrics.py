@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from switchgear.server.core import ServerCore
 from switchgear.server.events import FinishReason
@@ -54,6 +55,10 @@ class Metrics:
     def finished(self, reason: FinishReason, since_arrival_s: float) -> None:
         self._finished[reason].inc()
         self._whole.observe(since_arrival_s)
+
+    def add(self, collector: Collector) -> None:
+        """One more that is read at scrape time."""
+        self._registry.register(collector)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

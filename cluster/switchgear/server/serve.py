@@ -18,7 +18,7 @@ from switchgear.config import ServeConfig, split_settings
 from switchgear.server.app import create_app
 from switchgear.server.connections import http_config
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.env import api_key_of_environment
+from switchgear_runtime.env import admin_key_of_environment, api_key_of_environment
 from switchgear_runtime.errors import ConfigError, RankFailed
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def run_server(*, on_ready: Callable[[str], None] | None = None, **settings: Any
     Prints one line with the URL on stdout once requests are taken, then calls `on_ready` with it. The first signal
     stops accepting and lets running requests finish for at most drain_timeout_s; a second one skips the wait.
     """
-    serve, engine = split_settings(with_api_key(settings))
+    serve, engine = split_settings(with_keys(settings))
     logging.basicConfig(
         level=serve.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -42,11 +42,10 @@ def run_server(*, on_ready: Callable[[str], None] | None = None, **settings: Any
     return asyncio.run(_serve(serve, engine, on_ready or (lambda _: None)))
 
 
-def with_api_key(settings: dict[str, Any]) -> dict[str, Any]:
-    """An API key that is not among the settings comes from the environment, which other users cannot list."""
-    if settings.get("api_key") is not None:
-        return settings
-    return {**settings, "api_key": api_key_of_environment()}
+def with_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Keys that are not among the settings come from the environment, which other users cannot list."""
+    found = {"api_key": api_key_of_environment, "admin_key": admin_key_of_environment}
+    return settings | {name: of_environment() for name, of_environment in found.items() if settings.get(name) is None}
 
 
 async def _serve(serve: ServeConfig, engine: EngineConfig, on_ready: Callable[[str], None]) -> int:
@@ -58,6 +57,8 @@ async def _serve(serve: ServeConfig, engine: EngineConfig, on_ready: Callable[[s
             cluster.core,
             model_name=cluster.model_name,
             api_key=serve.api_key,
+            admin_key=serve.admin_key,
+            placement=cluster.placement,
             why_not_ready=lambda: cluster.not_ready_reason,
         )
         http = _HttpServer(

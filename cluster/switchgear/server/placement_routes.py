@@ -1,0 +1,95 @@
+"""The admin routes of placement: show, plan, apply, rebalance, pin. The key is checked in auth.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from switchgear.placement.events import Outcome
+from switchgear.placement.report import reply_of, status_of
+from switchgear.placement.service import PlacementService
+from switchgear.server.containers import check_json
+from switchgear.server.frontend import Frontend
+from switchgear_runtime.errors import ConfigError, RequestError
+from switchgear_runtime.moe.expert_map import ExpertMap
+
+PINS_MAX = 4096
+
+
+class Pin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """This expert lies on exactly these ranks."""
+
+    layer: int
+    expert: int
+    ranks: tuple[int, ...]
+
+
+class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All pins from now on."""
+
+    pins: list[Pin]
+
+
+class PlacementRoutes:
+    def __init__(self, frontend: Frontend, placement: PlacementService) -> None:
+        self._frontend = frontend
+        self._placement = placement
+
+    def routes(self) -> list[Route]:
+        base = "/admin/placement"
+        return [
+            Route(base, self.show),
+            Route(f"{base}/plan", self.plan, methods=["POST"]),
+            Route(f"{base}/rebalance", self.rebalance, methods=["POST"]),
+            Route(f"{base}/apply", self.apply, methods=["POST"]),
+            Route(f"{base}/pin", self.pin, methods=["PUT"]),
+        ]
+
+    async def show(self, _: Request) -> Response:
+        return self._status()
+
+    async def plan(self, _: Request) -> Response:
+        """What the policy would do now; nothing is done."""
+        return _reply(await self._placement.rebalance(dry=True), dry=True)
+
+    async def rebalance(self, _: Request) -> Response:
+        """Answers once the map is in force."""
+        return _reply(await self._placement.rebalance())
+
+    async def apply(self, request: Request) -> Response:
+        """The body is an expert map (ExpertMap.to_json); answers once it is in force."""
+        body = await self._frontend.read(request)
+        await check_json(body)
+        try:
+            expert_map = ExpertMap.from_json(msgspec.json.decode(body))
+        except (ConfigError, msgspec.DecodeError) as error:
+            raise RequestError(str(error)) from None
+        return _reply(await self._placement.apply(expert_map))
+
+    async def pin(self, request: Request) -> Response:
+        """The body has all pins; none of the earlier ones stays."""
+        pins = (await self._frontend.read_json(request, Pins)).pins
+        if len(pins) > PINS_MAX:
+            raise RequestError(f"pins: {len(pins)} of at most {PINS_MAX}", param="pins")
+        try:
+            self._placement.controller.pin({(pin.layer, pin.expert): pin.ranks for pin in pins})
+        except ConfigError as error:
+            raise RequestError(str(error), param="pins") from None
+        return self._status()
+
+    def _status(self) -> Response:
+        return _json(status_of(self._placement.controller))
+
+
+def _reply(outcome: Outcome, *, dry: bool = False) -> Response:
+    if outcome.error:
+        raise RequestError(outcome.error, status=409)
+    return _json(reply_of(outcome, dry=dry))
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
