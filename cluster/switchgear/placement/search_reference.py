@@ -130,7 +130,9 @@ class Layer:
 
     def _fill(self, work: float, slots: list[int]) -> float:
         """Splits one expert anew; the largest change of a share."""
-        order = []  # (level without this expert, slot), lowest first; ties keep the order of slots
+        order: list[
+            tuple[float, int]
+        ] = []  # (level without this expert, slot), lowest first; ties keep the order of slots
         for slot in slots:
             entry = (self.level_R[self.rank(slot)] - self.share_P[slot], slot)
             place = len(order)
@@ -347,5 +349,7 @@ def _save(layer: Layer) -> tuple[list[int], list[float], list[list[int]], list[f
     return list(layer.held_P), list(layer.share_P), slots_E, list(layer.fixed_E), list(layer.level_R), layer.moves
 
 
-def _restore(layer: Layer, saved: tuple[list[int], list[float], list[list[int]], list[float], list[float], int]) -> None:
+def _restore(
+    layer: Layer, saved: tuple[list[int], list[float], list[list[int]], list[float], list[float], int]
+) -> None:
     layer.held_P, layer.share_P, layer.slots_E, layer.fixed_E, layer.level_R, layer.moves = saved

@@ -90,7 +90,7 @@ class Paths:
 
     def held(self, layer: int, point: int) -> Int32:
         """The layer's slots at a point of its path."""
-        held_P = self.start_LP[layer].copy()
+        held_P: Int32 = self.start_LP[layer].copy()
         for step, slot, expert, comes in self.edits_L[layer, : self.num_edits_L[layer]].tolist():
             if step > point:
                 break
