@@ -10,8 +10,6 @@ Letters: W windows, L MoE layers, E logical experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,19 +21,16 @@ KEEPS = (0.0, 0.35, 0.6, 0.8, 0.9)
 PRIOR_WINDOWS = 1.0  # of evidence that the middle one is right, so that few windows do not decide
 
 
-class Forecast(NamedTuple):
-    """`load_LE` in counts of a window as large as the last one."""
-
-    load_LE: Float64
-    error_L: Float64  # root mean square error of a load foretold, over experts, in the same counts
-    keep_L: Float64
+TREND_WINDOWS, PAST_WINDOWS = 2, 5
+SCENARIO_WEIGHT = 0.2  # of each beside the forecast
+DRIFT_MAX = 4.0  # of an expert's load, as a factor
+DRIFT_FLOOR = 0.02  # of the mean load, so that a few tokens more are no drift
 
 
-def forecast(windows_WLE: Int64) -> Forecast:
-    """Of the window after the last. Windows without tokens say nothing."""
+def forecast(windows_WLE: Int64) -> Float64:
+    """The window after the last, [L, E], in counts of a window as large as the last. Windows without tokens say nothing."""
     totals_WL = windows_WLE.sum(axis=2)
     sizes_L = totals_WL[-1].astype(np.float64)
-    num_experts = windows_WLE.shape[2]
     num_keeps = len(KEEPS)
     loss_KL = np.zeros((num_keeps, len(sizes_L)))
     sums_KLE = np.zeros((num_keeps, *windows_WLE.shape[1:]))
@@ -60,13 +55,29 @@ def forecast(windows_WLE: Int64) -> Forecast:
     shares_LE = sums_KLE[best_L, layers] / weight_L[:, None]
     noise_L = shares_LE.mean(axis=1) * squares_KL[best_L, layers] / np.square(weight_L)
     variance_L = shares_LE.var(axis=1)
-    keep_L = np.clip(1.0 - noise_L / np.where(variance_L > 0, variance_L, 1.0), 0.0, 1.0)
+    signal_L = np.clip(1.0 - noise_L / np.where(variance_L > 0, variance_L, 1.0), 0.0, 1.0)
     mean_L1 = shares_LE.mean(axis=1, keepdims=True)
-    shrunk_LE = mean_L1 + keep_L[:, None] * (shares_LE - mean_L1)
-    seen_L = evidence_L > 0
-    past_L = loss_KL[best_L, layers] / np.where(seen_L, evidence_L + PRIOR_WINDOWS, 1.0) / num_experts
-    error_L = np.sqrt(np.where(seen_L, past_L, 2.0 * noise_L)) * sizes_L
-    return Forecast(shrunk_LE * sizes_L[:, None], error_L, np.array(KEEPS)[best_L])
+    load_LE: Float64 = (mean_L1 + signal_L[:, None] * (shares_LE - mean_L1)) * sizes_L[:, None]
+    return load_LE
+
+
+def scenarios_around(load_LE: Float64, windows_WLE: Int64) -> list[tuple[float, Float64]]:
+    """(weight, load): the forecast, what if the drift of the last windows goes on, and what if it turns back."""
+    if len(windows_WLE) < 2:
+        return [(1.0, load_LE)]
+    trend_LE, past_LE = (_drift(windows_WLE, back) for back in (TREND_WINDOWS, PAST_WINDOWS))
+    others = [load_LE * trend_LE, load_LE / trend_LE, load_LE / past_LE]
+    sizes_L1 = load_LE.sum(axis=1, keepdims=True)
+    sized = [other * (sizes_L1 / np.maximum(other.sum(axis=1, keepdims=True), 1e-300)) for other in others]
+    return [(1.0 - len(sized) * SCENARIO_WEIGHT, load_LE), *((SCENARIO_WEIGHT, other) for other in sized)]
+
+
+def _drift(windows_WLE: Int64, back: int) -> Float64:
+    """By which factor each expert's load has changed in so many windows."""
+    then_LE, now_LE = (windows_WLE[index].astype(np.float64) for index in (max(0, len(windows_WLE) - 1 - back), -1))
+    then_LE, now_LE = (load + DRIFT_FLOOR * load.mean(axis=1, keepdims=True) for load in (then_LE, now_LE))
+    ratio_LE = np.divide(now_LE, then_LE, out=np.ones_like(now_LE), where=(then_LE > 0) & (now_LE > 0))
+    return np.asarray(np.clip(ratio_LE, 1.0 / DRIFT_MAX, DRIFT_MAX))
 
 
 def _prior(loss_KL: Float64, evidence_L: Float64) -> Float64:

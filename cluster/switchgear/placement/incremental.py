@@ -12,7 +12,7 @@ from switchgear.placement.limits import pool_room, start_presence
 from switchgear.placement.outcome import planned
 from switchgear.placement.plan import PlacementPlan, presence
 from switchgear.placement.problem import Int64, PlacementProblem, checked_windows
-from switchgear.placement.search import SearchSettings, chosen_presence, paths_from
+from switchgear.placement.search import SearchSettings, chosen_presence, search_from
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.placement import planner
 
@@ -32,13 +32,13 @@ class Incremental:
             steps_max=2 * MOVES_PER_LAYER,
             target=TARGET,
             per_move=True,
-            moves_max_per_layer=MOVES_PER_LAYER + int(mandatory_L.max()),
         )
+        moves_max_L = MOVES_PER_LAYER + mandatory_L
         moves_max = planner.UNLIMITED
         if problem.byte_budget is not None:
             moves_max = max(problem.byte_budget // problem.cost.expert_bytes, int(mandatory_L.sum()))
         present_LRE, _, _ = chosen_presence(
-            [paths_from(start_LRE, current, load_LE, problem, settings)],
+            [search_from(start_LRE, current, [(1.0, load_LE)], problem, settings, moves_max_L).paths()],
             current,
             moves_max=moves_max,
             gain_per_move_s=0.0,

@@ -5,7 +5,8 @@ Letters: L MoE layers, E logical experts, R ranks, P slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,13 +18,16 @@ from switchgear.placement.score import Float64
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.placement import planner
 
+Scenarios = Sequence[tuple[float, Float64]]  # weight and load [L, E] of a window, the likeliest first
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSettings:
     steps_max: int  # of a layer
     target: float  # a layer is even enough when its slowest rank is within this factor of the mean
     per_move: bool
-    moves_max_per_layer: int = planner.UNLIMITED
+    near_steps_max: int = planner.UNLIMITED  # of those with all scenarios
+    near: float = 1.1  # only the likeliest scenario counts while a layer is not within this factor
 
 
 def slots_of(present_LRE: Bool, slots_per_rank: int) -> planner.Int32:
@@ -43,23 +47,31 @@ def presence_of(held_P: planner.Int32, num_ranks: int, num_experts: int) -> Bool
     return present_RE[:, :-1]
 
 
-def paths_from(
-    start_LRE: Bool, current: ExpertMap, load_LE: Float64, problem: PlacementProblem, settings: SearchSettings
-) -> planner.Paths:
-    """`load_LE` in rows of a window."""
-    rows_LE = load_LE / problem.num_steps
+def search_from(
+    start_LRE: Bool,
+    current: ExpertMap,
+    scenarios: Scenarios,
+    problem: PlacementProblem,
+    settings: SearchSettings,
+    moves_max_L: Int64 | None = None,
+) -> planner.Search:
+    """The arguments of a search that starts at `start_LRE`."""
+    rows_KLE = np.stack([load_LE for _, load_LE in scenarios]) / problem.num_steps
     limit = problem.replica_budget_per_layer
-    return planner.search(
-        work_LE=rows_LE * problem.cost.row_s,
-        rows_LE=rows_LE,
+    return planner.Search(
+        weight_K=np.array([weight for weight, _ in scenarios]),
+        work_KLE=rows_KLE * problem.cost.row_s,
+        rows_KLE=rows_KLE,
         expert_s=problem.cost.expert_s,
         held_LP=slots_of(start_LRE, problem.slots_per_rank),
         had_LRE=presence(current),
         frozen_LE=frozen(start_LRE.shape, problem),
         extra_max=planner.UNLIMITED if limit is None else limit,
-        moves_max=settings.moves_max_per_layer,
+        moves_max_L=moves_max_L,
         steps_max=settings.steps_max,
+        near_steps_max=settings.near_steps_max,
         target=settings.target,
+        near=settings.near,
         per_move=settings.per_move,
     )
 
@@ -102,3 +114,13 @@ def chosen_presence(
     before_s = sum(points[0][1] for points in points_L)
     after_s = sum(points_L[layer][index][1] for layer, index in enumerate(chosen))
     return present_LRE, before_s, after_s
+
+
+def with_replicas(search: planner.Search) -> tuple[Bool, Float64, Float64]:
+    """Free slots filled: ([L, R, E], seconds of each layer before, and after)."""
+    num_layers, num_ranks, num_experts = search.had_LRE.shape
+    filled = search.insured()
+    held_LP = np.stack([filled.held(layer, 1) for layer in range(num_layers)])
+    present_LRE = np.stack([presence_of(held_P, num_ranks, num_experts) for held_P in held_LP])
+    before_L = replace(search, steps_max=0).paths().level_max_LN[:, 0]
+    return present_LRE, before_L, filled.level_max_LN[:, 0]
