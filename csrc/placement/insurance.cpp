@@ -16,6 +16,8 @@ constexpr double kConnected = 0.5;  // of the mean level
 Path Layer::insure(int64_t stale_max) {
   Path path;
   settle(kSettleSweepsFirst);
+  path.moves.push_back(static_cast<int32_t>(moves_));
+  path.level_max.push_back(expected_max());
   drop_stale(stale_max, &path);
   std::vector<int64_t> component_R = components();
   std::vector<uint8_t> full_E(problem_.frozen_E, problem_.frozen_E + problem_.num_experts);

@@ -29,7 +29,7 @@ extern "C" struct sg_placement_search_args {
 // One path of placements per layer; search.h.
 SG_API int sg_placement_search(const sg_placement_search_args* args);
 
-// The same arguments; one point per layer, the start with its free slots filled, after at most steps_max stale replicas
+// The same arguments; two points per layer: the start, and it with free slots filled, after at most steps_max stale replicas
 // are gone; insurance.cpp.
 SG_API int sg_placement_insure(const sg_placement_search_args* args);
 

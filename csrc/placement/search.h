@@ -1,5 +1,5 @@
-// Local search over the placement of one layer. cluster/switchgear/placement/search_reference.py says what it does and
-// is equal to the bit: the same operations in the same order.
+// Local search over the placement of one layer. layer_reference.py, search_reference.py and insurance_reference.py of
+// cluster/switchgear/placement say what it does and are equal to the bit: the same operations in the same order.
 // Letters: E logical experts, R ranks, S slots per rank, P = R * S slots, K scenarios.
 #pragma once
 

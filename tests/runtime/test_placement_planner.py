@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from switchgear.placement.eplb_reference import rebalance
-from switchgear.placement.search_reference import Layer, LayerProblem, Path, search
 from switchgear.placement.insurance_reference import insure
+from switchgear.placement.layer_reference import Layer, LayerProblem, Path
+from switchgear.placement.search_reference import search
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.placement import planner
 

@@ -35,7 +35,7 @@ class AdaptiveSettings:
     gain_min: float = 0.002  # of the predicted step: a plan that saves less is not made
     target: float = 1.002  # a layer is even enough when its slowest rank is within this factor of the mean
     steps_max: int = 96  # of a layer's search
-    near_steps_max: int = 24  # of those with all scenarios
+    near_steps_max: int = 16  # of those with all scenarios
     insurance: float = 0.02  # of a layer's predicted time, which filling its free slots may cost
     stale_max: int = 16  # replicas of a layer that are replaced by those of hotter experts in one plan
 

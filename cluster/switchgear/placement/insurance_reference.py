@@ -10,7 +10,7 @@ Letters: E logical experts, R ranks.
 
 from __future__ import annotations
 
-from switchgear.placement.search_reference import (
+from switchgear.placement.layer_reference import (
     EMPTY,
     SETTLE_SWEEPS,
     SETTLE_SWEEPS_FIRST,
@@ -25,9 +25,11 @@ CONNECTED = 0.5  # of the mean level
 
 
 def insure(problem: LayerProblem, stale_max: int) -> Path:
-    """By the first scenario. The path has one point, the end."""
+    """By the first scenario. The path has two points, the start and the end."""
     layer, path = Layer(problem), Path()
     layer.settle(SETTLE_SWEEPS_FIRST)
+    path.moves.append(layer.moves)
+    path.level_max.append(layer.expected_max())
     _drop_stale(layer, stale_max, path)
     component_R = _components(layer)
     full_E = list(problem.frozen_E)

@@ -6,7 +6,7 @@ Letters: L MoE layers, E logical experts, R ranks, P slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -122,5 +122,4 @@ def with_replicas(search: planner.Search) -> tuple[Bool, Float64, Float64]:
     filled = search.insured()
     held_LP = np.stack([filled.held(layer, 1) for layer in range(num_layers)])
     present_LRE = np.stack([presence_of(held_P, num_ranks, num_experts) for held_P in held_LP])
-    before_L = replace(search, steps_max=0).paths().level_max_LN[:, 0]
-    return present_LRE, before_L, filled.level_max_LN[:, 0]
+    return present_LRE, filled.level_max_LN[:, 0], filled.level_max_LN[:, 1]

@@ -106,7 +106,7 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """All layers' arguments; switchgear.placement.search_reference says what they mean."""
+    """All layers' arguments; switchgear.placement.layer_reference says what they mean."""
 
     weight_K: Float64
     work_KLE: Float64
@@ -128,7 +128,8 @@ class Search:
         return self._run(_core().sg_placement_search, 4 * self.steps_max)
 
     def insured(self) -> Paths:
-        """Free slots filled, once at most `steps_max` stale replicas are gone; insurance_reference.py."""
+        """Two points: the start, and with free slots filled once at most `steps_max` (> 0) stale replicas are gone."""
+        assert self.steps_max > 0
         return self._run(_core().sg_placement_insure, self.steps_max + self.held_LP.shape[1])
 
     def _run(self, call: Callable[..., int], edits_max: int) -> Paths:
