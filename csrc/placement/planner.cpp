@@ -37,34 +37,46 @@ int for_each_layer(int64_t num_layers, int64_t num_threads, const Work& work) {
   return failed ? sg::fail("placement: out of memory") : SG_OK;
 }
 
-}  // namespace
-
-int sg_placement_search(const sg_placement_search_args* args) {
+template <typename Work>
+int run_layers(const sg_placement_search_args* args, const Work& work) {
+  if (args->num_scenarios < 1 || args->num_scenarios > kScenariosMax)
+    return sg::fail("placement: %lld scenarios; 1 to %d", static_cast<long long>(args->num_scenarios), kScenariosMax);
   const int64_t num_experts = args->num_experts, num_ranks = args->num_ranks;
   const int64_t num_slots = num_ranks * args->slots_per_rank, num_points = args->steps_max + 1;
-  return for_each_layer(args->num_layers, args->num_threads, [&](int64_t layer) {
+  std::atomic<bool> too_long{false};
+  const int status = for_each_layer(args->num_layers, args->num_threads, [&](int64_t layer) {
     const LayerProblem problem{
         .num_experts = num_experts,
         .num_ranks = num_ranks,
         .slots_per_rank = args->slots_per_rank,
-        .work_E = args->work_LE + layer * num_experts,
-        .rows_E = args->rows_LE + layer * num_experts,
+        .num_scenarios = args->num_scenarios,
+        .weight_K = args->weight_K,
+        .work_KE = args->work_KLE + layer * num_experts,
+        .rows_KE = args->rows_KLE + layer * num_experts,
+        .scenario_stride = args->num_layers * num_experts,
         .expert_s = args->expert_s,
         .held_P = args->held_LP + layer * num_slots,
         .had_RE = args->had_LRE + layer * num_ranks * num_experts,
         .frozen_E = args->frozen_LE + layer * num_experts,
         .extra_max = args->extra_max,
-        .moves_max = args->moves_max,
+        .moves_max = args->moves_max_L[layer],
         .steps_max = args->steps_max,
+        .near_steps_max = args->near_steps_max,
         .target = args->target,
+        .near = args->near,
         .per_move = args->per_move != 0,
     };
-    const Path path = Layer(problem).search();
+    Layer state(problem);
+    const Path path = work(state, args->steps_max);
+    if (static_cast<int64_t>(path.edits.size()) > args->edits_max) {
+      too_long = true;
+      return;
+    }
     args->num_points_L[layer] = static_cast<int32_t>(path.moves.size());
     std::copy(path.moves.begin(), path.moves.end(), args->moves_LN + layer * num_points);
     std::copy(path.level_max.begin(), path.level_max.end(), args->level_max_LN + layer * num_points);
     args->num_edits_L[layer] = static_cast<int32_t>(path.edits.size());
-    int32_t* out = args->edits + layer * 4 * args->steps_max * 4;
+    int32_t* out = args->edits + layer * args->edits_max * 4;
     for (const Edit& edit : path.edits) {
       *out++ = edit.step;
       *out++ = edit.slot;
@@ -72,6 +84,18 @@ int sg_placement_search(const sg_placement_search_args* args) {
       *out++ = edit.comes;
     }
   });
+  return too_long ? sg::fail("placement: a path has more than %lld edits", static_cast<long long>(args->edits_max))
+                  : status;
+}
+
+}  // namespace
+
+int sg_placement_search(const sg_placement_search_args* args) {
+  return run_layers(args, [](Layer& layer, int64_t) { return layer.search(); });
+}
+
+int sg_placement_insure(const sg_placement_search_args* args) {
+  return run_layers(args, [](Layer& layer, int64_t steps_max) { return layer.insure(steps_max); });
 }
 
 int sg_placement_split(int64_t num_layers, int64_t num_experts, int64_t num_ranks, int64_t slots_per_rank,
@@ -83,12 +107,13 @@ int sg_placement_split(int64_t num_layers, int64_t num_experts, int64_t num_rank
     problem.num_experts = num_experts;
     problem.num_ranks = num_ranks;
     problem.slots_per_rank = slots_per_rank;
-    problem.work_E = problem.rows_E = rows_LE + layer * num_experts;
+    problem.num_scenarios = 1;
+    problem.work_KE = problem.rows_KE = rows_LE + layer * num_experts;
     problem.held_P = held_LP + layer * num_slots;
     problem.had_RE = none.data();
     Layer state(problem);
     state.settle(kSplitSweeps);
-    std::copy(state.share_P().begin(), state.share_P().end(), rows_LP + layer * num_slots);
+    std::copy(state.scenario(0).share_P.begin(), state.scenario(0).share_P.end(), rows_LP + layer * num_slots);
   });
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from switchgear.placement.eplb_reference import rebalance
-from switchgear.placement.search_reference import Layer, LayerProblem, search
+from switchgear.placement.insurance_reference import insure
+from switchgear.placement.layer_reference import Layer, LayerProblem, Path
+from switchgear.placement.search_reference import search
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.placement import planner
 
@@ -63,13 +64,16 @@ def random_layer(rng: np.random.Generator) -> LayerProblem:
     today = ExpertMap.random(rng, 1, experts, ranks, num_redundant=int(rng.integers(0, 8)))
     if rng.random() < 0.5:
         today = start
-    rows_E = rng.lognormal(0, 2, experts) * rng.choice([0.01, 1.0, 100.0]) * (rng.random(experts) < 0.9)
+    scenarios = int(rng.integers(1, 4))
+    rows_KE = rng.lognormal(0, 2, experts) * rng.choice([0.01, 1.0, 100.0]) * (rng.random((scenarios, experts)) < 0.9)
+    weight_K = rng.dirichlet(np.ones(scenarios))
     had_RE = [np.isin(np.arange(experts), today.local_experts(0, rank)).tolist() for rank in range(ranks)]
     return LayerProblem(
         num_ranks=ranks,
         slots_per_rank=start.slots_per_rank,
-        work_E=(rows_E * 1e-6).tolist(),
-        rows_E=rows_E.tolist(),
+        weight_K=weight_K.tolist(),
+        work_KE=(rows_KE * 1e-6).tolist(),
+        rows_KE=rows_KE.tolist(),
         expert_s=float(rng.choice([0.0, 1e-7, 1e-5])),
         held_P=start.physical_to_logical_LP[0].tolist(),
         had_RE=had_RE,
@@ -77,25 +81,38 @@ def random_layer(rng: np.random.Generator) -> LayerProblem:
         extra_max=int(rng.choice([0, 2, UNLIMITED])),
         moves_max=int(rng.choice([3, 10, UNLIMITED])),
         steps_max=40,
+        near_steps_max=int(rng.choice([2, UNLIMITED])),
         target=float(rng.choice([1.0, 1.05])),
+        near=float(rng.choice([1.0, 1.1, 1e9])),
         per_move=bool(rng.integers(2)),
     )
 
 
-def native_search(problem: LayerProblem) -> planner.Paths:
-    return planner.search(
-        work_LE=np.array([problem.work_E]),
-        rows_LE=np.array([problem.rows_E]),
+def native(problem: LayerProblem) -> planner.Search:
+    return planner.Search(
+        weight_K=np.array(problem.weight_K),
+        work_KLE=np.array(problem.work_KE)[:, None],
+        rows_KLE=np.array(problem.rows_KE)[:, None],
         expert_s=problem.expert_s,
         held_LP=np.array([problem.held_P], np.int32),
         had_LRE=np.array([problem.had_RE]),
         frozen_LE=np.array([problem.frozen_E]),
         extra_max=problem.extra_max,
-        moves_max=problem.moves_max,
+        moves_max_L=np.array([problem.moves_max]),
         steps_max=problem.steps_max,
+        near_steps_max=problem.near_steps_max,
         target=problem.target,
+        near=problem.near,
         per_move=problem.per_move,
     )
+
+
+def assert_same(paths: planner.Paths, path: Path, where: str) -> None:
+    count = int(paths.num_points_L[0])
+    assert paths.moves_LN[0, :count].tolist() == path.moves, where
+    assert paths.level_max_LN[0, :count].tolist() == path.level_max, where
+    edits = paths.edits_L[0, : paths.num_edits_L[0]].tolist()
+    assert edits == [[edit.step, edit.slot, edit.expert, edit.comes] for edit in path.edits], where
 
 
 def test_search_equals_its_reference() -> None:
@@ -105,14 +122,22 @@ def test_search_equals_its_reference() -> None:
     for run in range(300):
         where = f"seed {seed}, run {run}"
         problem = random_layer(rng)
-        path, paths = search(problem), native_search(problem)
-        count = int(paths.num_points_L[0])
-        assert paths.moves_LN[0, :count].tolist() == path.moves, where
-        assert paths.level_max_LN[0, :count].tolist() == path.level_max, where
-        edits = paths.edits_L[0, : paths.num_edits_L[0]].tolist()
-        assert edits == [[edit.step, edit.slot, edit.expert, edit.comes] for edit in path.edits], where
-        num_steps += count - 1
+        paths = native(problem).paths()
+        assert_same(paths, search(problem), where)
+        num_steps += int(paths.num_points_L[0]) - 1
     assert num_steps > 300, f"seed {seed}: the search hardly ever found anything to do"
+
+
+def test_insurance_equals_its_reference() -> None:
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng = np.random.default_rng(seed)
+    num_edits = 0
+    for run in range(300):
+        problem = random_layer(rng)
+        path = insure(problem, problem.steps_max)
+        assert_same(native(problem).insured(), path, f"seed {seed}, run {run}")
+        num_edits += len(path.edits)
+    assert num_edits > 300, f"seed {seed}: hardly anything was filled"
 
 
 def test_every_point_of_a_path_is_what_it_says() -> None:
@@ -122,9 +147,9 @@ def test_every_point_of_a_path_is_what_it_says() -> None:
     for run in range(100):
         where = f"seed {seed}, run {run}"
         problem = random_layer(rng)
-        paths = native_search(problem)
+        paths = native(problem).paths()
         start = np.array(problem.held_P)
-        experts = len(problem.work_E)
+        experts = len(problem.frozen_E)
         for point in range(int(paths.num_points_L[0])):
             held = paths.held(0, point)
             ExpertMap(
@@ -142,7 +167,7 @@ def test_every_point_of_a_path_is_what_it_says() -> None:
                 assert np.array_equal(held == expert, start == expert), where
             layer = Layer(problem_at(problem, held.tolist()))
             layer.settle(300)
-            assert max(layer.level_R) <= paths.level_max_LN[0, point] * (1 + 1e-6), where
+            assert layer.expected_max() <= paths.level_max_LN[0, point] * (1 + 1e-6), where
 
 
 def problem_at(problem: LayerProblem, held_P: list[int]) -> LayerProblem:
@@ -171,4 +196,3 @@ def test_the_planner_needs_no_torch() -> None:
     code = "import sys; import switchgear.placement.policy; print([m for m in ('torch', 'ray') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert output.stdout.strip() == "[]"
-    assert Path(planner.__file__).is_file()

@@ -353,7 +353,7 @@ class PlacementController:
         assert self.expert_map is not None
         now = self._system.now()
         expert_map = expert_map.with_epoch(self._epochs.new())
-        moves = moves_between(self.expert_map, expert_map, self._problem(1, {}))
+        moves = moves_between(self.expert_map, expert_map, self._problem(1, {}).topology)
         num_bytes = len(moves) * self._cost.expert_bytes
         self._bucket.take(num_bytes, now)
         rate = self.settings.bytes_per_s

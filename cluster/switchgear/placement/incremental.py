@@ -1,59 +1,47 @@
-"""The policy of few moves: the hottest expert of the slowest rank gets a replica on the rank with most slack.
+"""The policy of few moves: on the last window's counts, each layer makes its best moves, a bounded number of them.
 
-Letters: L MoE layers, E logical experts, R ranks.
+Replicate the hottest into free slots, swap hot for cold, as SwiftBalancer (vLLM pull request 37656) does it; here by
+the same search as the adaptive policy's (search.py), but with no forecast, no price, no other start.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from switchgear.placement.plan import PlacementPlan, arrange, moves_between, presence
+from switchgear.placement.limits import pool_room, start_presence
+from switchgear.placement.outcome import planned
+from switchgear.placement.plan import PlacementPlan, presence
 from switchgear.placement.problem import Int64, PlacementProblem, checked_windows
-from switchgear.placement.score import equal_split, step_time_s
+from switchgear.placement.search import SearchSettings, chosen_presence, search_from
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.placement import planner
 
-MOVES_MAX = 16
+MOVES_PER_LAYER = 4
+TARGET = 1.05
 
 
 class Incremental:
-    """Replicates into free slots only."""
-
     name = "incremental"
 
     def plan(self, windows_WLE: Int64, current: ExpertMap, problem: PlacementProblem) -> PlacementPlan:
-        load_LE = checked_windows(windows_WLE, current)[-1]
+        load_LE = checked_windows(windows_WLE, current)[-1].astype(np.float64)
         problem.check(current)
-        before_s = step_time_s(equal_split(load_LE, current), problem)
-        present_LRE = presence(current)
-        budget = MOVES_MAX
-        if problem.byte_budget is not None:
-            budget = min(budget, problem.byte_budget // problem.cost.expert_bytes)
-        extra_max = problem.replica_budget_per_layer
-        for _ in range(budget):
-            rows_LRE = present_LRE * (load_LE / present_LRE.sum(axis=1))[:, None, :]
-            rows_LR = rows_LRE.sum(axis=2)
-            layer = int((rows_LR.max(axis=1) - rows_LR.mean(axis=1)).argmax())
-            if extra_max is not None and present_LRE[layer].sum() - load_LE.shape[1] >= extra_max:
-                break
-            source = int(rows_LR[layer].argmax())
-            expert = int(rows_LRE[layer, source].argmax())
-            fits = ~present_LRE[layer, :, expert] & (present_LRE[layer].sum(axis=1) < problem.slots_per_rank)
-            if problem.pool_slots is not None:
-                fits &= present_LRE.sum(axis=(0, 2)) < problem.pool_slots
-            fits &= rows_LR[layer] < rows_LR[layer].max()
-            if not fits.any() or (layer, expert) in problem.pinned:
-                break
-            present_LRE[layer, np.where(fits, rows_LR[layer], np.inf).argmin(), expert] = True
-        new = arrange(present_LRE, current, problem.slots_per_rank)
-        after_s = step_time_s(equal_split(load_LE, new), problem)
-        moves = moves_between(current, new, problem)
-        if not moves or after_s >= before_s:
-            new, moves, after_s = current, (), before_s
-        return PlacementPlan(
-            expert_map=new,
-            moves=moves,
-            moved_bytes=len(moves) * problem.cost.expert_bytes,
-            predicted_before_s=before_s,
-            predicted_after_s=after_s,
-            reason=f"incremental: {len(moves)} moves, {before_s:.3g} s -> {after_s:.3g} s a step",
+        start_LRE = start_presence(current, problem)
+        mandatory_L = (start_LRE & ~presence(current)).sum(axis=(1, 2))
+        settings = SearchSettings(
+            steps_max=2 * MOVES_PER_LAYER,
+            target=TARGET,
+            per_move=True,
         )
+        moves_max_L = MOVES_PER_LAYER + mandatory_L
+        moves_max = planner.UNLIMITED
+        if problem.byte_budget is not None:
+            moves_max = max(problem.byte_budget // problem.cost.expert_bytes, int(mandatory_L.sum()))
+        present_LRE, _, _ = chosen_presence(
+            [search_from(start_LRE, current, [(1.0, load_LE)], problem, settings, moves_max_L).paths()],
+            current,
+            moves_max=moves_max,
+            gain_per_move_s=0.0,
+            room_R=pool_room(current, problem),
+        )
+        return planned(self.name, present_LRE, current, load_LE, problem)

@@ -1,6 +1,6 @@
 """What a policy answers: `PlacementPlan`, with the moves that make its map true.
 
-Letters: L MoE layers, E logical experts, R ranks, S slots per rank.
+Letters: L MoE layers, E logical experts, R ranks, S slots per rank, M moves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchgear.placement.problem import PlacementProblem
+from switchgear.placement.topology import Topology
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 
 Bool = NDArray[np.bool_]
@@ -82,22 +82,21 @@ def arrange(present_LRE: Bool, current: ExpertMap, slots_per_rank: int) -> Exper
     return expert_map
 
 
-def moves_between(current: ExpertMap, new: ExpertMap, problem: PlacementProblem) -> tuple[Move, ...]:
-    """What each rank must get; the source is a rank of the same host if one holds it, and of those the least asked."""
-    held = presence(new)
-    had = presence(current) if current.num_ranks == new.num_ranks else np.zeros_like(held)
-    hosts = problem.topology.host_of_rank_R.tolist()
-    num_asked = [0] * new.num_ranks
-    moves = []
-    layers, ranks, slots = np.nonzero(new.physical_to_logical_LP.reshape(new.num_layers, new.num_ranks, -1) != EMPTY)
-    experts = new.physical_to_logical_LP.reshape(new.num_layers, new.num_ranks, -1)[layers, ranks, slots]
-    wanted = np.flatnonzero(~had[layers, ranks, experts])
-    for layer, rank, slot, expert in zip(
-        layers[wanted].tolist(), ranks[wanted].tolist(), slots[wanted].tolist(), experts[wanted].tolist(), strict=True
-    ):
-        sources = np.flatnonzero(had[layer, :, expert]).tolist()
-        source = min(sources, key=lambda r: (hosts[r] != hosts[rank], num_asked[r], r), default=None)
-        if source is not None:
-            num_asked[source] += 1
-        moves.append(Move(layer, expert, rank * new.slots_per_rank + slot, source))
-    return tuple(moves)
+def moves_between(current: ExpertMap, new: ExpertMap, topology: Topology) -> tuple[Move, ...]:
+    """What each rank must get; of those that hold it, the next rank of the same host is the source, else the next."""
+    if new is current:
+        return ()
+    held_LRS = new.physical_to_logical_LP.reshape(new.num_layers, new.num_ranks, -1)
+    had_LRE = presence(current) if current.num_ranks == new.num_ranks else np.zeros_like(presence(new))
+    layers, ranks = np.ogrid[: new.num_layers, : new.num_ranks]
+    is_new_LRS = (held_LRS != EMPTY) & ~had_LRE[layers[..., None], ranks[..., None], held_LRS]
+    layer_M, rank_M, slot_M = np.nonzero(is_new_LRS)
+    expert_M = held_LRS[layer_M, rank_M, slot_M]
+    hosts_R, ranks_R = topology.host_of_rank_R, np.arange(new.num_ranks)
+    farness_RR = (ranks_R - ranks_R[:, None]) % new.num_ranks + (hosts_R != hosts_R[:, None]) * new.num_ranks
+    farness_MR = np.where(had_LRE[layer_M, :, expert_M], farness_RR[rank_M], 2 * new.num_ranks)
+    source_M = farness_MR.argmin(axis=1)
+    nobody_M = farness_MR.min(axis=1, initial=2 * new.num_ranks) == 2 * new.num_ranks
+    slots = (rank_M * new.slots_per_rank + slot_M).tolist()
+    sources = [None if nobody else source for nobody, source in zip(nobody_M.tolist(), source_M.tolist(), strict=True)]
+    return tuple(map(Move, layer_M.tolist(), expert_M.tolist(), slots, sources))

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from switchgear.placement.adaptive import Adaptive
 from switchgear.placement.cost_model import CostModel
+from switchgear.placement.eplb import Eplb
 from switchgear.placement.incremental import Incremental
 from switchgear.placement.plan import Move, PlacementPlan
 from switchgear.placement.problem import Int64, PlacementProblem
@@ -37,9 +39,8 @@ class PlacementPolicy(Protocol):
 
 POLICIES: Mapping[str, Callable[[], PlacementPolicy]] = {
     "static": Static,
+    "eplb": Eplb,
     "incremental": Incremental,
-    # eplb, adaptive and robust follow; until then they plan as incremental does
-    "eplb": Incremental,
-    "adaptive": Incremental,
-    "robust": Incremental,
+    "adaptive": Adaptive,
+    "robust": Adaptive,  # until it has its own
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from switchgear.placement.plan import PlacementPlan
 from switchgear.placement.problem import Int64, PlacementProblem, checked_windows
-from switchgear.placement.score import equal_split, step_time_s
+from switchgear.placement.score import balanced_split, step_time_s
 from switchgear_runtime.moe.expert_map import ExpertMap
 
 
@@ -16,7 +16,7 @@ class Static:
     def plan(self, windows_WLE: Int64, current: ExpertMap, problem: PlacementProblem) -> PlacementPlan:
         windows = checked_windows(windows_WLE, current)
         problem.check(current)
-        predicted_s = step_time_s(equal_split(windows[-1], current), problem)
+        predicted_s = step_time_s(balanced_split(windows[-1], current), problem)
         return PlacementPlan(
             expert_map=current,
             moves=(),

@@ -1,12 +1,13 @@
 """The planner's native side: EPLB, the search of all layers at once, and the even split of rows over replicas.
 
-Letters: L MoE layers, E logical experts, R ranks, S slots per rank, P = R * S slots.
+Letters: L MoE layers, E logical experts, R ranks, S slots per rank, P = R * S slots, K scenarios.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,10 +28,14 @@ class _SearchArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_layers", "num_experts", "num_ranks", "slots_per_rank")),
-        *((name, ctypes.c_int64) for name in ("num_threads", "extra_max", "moves_max", "steps_max", "per_move")),
-        *((name, ctypes.c_double) for name in ("expert_s", "target")),
-        *((name, ctypes.c_void_p) for name in ("work_LE", "rows_LE", "held_LP", "had_LRE", "frozen_LE")),
-        *((name, ctypes.c_void_p) for name in ("num_points_L", "moves_LN", "level_max_LN", "num_edits_L", "edits")),
+        *((name, ctypes.c_int64) for name in ("num_scenarios", "num_threads", "extra_max")),
+        *((name, ctypes.c_int64) for name in ("steps_max", "near_steps_max", "per_move")),
+        *((name, ctypes.c_double) for name in ("expert_s", "target", "near")),
+        *((name, ctypes.c_void_p) for name in ("moves_max_L", "weight_K", "work_KLE", "rows_KLE")),
+        *((name, ctypes.c_void_p) for name in ("held_LP", "had_LRE", "frozen_LE")),
+        *((name, ctypes.c_void_p) for name in ("num_points_L", "moves_LN", "level_max_LN", "num_edits_L")),
+        ("edits_max", ctypes.c_int64),
+        ("edits", ctypes.c_void_p),
     ]
 
 
@@ -39,6 +44,7 @@ def _core() -> ctypes.CDLL:
     library = native.core()
     count, pointer = ctypes.c_int64, ctypes.c_void_p
     library.sg_placement_search.argtypes = [ctypes.POINTER(_SearchArgs)]
+    library.sg_placement_insure.argtypes = [ctypes.POINTER(_SearchArgs)]
     library.sg_placement_split.argtypes = [count] * 4 + [pointer] * 3 + [count]
     library.sg_placement_eplb.argtypes = [count] * 6 + [pointer] * 2 + [count]
     return library
@@ -83,14 +89,14 @@ class Paths:
 
     num_points_L: Int32
     moves_LN: Int32  # experts that a rank does not have today
-    level_max_LN: Float64  # the slowest rank
+    level_max_LN: Float64  # the slowest rank, expected over scenarios
     num_edits_L: Int32
     edits_L: Int32  # [L, edits, 4]: step, slot, expert, whether it comes (else it leaves)
     start_LP: Int32
 
     def held(self, layer: int, point: int) -> Int32:
         """The layer's slots at a point of its path."""
-        held_P = self.start_LP[layer].copy()
+        held_P: Int32 = self.start_LP[layer].copy()
         for step, slot, expert, comes in self.edits_L[layer, : self.num_edits_L[layer]].tolist():
             if step > point:
                 break
@@ -98,63 +104,85 @@ class Paths:
         return held_P
 
 
-def search(
-    *,
-    work_LE: Float64,
-    rows_LE: Float64,
-    expert_s: float,
-    held_LP: Int32,
-    had_LRE: Bool,
-    frozen_LE: Bool,
-    extra_max: int = UNLIMITED,
-    moves_max: int = UNLIMITED,
-    steps_max: int,
-    target: float,
-    per_move: bool,
-) -> Paths:
-    """A local search in each layer; switchgear.placement.search_reference has its meaning and that of the arguments."""
-    num_layers, num_ranks, num_experts = had_LRE.shape
-    work_LE, rows_LE = (np.ascontiguousarray(values, np.float64) for values in (work_LE, rows_LE))
-    held_LP = np.ascontiguousarray(held_LP, np.int32)
-    had, frozen = (np.ascontiguousarray(values, np.uint8) for values in (had_LRE, frozen_LE))
-    assert work_LE.shape == rows_LE.shape == frozen.shape == (num_layers, num_experts)
-    assert held_LP.shape[0] == num_layers
-    assert held_LP.shape[1] % num_ranks == 0
-    assert held_LP.min(initial=0) >= -1
-    assert held_LP.max(initial=0) < num_experts
-    num_points_L, num_edits_L = np.zeros(num_layers, np.int32), np.zeros(num_layers, np.int32)
-    moves_LN = np.zeros((num_layers, steps_max + 1), np.int32)
-    level_max_LN = np.zeros((num_layers, steps_max + 1), np.float64)
-    edits_L = np.zeros((num_layers, 4 * steps_max, 4), np.int32)
-    arguments = _SearchArgs(
-        num_layers=num_layers,
-        num_experts=num_experts,
-        num_ranks=num_ranks,
-        slots_per_rank=held_LP.shape[1] // num_ranks,
-        num_threads=NUM_THREADS,
-        extra_max=extra_max,
-        moves_max=moves_max,
-        steps_max=steps_max,
-        per_move=per_move,
-        expert_s=expert_s,
-        target=target,
-        work_LE=work_LE.ctypes.data,
-        rows_LE=rows_LE.ctypes.data,
-        held_LP=held_LP.ctypes.data,
-        had_LRE=had.ctypes.data,
-        frozen_LE=frozen.ctypes.data,
-        num_points_L=num_points_L.ctypes.data,
-        moves_LN=moves_LN.ctypes.data,
-        level_max_LN=level_max_LN.ctypes.data,
-        num_edits_L=num_edits_L.ctypes.data,
-        edits=edits_L.ctypes.data,
-    )
-    _run(_core().sg_placement_search(ctypes.byref(arguments)))
-    return Paths(
-        num_points_L=num_points_L,
-        moves_LN=moves_LN,
-        level_max_LN=level_max_LN,
-        num_edits_L=num_edits_L,
-        edits_L=edits_L,
-        start_LP=held_LP,
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """All layers' arguments; switchgear.placement.layer_reference says what they mean."""
+
+    weight_K: Float64
+    work_KLE: Float64
+    rows_KLE: Float64
+    expert_s: float
+    held_LP: Int32
+    had_LRE: Bool
+    frozen_LE: Bool
+    extra_max: int = UNLIMITED
+    moves_max_L: Int64 | None = None
+    steps_max: int
+    near_steps_max: int = UNLIMITED
+    target: float = 1.0
+    near: float = 1.0
+    per_move: bool = False
+
+    def paths(self) -> Paths:
+        """A local search in each layer."""
+        return self._run(_core().sg_placement_search, 4 * self.steps_max)
+
+    def insured(self) -> Paths:
+        """Two points: the start, and with free slots filled once at most `steps_max` (> 0) stale replicas are gone."""
+        assert self.steps_max > 0
+        return self._run(_core().sg_placement_insure, self.steps_max + self.held_LP.shape[1])
+
+    def _run(self, call: Callable[..., int], edits_max: int) -> Paths:
+        num_layers, num_ranks, num_experts = self.had_LRE.shape
+        weight_K, work_KLE, rows_KLE = (
+            np.ascontiguousarray(values, np.float64) for values in (self.weight_K, self.work_KLE, self.rows_KLE)
+        )
+        held_LP = np.ascontiguousarray(self.held_LP, np.int32)
+        had, frozen = (np.ascontiguousarray(values, np.uint8) for values in (self.had_LRE, self.frozen_LE))
+        moves_max_L = np.full(num_layers, UNLIMITED) if self.moves_max_L is None else self.moves_max_L
+        moves_max_L = np.ascontiguousarray(moves_max_L, np.int64)
+        assert work_KLE.shape == rows_KLE.shape == (len(weight_K), num_layers, num_experts)
+        assert frozen.shape == (num_layers, num_experts)
+        assert moves_max_L.shape == (num_layers,)
+        assert held_LP.shape[0] == num_layers
+        assert held_LP.shape[1] % num_ranks == 0
+        assert held_LP.min(initial=0) >= -1
+        assert held_LP.max(initial=0) < num_experts
+        paths = Paths(
+            num_points_L=np.zeros(num_layers, np.int32),
+            moves_LN=np.zeros((num_layers, self.steps_max + 1), np.int32),
+            level_max_LN=np.zeros((num_layers, self.steps_max + 1), np.float64),
+            num_edits_L=np.zeros(num_layers, np.int32),
+            edits_L=np.zeros((num_layers, edits_max, 4), np.int32),
+            start_LP=held_LP,
+        )
+        arguments = _SearchArgs(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            slots_per_rank=held_LP.shape[1] // num_ranks,
+            num_scenarios=len(weight_K),
+            num_threads=NUM_THREADS,
+            extra_max=self.extra_max,
+            steps_max=self.steps_max,
+            near_steps_max=self.near_steps_max,
+            per_move=self.per_move,
+            expert_s=self.expert_s,
+            target=self.target,
+            near=self.near,
+            moves_max_L=moves_max_L.ctypes.data,
+            weight_K=weight_K.ctypes.data,
+            work_KLE=work_KLE.ctypes.data,
+            rows_KLE=rows_KLE.ctypes.data,
+            held_LP=held_LP.ctypes.data,
+            had_LRE=had.ctypes.data,
+            frozen_LE=frozen.ctypes.data,
+            num_points_L=paths.num_points_L.ctypes.data,
+            moves_LN=paths.moves_LN.ctypes.data,
+            level_max_LN=paths.level_max_LN.ctypes.data,
+            num_edits_L=paths.num_edits_L.ctypes.data,
+            edits_max=edits_max,
+            edits=paths.edits_L.ctypes.data,
+        )
+        _run(call(ctypes.byref(arguments)))
+        return paths

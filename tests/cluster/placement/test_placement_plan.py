@@ -35,7 +35,7 @@ def test_arrange_keeps_slots_and_holds_what_was_asked(seed: int) -> None:
             for slot, expert in enumerate(old[:slots]):
                 if expert != EMPTY and wanted[layer, rank, expert]:
                     assert now[slot] == expert, f"seed {seed}"
-    moves = moves_between(current, new, problem_of(new, slots))
+    moves = moves_between(current, new, problem_of(new, slots).topology)
     got = {(move.layer, move.slot // slots, move.expert) for move in moves}
     assert len(got) == len(moves)
     had = presence(current)
@@ -56,8 +56,8 @@ def test_sources_prefer_the_own_host() -> None:
     current = ExpertMap(epoch=0, num_ranks=4, num_experts=2, physical_to_logical_LP=physical)
     wanted = presence(current)
     wanted[0, 2, 0] = wanted[0, 3, 1] = True
-    problem = PlacementProblem(topology=Topology(num_ranks=4, hosts=("a", "b", "b", "a")), slots_per_rank=2, cost=COST)
-    moves = moves_between(current, arrange(wanted, current, 2), problem)
+    topology = Topology(num_ranks=4, hosts=("a", "b", "b", "a"))
+    moves = moves_between(current, arrange(wanted, current, 2), topology)
     assert [(move.expert, move.slot // 2, move.source_rank) for move in moves] == [(0, 2, 1), (1, 3, 0)]
 
 
