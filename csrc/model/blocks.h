@@ -36,7 +36,7 @@ struct Workspace {
   Rows expert_rows;  // payload, by (token, k)
   Rows combined;     // fp32
   ScratchVector<void*> x_rows;
-  Scratch q, k, v, attended, logits, weights, ids, slot_ids, gates;
+  Scratch q, k, v, attended, logits, weights, ids, slot_ids, gates, counts;
   std::vector<int64_t> begin, next, rows_per_slot;
   ScratchVector<const void*> grouped_x;
   ScratchVector<void*> grouped_y;
@@ -68,6 +68,9 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
 int mlp_block(Decoder& decoder, const sg_layer& layer, const sg_step& step);
 // `peers` is not used with one rank.
 int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step, Peers& peers);
+// The slot of each (token, k): static, by hash, or by quotas from the counts of all ranks.
+int choose_slots(Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
+                 int64_t top_k, int32_t* slot_ids_TK, Peers& peers);
 // y = down(silu(gate(x)) * up(x)) for the normed rows in work.normed.
 void gated_ffn(Workspace& work, const sg_mlp& mlp, int64_t num_rows, void* const* y, Epilogue epilogue,
                float multiplier);

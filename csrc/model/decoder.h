@@ -63,9 +63,10 @@ struct sg_decoder_spec {
 struct sg_placement {
   const void* const* w13_packed_S;
   const void* const* w2_packed_S;
-  const int32_t* experts_S;     // logical expert of each slot, -1: none
-  const int32_t* slot_table_E;  // slot that each logical expert's tokens go to
-  int64_t slots_per_rank, first_slot;
+  const int32_t* experts_S;            // logical expert of each slot, -1: none
+  const int32_t* slot_table_E;         // slot that each logical expert's tokens go to where no quotas say otherwise
+  int64_t slots_per_rank, first_slot;  // experts that may be lent to this rank have slots too
+  const void* quotas;                  // of placement/quotas.h, or null
 };
 
 // One all-to-all: sends send[r] to each rank r and points recv[r] at what came; valid until the second-next one.
@@ -78,6 +79,7 @@ enum sg_phase {
   SG_PHASE_ATTENTION_PRODUCTS,  // norm, Q, K, V, output projection
   SG_PHASE_ATTENTION,           // rope, cache write, attention
   SG_PHASE_ROUTER,              // norm, gate, top-k
+  SG_PHASE_REPLICAS,            // the exchange of counts, with the wait for the peers; quotas, and a slot for each pair
   SG_PHASE_DISPATCH,            // rows to messages, the wait for the peers', grouping by slot
   SG_PHASE_EXPERTS,
   SG_PHASE_COMBINE,  // the wait for the rows, their sum
@@ -104,6 +106,7 @@ struct sg_step {
   int64_t* phase_ns;              // [SG_NUM_PHASES] that the step adds its nanoseconds to, or null
   const int32_t* tenants_S;       // row of routed_NLE that each sequence's tokens count in
   const int32_t* forced_ids_LTK;  // or null; experts that take the place of the router's, for experiments
+  int32_t balance;  // 1: layers exchange their counts and split by quotas; 2: and may lend. The same on all ranks
 };
 
 #define SG_EXCHANGE_FAILED 2

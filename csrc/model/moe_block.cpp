@@ -41,7 +41,8 @@ int force(const sg_moe& moe, const sg_step& step, int64_t num_experts, int32_t* 
   return SG_OK;
 }
 
-int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, const sg_step& step, Routed* routed) {
+int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, const sg_step& step, Peers& peers,
+          Routed* routed) {
   Workspace& work = decoder.work;
   const int64_t num_tokens = step.num_tokens, num_experts = decoder.spec.num_experts,
                 num_pairs = num_tokens * moe.top_k;
@@ -57,10 +58,12 @@ int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, co
     return SG_ERROR;
   }
   if (step.forced_ids_LTK != nullptr && force(moe, step, num_experts, ids) != SG_OK) return SG_ERROR;
-  for (int64_t i = 0; i < num_pairs; ++i) slot_ids[i] = placement.slot_table_E[ids[i]];
   count_routed(decoder, moe, step, ids);
   *routed = {weights, slot_ids};
-  return SG_OK;
+  work.clock.mark(SG_PHASE_ROUTER);
+  const int status = choose_slots(decoder, placement, step, ids, moe.top_k, slot_ids, peers);
+  work.clock.mark(SG_PHASE_REPLICAS);
+  return status;
 }
 
 // How many rows and pairs go to one rank.
@@ -287,8 +290,7 @@ int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step, Peer
     norm_rows(step.x_TD, layer.ffn_norm, spec.norm_eps, num_tokens, hidden, &work.normed);
   }
   Routed routed{};
-  if (route(decoder, moe, placement, step, &routed) != SG_OK) return SG_ERROR;
-  work.clock.mark(SG_PHASE_ROUTER);
+  if (const int chosen = route(decoder, moe, placement, step, peers, &routed); chosen != SG_OK) return chosen;
   work.combined.shape(num_tokens, hidden * ITEMSIZE[F32]);
   const int status = run_experts(decoder, moe, placement, routed, step, peers);
   if (status != SG_OK || num_tokens == 0) return status;

@@ -164,7 +164,7 @@ void part_split(const Layout& layout, const int64_t* counts_RE, int64_t source, 
   }
 }
 
-void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, Latest& out) {
+void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, bool lends, Latest& out) {
   Work& work = workspace();
   out.layout = &layout;
   out.parts.clear();
@@ -179,7 +179,7 @@ void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, Latest
   const Split* best = &work.static_split;
   out.static_cost = best->cost();
   const bool is_lp = layout.choice == SG_CHOICE_LP;
-  if (layout.empty.size() > layout.num_experts) {  // without replicas all of these are the static split
+  if (layout.has_replicas()) {  // without replicas all of these are the static split
     order_experts(layout, work);
     pour(layout, work, work.water);
     if (is_lp) level(layout, work.water, true);
@@ -190,7 +190,7 @@ void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, Latest
       best = lower(best, &work.spread);
     }
   }
-  if (layout.lending > 0) {
+  if (lends && layout.lending > 0) {
     spread(layout, *best, layout.lending, work.lent);
     if (is_lp) level(layout, work.lent, layout.expert_rows == 0);
     best = lower(best, &work.lent);
@@ -276,10 +276,17 @@ void sg_quotas_free(void* quotas) { delete static_cast<Layout*>(quotas); }
 
 int64_t sg_quotas_stride(const void* quotas) { return static_cast<const Layout*>(quotas)->stride; }
 
-int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t source, int32_t* is_static) {
+int64_t sg_quotas_choice(const void* quotas) { return static_cast<const Layout*>(quotas)->choice; }
+
+int sg_quotas_can_plan(const void* quotas, int32_t lends) {
+  const auto& layout = *static_cast<const Layout*>(quotas);
+  return layout.choice >= SG_CHOICE_WATERFILL && (layout.has_replicas() || (lends != 0 && layout.lending > 0));
+}
+
+int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t source, int32_t lends, int32_t* is_static) {
   const auto& layout = *static_cast<const Layout*>(quotas);
   try {
-    sg::placement::plan(layout, counts_RE, source, latest());
+    sg::placement::plan(layout, counts_RE, source, lends != 0, latest());
   } catch (const std::exception& error) {
     return sg::fail("quotas of %lld experts: %s", static_cast<long long>(layout.num_experts), error.what());
   }

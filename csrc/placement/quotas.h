@@ -21,10 +21,15 @@ struct sg_quotas_spec {
 SG_API void* sg_quotas_create(const struct sg_quotas_spec* spec);
 SG_API void sg_quotas_free(void* quotas);
 SG_API int64_t sg_quotas_stride(const void* quotas);
+SG_API int64_t sg_quotas_choice(const void* quotas);
+// 1: a plan could differ from the static slots; lends: 0 where no expert may be lent in this step.
+SG_API int sg_quotas_can_plan(const void* quotas, int32_t lends);
 // The split for these counts and what of it is `source`'s; stays until the next plan of any handle on this thread.
 // Sets *is_static where the static slots are as good.
-SG_API int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t source, int32_t* is_static);
-// The slot of each of a rank's pairs: by this thread's latest plan, which was of this handle; or by hash, or static.
+SG_API int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t source, int32_t lends,
+                          int32_t* is_static);
+// The slot of each of a rank's pairs: by hash where that is the choice, else by this thread's latest plan, which was of
+// this handle.
 SG_API int sg_quotas_choose(const void* quotas, const int32_t* topk_ids_TK, int64_t num_tokens, int64_t top_k,
                             int32_t* slot_ids_TK);
 // The latest plan of this thread: number of instances, and of each its expert, rank, slot and rows. For tests.

@@ -60,6 +60,7 @@ struct Layout {
   Lists replicas_E, held_R;
   std::vector<int32_t> at_ER;  // instance, -1: none
 
+  bool has_replicas() const { return empty.size() > num_experts; }
   int32_t& at(std::vector<int32_t>& table_ER, int64_t expert, int64_t rank) const {
     return table_ER[static_cast<size_t>(expert * num_ranks + rank)];
   }

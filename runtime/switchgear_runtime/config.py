@@ -19,6 +19,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 
 DTYPES = ("auto", "bfloat16", "float32")
+CHOICES = ("static", "hash", "waterfill", "lp")  # of replicas; as moe.quotas has them
 TRANSPORTS = ("auto", "shm", "gloo", "mpi", "loopback")
 
 
@@ -47,6 +48,17 @@ class EngineConfig:
     )
     trusted_network: bool = setting(
         False, "Only this cluster reaches the network between its hosts; gloo sends in the clear."
+    )
+    replica_choice: str = setting(
+        "lp",
+        "How a step spreads tokens over an expert's replicas: static, by hash of the token's place, or by the counts of "
+        "this very batch on all ranks (waterfill, lp: the best split).",
+        choices=CHOICES,
+    )
+    lending: int = setting(
+        2,
+        "Most experts of other ranks that a rank with slack computes with in a layer and step, reading their weights in "
+        "place; on one host, with replica_choice waterfill or lp.",
     )
     step_timeout_s: float = setting(10.0, "Deadline of one wait for the other ranks, in seconds.")
     weight_cache_dir: str | None = setting(
@@ -79,6 +91,8 @@ class EngineConfig:
                 _positive(name, getattr(self, name))
         if not isinstance(self.survive, int) or self.survive < 0:
             raise ConfigError(f"survive={self.survive!r} must be a number of ranks, 0 or more")
+        if self.lending < 0:
+            raise ConfigError(f"lending={self.lending} must not be negative; 0 lends nothing")
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
         if self.forced_routing is not None and self.enable_prefix_caching:

@@ -122,6 +122,7 @@ class Engine:
         if decision.kind != "run":
             return decision
         batch = self.scheduler.schedule()  # may be empty: all ranks step together, or combine hangs
+        self.runner.begin_step(decision)
         try:
             logits_BV = self.runner.forward(batch)
             sampled = self.sampler(logits_BV, batch)
@@ -169,6 +170,7 @@ class Engine:
             has_work=self.scheduler.has_work,
             stop=self._stop_requested,
             map_digest=group.map_digest,
+            lends=self.runner.lends,
         )
         group.offered_epoch = header.staged_epoch
         headers = group.transport.all_gather(header.pack(), timeout_s=self.config.step_timeout_s)

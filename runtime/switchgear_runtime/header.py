@@ -14,7 +14,7 @@ from typing import Literal
 _LAYOUT = struct.Struct("<IIIIQIIII")
 _MAGIC = 0x53574731  # "SWG1"
 HEADER_BYTES = _LAYOUT.size
-_HAS_WORK, _STOP, _FAULT = 1, 2, 4
+_HAS_WORK, _STOP, _FAULT, _LENDS = 1, 2, 4, 8
 
 
 class HeaderMismatch(RuntimeError):
@@ -26,7 +26,8 @@ class StepHeader:
     """One rank's state at the start of a step.
 
     `num_tokens`: what it would compute. `staged_epoch`: the newest it could flip to. `map_digest`: of the expert map it
-    computes with, since two maps under one epoch would send rows to the wrong experts.
+    computes with, since two maps under one epoch would send rows to the wrong experts. `lends`: it can read the weights
+    of any rank's experts in place.
     """
 
     rank: int
@@ -39,9 +40,10 @@ class StepHeader:
     stop: bool = False
     fault: bool = False
     map_digest: int = 0
+    lends: bool = False
 
     def pack(self) -> bytes:
-        flags = _HAS_WORK * self.has_work | _STOP * self.stop | _FAULT * self.fault
+        flags = _HAS_WORK * self.has_work | _STOP * self.stop | _FAULT * self.fault | _LENDS * self.lends
         return _LAYOUT.pack(
             _MAGIC,
             self.generation,
@@ -72,6 +74,7 @@ class StepHeader:
             stop=bool(flags & _STOP),
             fault=bool(flags & _FAULT),
             map_digest=map_digest,
+            lends=bool(flags & _LENDS),
         )
 
 
@@ -82,6 +85,7 @@ class Decision:
     kind: Literal["run", "park", "stop"]
     epoch: int
     num_tokens: tuple[int, ...]  # by rank
+    lends: bool = False  # every rank can
 
 
 def decide(headers: Sequence[StepHeader]) -> Decision:
@@ -105,7 +109,8 @@ def decide(headers: Sequence[StepHeader]) -> Decision:
     # A staged epoch needs no step of its own: an idle cluster flips at the header of its parking step.
     if not any(header.has_work for header in headers):
         return Decision(kind="park", epoch=epoch, num_tokens=num_tokens)
-    return Decision(kind="run", epoch=epoch, num_tokens=num_tokens)
+    lends = all(header.lends for header in headers)
+    return Decision(kind="run", epoch=epoch, num_tokens=num_tokens, lends=lends)
 
 
 def _agreed(header: StepHeader) -> tuple[int, int, int, int]:

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from switchgear_runtime import ops
 from switchgear_runtime.batch import Batch, FlatBatch
+from switchgear_runtime.comm.loopback import LoopbackTransport
+from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.header import Decision
 from switchgear_runtime.kv_cache import KVCache, num_blocks_in
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
@@ -37,7 +40,9 @@ from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.lent_experts import LentExperts
 from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.replica_choice import ReplicaChoice
 
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
@@ -93,6 +98,16 @@ class ModelRunner:
             config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
         )
         self._forced_ids_LTK: NDArray[np.int32] | None = None
+        self.replica_choice = ReplicaChoice(
+            config.replica_choice,
+            config.lending,
+            expert_format=self._store.expert_format,
+            num_experts=spec.num_experts,
+            top_k=spec.moe.top_k,
+        )
+        for moe_layer in self.moe_layers:
+            moe_layer.step = self.replica_choice.step
+        self.lends = False  # in this generation this rank can compute with the others' experts
         self._transport: Transport | None = None
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
@@ -142,6 +157,7 @@ class ModelRunner:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
         self.world_size = transport.world_size
         self._check(expert_map)
+        self._lend(transport)
         self._place(self._prepare(expert_map, self.read_expert))
         self._store.publish()
         self._connect(transport)
@@ -188,6 +204,10 @@ class ModelRunner:
         (slots,) = np.nonzero(experts.experts == expert)
         return (experts.w13_S[slots[0]], experts.w2_S[slots[0]]) if len(slots) else None
 
+    def begin_step(self, decision: Decision) -> None:
+        """Before `forward`: how this step spreads tokens over replicas, from what all ranks have agreed on."""
+        self.replica_choice.begin_step(sum(decision.num_tokens), self.world_size, lends=decision.lends)
+
     def forward(self, batch: Batch) -> Tensor:
         """logits fp32 [sampling rows, vocabulary], in the order of the batch's sequences that sample. An empty batch
         still takes part in every MoE layer. Errors of the transport pass through; the step then counts no load."""
@@ -205,9 +225,13 @@ class ModelRunner:
 
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
         if self._native is not None:
-            timeout_s = self.config.step_timeout_s
             return self._native.hidden_states(
-                flat, transport, timeout_s=timeout_s, load=self.load, forced_ids_LTK=self._forced_ids_LTK
+                flat,
+                transport,
+                timeout_s=self.config.step_timeout_s,
+                load=self.load,
+                forced_ids_LTK=self._forced_ids_LTK,
+                balance=self.replica_choice.step.mode,
             )
         with torch.inference_mode():
             token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
@@ -246,6 +270,7 @@ class ModelRunner:
 
     def _prepare(self, expert_map: ExpertMap, read: ReadStaged) -> StagedMap:
         slots, num_new, new_bytes = [], 0, 0
+        choice = self.replica_choice
 
         def count(moe_layer: int, expert: int) -> ExpertWeights:
             nonlocal num_new, new_bytes
@@ -258,7 +283,7 @@ class ModelRunner:
             slots.append(
                 ExpertSlots.load(
                     expert_map.local_experts(index, self.rank),
-                    self.rank * expert_map.slots_per_rank,
+                    self.rank * choice.stride(expert_map),
                     hidden=self.spec.hidden_size,
                     ffn=self.spec.moe.ffn,
                     format=self._store.expert_format,
@@ -266,13 +291,16 @@ class ModelRunner:
                     held=layer.experts,
                 )
             )
-        slot_tables_LE = torch.from_numpy(expert_map.slot_tables(self.rank))
+        slot_tables_LE = torch.from_numpy(choice.strided(expert_map, expert_map.slot_tables(self.rank)))
+        quotas_L = [choice.quotas(expert_map, index) for index in range(len(slots))]
+        lent_L = [choice.slots_for_lent(layer.lent) for layer in self.moe_layers]
         return StagedMap(
             expert_map=expert_map,
             digest=expert_map.digest(),
             slots=slots,
             slot_tables_L=list(slot_tables_LE),
-            native=None if self._native is None else self._native.prepare(slots, slot_tables_LE),
+            quotas_L=quotas_L,
+            native=None if self._native is None else self._native.prepare(slots, slot_tables_LE, quotas_L, lent_L),
             num_new=num_new,
             new_bytes=new_bytes,
         )
@@ -287,17 +315,31 @@ class ModelRunner:
         return names
 
     def _place(self, staged: StagedMap) -> None:
-        for layer, slots, slot_table_E in zip(self.moe_layers, staged.slots, staged.slot_tables_L, strict=True):
-            layer.place(slots, slot_table_E)
+        for index, layer in enumerate(self.moe_layers):
+            layer.place(staged.slots[index], staged.slot_tables_L[index], staged.quotas_L[index])
         if self._native is not None:
             assert staged.native is not None
             self._native.place(staged.native)
         self.expert_map = staged.expert_map
 
+    def _lend(self, transport: Transport) -> None:
+        """Have every expert's weights at hand, where that takes no copy: on one host, whose ranks map one file."""
+        one_host = isinstance(transport, ShmTransport | LoopbackTransport)
+        self.lends = self.replica_choice.lends and one_host and self.world_size > 1
+        if not self.lends or all(layer.lent is not None for layer in self.moe_layers):
+            return
+        for decoder_layer, layer in zip(self.spec.moe_layers, self.moe_layers, strict=True):
+            weights = [self._store.lendable(decoder_layer, expert) for expert in range(self.spec.num_experts)]
+            known = [pair for pair in weights if pair is not None]
+            if len(known) < len(weights):
+                self.lends = False
+                return
+            layer.lend(LentExperts.of([w13 for w13, _ in known], [w2 for _, w2 in known]))
+
     def _connect(self, transport: Transport) -> None:
         dispatcher = Dispatcher(
             transport,
-            slots_per_rank=self.expert_map.slots_per_rank,
+            slots_per_rank=self.replica_choice.stride(self.expert_map),
             payload=self.dtype,
             timeout_s=self.config.step_timeout_s,
         )

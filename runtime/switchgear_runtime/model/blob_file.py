@@ -140,6 +140,10 @@ class BlobFile:
                 pace(num_bytes)
         return np.asarray(_Window(self._mapping, self._address + start, length))
 
+    def peek(self, index: int) -> NDArray[np.uint8]:
+        """As `view`, with no page mapped before it is read."""
+        return np.asarray(_Window(self._mapping, self._address + self.layout.starts[index], self.layout.lengths[index]))
+
     def crc_matches(self, index: int) -> bool:
         """Reads the whole blob."""
         offset = self.layout.state_offset(index) + _STATE.size

@@ -32,7 +32,9 @@ from switchgear_runtime.model.decoder import Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.lent_experts import LentExperts
 from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.native_quotas import NativeQuotas
 from switchgear_runtime.ops import PackedWeight
 from switchgear_runtime.packing import FORMATS
 
@@ -103,25 +105,34 @@ class NativeDecoder:
                 return False
         return all(isinstance(norm, RMSNorm) for norm in norms)
 
-    def prepare(self, slots: Sequence[ExpertSlots], slot_tables_LE: Tensor) -> NativePlacements:
-        """What `place` takes: each MoE layer's experts and the slots of this rank's tokens. Any thread, any time."""
+    def prepare(
+        self,
+        slots: Sequence[ExpertSlots],
+        slot_tables_LE: Tensor,
+        quotas_L: Sequence[NativeQuotas | None],
+        lent_L: Sequence[LentExperts | None],
+    ) -> NativePlacements:
+        """What `place` takes: each MoE layer's experts and the slots of this rank's tokens. Any thread, any time.
+        `lent_L`: where experts may be lent; each then has a slot."""
         num_layers = len(slots)
         placements = (c.Placement * num_layers)()
-        kept: list[object] = [slots, slot_tables_LE]
-        for index, experts in enumerate(slots):
-            num_slots = len(experts.experts)
+        kept: list[object] = [slots, slot_tables_LE, quotas_L, lent_L]
+        for index, (experts, quotas, lent) in enumerate(zip(slots, quotas_L, lent_L, strict=True)):
             w13, w2 = (
-                (ctypes.c_void_p * num_slots)(*(tensor.data_ptr() or None for tensor in tensors))
+                np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
                 for tensors in (experts.w13_S, experts.w2_S)
             )
             held = np.ascontiguousarray(experts.experts, np.int32)
+            if lent is not None:
+                w13, w2, held = lent.extend(w13, w2, held)
             placements[index] = c.Placement(
-                w13_packed_S=w13,
-                w2_packed_S=w2,
+                w13_packed_S=w13.ctypes.data,
+                w2_packed_S=w2.ctypes.data,
                 experts_S=held.ctypes.data,
                 slot_table_E=slot_tables_LE[index].data_ptr(),
-                slots_per_rank=num_slots,
+                slots_per_rank=len(held),
                 first_slot=experts.first_slot,
+                quotas=None if quotas is None else quotas.handle,
             )
             kept += (held, w13, w2)
         return NativePlacements(placements, kept)
@@ -141,9 +152,10 @@ class NativeDecoder:
         timeout_s: float,
         load: ExpertLoad,
         forced_ids_LTK: NDArray[np.int32] | None = None,
+        balance: int = 0,
     ) -> Tensor:
         """x_TD, fp32, after the last layer; counts into the step's load. An empty batch takes part in every MoE layer.
-        `forced_ids_LTK`: experts in place of the router's. Errors of the transport pass through."""
+        `forced_ids_LTK`: experts in place of the router's. `balance`: as StepBalance.mode. Errors of the transport pass through."""
         token_ids_T, positions_T, slots_T = (
             np.array(values, np.int64) for values in (flat.token_ids_T, flat.positions_T, flat.slots_T)
         )
@@ -171,6 +183,7 @@ class NativeDecoder:
             phase_ns=self._phase_ns(),
             tenants_S=load.step_tenants_Q.ctypes.data,
             forced_ids_LTK=None if forced_ids_LTK is None else forced_ids_LTK.ctypes.data,
+            balance=balance,
         )
         status = self._library.sg_decoder_step(self._handle, ctypes.byref(step))
         error = self._exchange.end()

@@ -98,12 +98,13 @@ class DecoderSpec(ctypes.Structure):
 
 class Placement(ctypes.Structure):
     _fields_ = [
-        ("w13_packed_S", POINTER(c_void_p)),
-        ("w2_packed_S", POINTER(c_void_p)),
+        ("w13_packed_S", c_void_p),
+        ("w2_packed_S", c_void_p),
         ("experts_S", c_void_p),
         ("slot_table_E", c_void_p),
         ("slots_per_rank", c_int64),
         ("first_slot", c_int64),
+        ("quotas", c_void_p),
     ]
 
 
@@ -120,6 +121,7 @@ PHASES = (
     "attention products",
     "attention",
     "router",
+    "replicas",
     "dispatch",
     "experts",
     "combine",
@@ -150,6 +152,7 @@ class Step(ctypes.Structure):
         ("phase_ns", c_void_p),
         ("tenants_S", c_void_p),
         ("forced_ids_LTK", c_void_p),
+        ("balance", c_int32),
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from switchgear_runtime.model.native_decoder import NativePlacements
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
+from switchgear_runtime.moe.native_quotas import NativeQuotas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -20,6 +21,7 @@ class StagedMap:
     digest: int
     slots: Sequence[ExpertSlots]  # by MoE layer
     slot_tables_L: Sequence[Tensor]  # by MoE layer, [E]: where this rank's tokens go
+    quotas_L: Sequence[NativeQuotas | None]  # by MoE layer: how they split over replicas
     native: NativePlacements | None
     num_new: int  # (layer, expert) pairs that this rank did not hold when it began
     new_bytes: int  # of their packed weights

@@ -130,6 +130,11 @@ class WeightCache:
             return torch.from_numpy(data)
         return self._map(file, index, pace)
 
+    def peek(self, name: str) -> Tensor | None:
+        """A published blob as `get` gives it, but none of its pages is read now; None if it is not published."""
+        file, index = self._file, self._index[name]
+        return torch.from_numpy(file.peek(index)) if file is not None and file.is_published(index) else None
+
     def prepare(self, fills: Mapping[str, Fill]) -> None:
         """Before `get`s: publish those of these blobs that nobody has and nobody is packing. Ranks that start together
         so share the work, each from another place of its list."""

@@ -16,7 +16,13 @@ from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names, matrices
-from switchgear_runtime.model.weight_cache import WeightCache, WeightCacheKey, private_blob, weight_cache_folder
+from switchgear_runtime.model.weight_cache import (
+    SHARED_BYTES_MIN,
+    WeightCache,
+    WeightCacheKey,
+    private_blob,
+    weight_cache_folder,
+)
 from switchgear_runtime.packing import pack_version
 
 ExpertWeights = tuple[ops.PackedWeight, ops.PackedWeight]  # gate and up, down
@@ -79,6 +85,17 @@ class WeightStore:
         """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece read."""
         gate_up, down = expert_matrix_names(layer, expert)
         return self.matrix(gate_up, pace=pace), self.matrix(down, pace=pace)
+
+    def lendable(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
+        """The packed weights of an expert of any rank, to be read in place; None where they are not on this host yet.
+        A model too small for the cache is packed here."""
+        if not self.cache.is_shared:
+            if self.cache.num_bytes >= SHARED_BYTES_MIN:
+                return None
+            gate_up, down = self.expert(layer, expert)
+            return gate_up.data, down.data
+        w13, w2 = (self.cache.peek(name) for name in expert_matrix_names(layer, expert))
+        return None if w13 is None or w2 is None else (w13, w2)
 
     def empty_expert(self, layer: int, expert: int) -> ExpertWeights:
         """Memory of its own for an expert whose packed weights come from elsewhere; arbitrary contents."""

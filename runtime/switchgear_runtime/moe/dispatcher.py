@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime import ops
@@ -50,6 +51,16 @@ class Dispatcher:
         """y_TD: each token's K rows, weighted, summed in fp32 in the order k = 0..K-1."""
         returned = self._exchange(rows.data, rows.offsets)
         return ops.combine(returned, handle.pair_index_TK, topk_weights_TK, handle.hidden, self.payload)
+
+    def all_gather_counts(self, counts_E: NDArray[np.int32]) -> NDArray[np.int64]:
+        """counts_RE: how many tokens of each rank want each expert."""
+        received = self.transport.all_to_all_v(
+            [counts_E.data.cast("B")] * self.transport.world_size, timeout_s=self.timeout_s
+        )
+        for rank, view in enumerate(received):
+            if view.nbytes != counts_E.nbytes:
+                raise ValueError(f"counts of rank {rank} have {view.nbytes} bytes, expected {counts_E.nbytes}")
+        return np.stack([np.frombuffer(view, np.int32) for view in received]).astype(np.int64)
 
     def _exchange(self, data: Tensor, offsets: list[int]) -> list[Tensor]:
         view = data.numpy().data

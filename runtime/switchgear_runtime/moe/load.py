@@ -69,7 +69,7 @@ class ExpertLoad:
     def record_rows(self, layer: int, experts: Int32, rows_per_slot_S: Int64) -> None:
         """`experts`: logical expert of each slot. Slots without an expert have no rows."""
         held = experts >= 0
-        self.step_rows_LE[layer, experts[held]] += rows_per_slot_S[held]  # no expert lies twice on a rank
+        np.add.at(self.step_rows_LE[layer], experts[held], rows_per_slot_S[held])  # one may be lent beside its slot
 
     def commit(self) -> None:
         used = slice(self._num_step_rows)

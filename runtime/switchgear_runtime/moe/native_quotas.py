@@ -40,7 +40,8 @@ def _library() -> ctypes.CDLL:
         ("create", c_void_p, (POINTER(_Spec),)),
         ("free", None, (c_void_p,)),
         ("stride", c_int64, (c_void_p,)),
-        ("plan", ctypes.c_int, (c_void_p, c_void_p, c_int64, POINTER(c_int32))),
+        ("can_plan", ctypes.c_int, (c_void_p, c_int32)),
+        ("plan", ctypes.c_int, (c_void_p, c_void_p, c_int64, c_int32, POINTER(c_int32))),
         ("choose", ctypes.c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
         ("instances", c_int64, (c_int64, c_void_p)),
         ("costs", None, (POINTER(c_int64), POINTER(c_int64))),
@@ -80,14 +81,19 @@ class NativeQuotas:
         if not handle:
             raise ValueError(native.last_error())
         self.handle: int = handle
+        self.is_hash = balance.choice == "hash"
         self.stride: int = self._library.sg_quotas_stride(handle)
         weakref.finalize(self, self._library.sg_quotas_free, handle)
 
-    def plan(self, counts_RE: Int64, source: int) -> None:
+    def can_plan(self, *, lends: bool) -> bool:
+        """Whether a plan could differ from the static slots."""
+        return bool(self._library.sg_quotas_can_plan(self.handle, lends))
+
+    def plan(self, counts_RE: Int64, source: int, *, lends: bool = True) -> None:
         """`choose` then is for the tokens of `source`. The plan is this thread's until its next."""
         counts_RE = np.ascontiguousarray(counts_RE, np.int64)
         assert counts_RE.shape == (self.num_ranks, self.num_experts)
-        if self._library.sg_quotas_plan(self.handle, counts_RE.ctypes.data, source, None):
+        if self._library.sg_quotas_plan(self.handle, counts_RE.ctypes.data, source, lends, None):
             raise RuntimeError(native.last_error())
 
     def choose(self, topk_ids_TK: Int32) -> Int32:
@@ -106,7 +112,7 @@ class NativeQuotas:
         counts_RE = np.ascontiguousarray(counts_RE, np.int64)
         assert counts_RE.shape == (self.num_ranks, self.num_experts)
         is_static, static_cost, cost = c_int32(), c_int64(), c_int64()
-        if self._library.sg_quotas_plan(self.handle, counts_RE.ctypes.data, 0, ctypes.byref(is_static)):
+        if self._library.sg_quotas_plan(self.handle, counts_RE.ctypes.data, 0, True, ctypes.byref(is_static)):
             raise RuntimeError(native.last_error())
         self._library.sg_quotas_costs(ctypes.byref(static_cost), ctypes.byref(cost))
         instances_I4 = None

@@ -85,8 +85,8 @@ class Planner:
         mixed = (token * 0x9E3779B1 + expert * 0x85EBCA77) & 0xFFFFFFFF
         return self.empty.slots[replicas[(mixed >> 16) % len(replicas)]]
 
-    def plan(self, counts_RE: Int64) -> Instances | None:
-        """Rows of each instance; None: the static slots are as good."""
+    def plan(self, counts_RE: Int64, *, lends: bool = True) -> Instances | None:
+        """Rows of each instance; None: the static slots are as good. Without `lends` no expert is lent."""
         totals_E = counts_RE.sum(0).tolist()
         static = self._static(counts_RE)
         water = self._water(totals_E)
@@ -95,7 +95,7 @@ class Planner:
         else:
             self._level(water, every=True)
             best = min(static, water, self._spread(self._whole(totals_E), 0), key=Instances.cost)
-        if self.lending:
+        if self.lending and lends:
             lent = self._spread(best, self.lending)
             if self.balance.choice == "lp":
                 self._level(lent, every=self.balance.expert_rows == 0)
