@@ -51,8 +51,7 @@ def rebalance(load_E: Sequence[int], num_physical: int, num_groups: int, num_nod
     group_size = len(weights) // num_groups
     groups_per_node, gpus_per_node = num_groups // num_nodes, num_gpus // num_nodes
     group_weights = [
-        np.float32(sum(load_E[group * group_size : (group + 1) * group_size]))
-        for group in range(num_groups)
+        np.float32(sum(load_E[group * group_size : (group + 1) * group_size])) for group in range(num_groups)
     ]
     node_of_group, place_of_group = balanced_packing(group_weights, num_nodes)
     physical_P = [0] * num_physical

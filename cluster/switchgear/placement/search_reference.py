@@ -347,5 +347,7 @@ def _save(layer: Layer) -> tuple[list[int], list[float], list[list[int]], list[f
     return list(layer.held_P), list(layer.share_P), slots_E, list(layer.fixed_E), list(layer.level_R), layer.moves
 
 
-def _restore(layer: Layer, saved: tuple[list[int], list[float], list[list[int]], list[float], list[float], int]) -> None:
+def _restore(
+    layer: Layer, saved: tuple[list[int], list[float], list[list[int]], list[float], list[float], int]
+) -> None:
     layer.held_P, layer.share_P, layer.slots_E, layer.fixed_E, layer.level_R, layer.moves = saved

@@ -48,7 +48,11 @@ def test_the_same_tokens_wherever_they_are_computed(tmp_path: Path) -> None:
     alone, free = Alone(model_dir, **forced), Alone(model_dir)
     expected = {submit.sequence_id: content(alone.outputs(submit)) for submit in submits}
     assert any(content(free.outputs(submit)) != expected[submit.sequence_id] for submit in submits), f"seed {seed}"
-    for world_size, changes in ((1, {}), (2, {"max_num_batched_tokens": 40}), (4, {"num_kv_blocks": 8, "max_model_len": 100})):
+    for world_size, changes in (
+        (1, {}),
+        (2, {"max_num_batched_tokens": 40}),
+        (4, {"num_kv_blocks": 8, "max_model_len": 100}),
+    ):
         run = run_cluster(model_dir, world_size, submits, **forced, **changes)
         actual = {sequence_id: content(outputs) for sequence_id, outputs in run.outputs.items()}
         assert actual == expected, f"seed {seed}, {world_size} ranks, {changes}"
