@@ -391,6 +391,7 @@ def _facts(spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
         eos_token_ids=spec.eos_token_ids,
         num_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
+        top_k=spec.moe.top_k,
         max_num_seqs=engine.max_num_seqs,
         prefix_caching=engine.enable_prefix_caching,
     )

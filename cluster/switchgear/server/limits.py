@@ -14,6 +14,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...] = ()
     num_layers: int = 0  # MoE layers
     num_experts: int = 0  # logical, per layer
+    top_k: int = 0  # of them that a token takes
     max_num_seqs: int = 64  # what a rank runs at once
     prefix_caching: bool = True
 
