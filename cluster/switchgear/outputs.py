@@ -83,3 +83,4 @@ class ExpertLoad:
     routed_by_source: list[list[list[int]]] = field(default_factory=list)
     routed_by_tenant: dict[str, list[list[int]]] = field(default_factory=dict)
     step: int = 0
+    top_k: int = 0

@@ -17,6 +17,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...] = ()
     num_layers: int = 0  # MoE layers
     num_experts: int = 0  # logical, per layer
+    top_k: int = 0  # of them that a token takes
     max_num_seqs: int = 64  # what a rank runs at once
     prefix_caching: bool = True
 
@@ -29,6 +30,7 @@ class ModelFacts:
             eos_token_ids=spec.eos_token_ids,
             num_layers=spec.num_moe_layers,
             num_experts=spec.num_experts,
+            top_k=spec.moe.top_k,
             max_num_seqs=engine.max_num_seqs,
             prefix_caching=engine.enable_prefix_caching,
         )

@@ -40,6 +40,7 @@ class LoadTable:
     def __init__(self, facts: ModelFacts) -> None:
         self.num_layers = facts.num_layers
         self.num_experts = facts.num_experts
+        self.top_k = facts.top_k
         self._shape = (facts.num_layers, facts.num_experts)
         self._size = facts.num_layers * facts.num_experts
         self._routed_by_source: dict[int, Int64] = {}  # tokens by logical expert, counted at each rank's router
@@ -101,6 +102,7 @@ class LoadTable:
             routed_by_source=self.routed_by_source(),
             routed_by_tenant=self.routed_by_tenant(),
             step=self.num_steps,
+            top_k=self.top_k,
         )
 
     def snapshot(self, time_s: float) -> LoadSnapshot:
