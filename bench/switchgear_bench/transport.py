@@ -32,8 +32,8 @@ from typing import Any
 
 NUM_RANKS = 2
 ANSWER_TIMEOUT_S = 120.0
-_REPETITION_S = 0.02  # of every cell; its iterations are what fits in there
-_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 60_000
+_REPETITION_S = 0.01  # of every cell; its iterations are what fits in there
+_ITERATIONS_MIN, _ITERATIONS_MAX = 4, 30_000
 _TRIALS = 3  # to find out how many fit
 _CROSSINGS = 2_000
 HEADER_BYTES = 64

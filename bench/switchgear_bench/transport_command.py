@@ -94,7 +94,7 @@ class TransportCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--sizes", type=_sizes, default=list(SIZES), help="bytes (default: 64 to 16 Mi, doubling)")
-        parser.add_argument("--num-repeats", type=int, default=9, help="medians are over this many runs (default: 9)")
+        parser.add_argument("--num-repeats", type=int, default=15, help="medians are over this many runs (default: 15)")
         parser.add_argument(
             "--mailbox-bytes", type=int, default=MAILBOX_BYTES, help="of the shm channel (default: 32 Mi)"
         )

@@ -24,7 +24,8 @@ from switchgear_runtime.comm.transport import Transport
 
 NUM_RANKS = 2
 TIMEOUT_S = 60.0
-NUM_UNTIMED = 2  # as in the C loops
+NUM_UNTIMED = 2  # as in the C loops, like MEET_BYTES
+MEET_BYTES = 64 << 10
 GLOO_FIRST_BYTES = 1 << 20  # what travels with the header
 Call = Callable[[Job], Timing]
 
@@ -61,7 +62,7 @@ def _native(name: str, *arguments: Any) -> Call:
     return run
 
 
-def _python(send: Buffer, exchange: Callable[[memoryview], memoryview]) -> Call:
+def _python(send: Buffer, exchange: Callable[[memoryview], memoryview], meet: Callable[[], object]) -> Call:
     """The same loop in Python."""
 
     def run(job: Job) -> Timing:
@@ -72,11 +73,13 @@ def _python(send: Buffer, exchange: Callable[[memoryview], memoryview]) -> Call:
                 timing.write_ns = timing.exchange_ns = 0
             begin_ns = time.perf_counter_ns()
             loops.sg_bench_write(send.address, job.num_bytes, job.seed, iteration, job.rank)
+            timing.write_ns += time.perf_counter_ns() - begin_ns
+            if job.num_bytes >= MEET_BYTES:
+                meet()
             written_ns = time.perf_counter_ns()
             received = np.frombuffer(exchange(message), np.uint64)
             checksum = int(received.sum())
             end_ns = time.perf_counter_ns()
-            timing.write_ns += written_ns - begin_ns
             timing.exchange_ns += end_ns - written_ns
             expected = loops.sg_bench_expected(job.num_bytes, job.seed, iteration, peer)
             timing.mismatches += checksum != expected or received.nbytes != job.num_bytes
@@ -85,7 +88,7 @@ def _python(send: Buffer, exchange: Callable[[memoryview], memoryview]) -> Call:
     return run
 
 
-def _through(transport: Transport) -> Callable[[memoryview], memoryview]:
+def _through(transport: Transport) -> tuple[Callable[[memoryview], memoryview], Callable[[], object]]:
     rank = transport.rank
 
     def exchange(message: memoryview) -> memoryview:
@@ -93,7 +96,7 @@ def _through(transport: Transport) -> Callable[[memoryview], memoryview]:
         send[1 - rank] = message
         return transport.all_to_all_v(send, timeout_s=TIMEOUT_S)[1 - rank]
 
-    return exchange
+    return exchange, lambda: transport.barrier(timeout_s=TIMEOUT_S)
 
 
 class ShmContender(Contender):
@@ -107,18 +110,20 @@ class ShmContender(Contender):
         self._exchanger: NativeExchanger | None = NativeExchanger(self._transport.channel)
         self.calls = {
             "memcpy": _native("memcpy", shm.sg_shm_barrier, handle),
-            "shm": _native("shm", shm.sg_shm_all_to_all_v, shm.sg_shm_release, handle, segment),
-            "shm held": _native("shm", shm.sg_shm_all_to_all_v, None, handle, segment),
-            "shm in place": _native("shm_in_place", ctypes.byref(self._in_place(shm, self._exchanger.handle))),
-            "shm python": _python(self.send, _through(self._transport)),
+            "shm": _native("shm", shm.sg_shm_all_to_all_v, shm.sg_shm_barrier, shm.sg_shm_release, handle, segment),
+            "shm held": _native("shm", shm.sg_shm_all_to_all_v, shm.sg_shm_barrier, None, handle, segment),
+            "shm in place": _native("shm_in_place", ctypes.byref(self._in_place(shm, self._exchanger.handle, handle))),
+            "shm python": _python(self.send, *_through(self._transport)),
             "shm all_gather": _native("shm_all_gather", shm.sg_shm_all_gather, handle),
         }
         self.version = f"mailbox {mailbox_bytes} bytes"
 
-    def _in_place(self, shm: ctypes.CDLL, exchanger: int) -> Exchanger:
+    def _in_place(self, shm: ctypes.CDLL, exchanger: int, channel: int) -> Exchanger:
         names = ("reserve", "exchange", "received", "release")
         functions = (getattr(shm, f"sg_shm_exchanger_{name}") for name in names)
-        return Exchanger(exchanger, *(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        functions = (*functions, shm.sg_shm_barrier)
+        addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        return Exchanger(exchanger, *addresses, channel)
 
     def close(self) -> None:
         super().close()
@@ -146,8 +151,8 @@ class MpiContender(Contender):
             return receive[: len(message)]
 
         self.calls = {
-            "native": _native("mpi", functions.MPI_Alltoallv, *handles),
-            "python": _python(self.send, exchange),
+            "native": _native("mpi", functions.MPI_Alltoallv, functions.MPI_Barrier, *handles),
+            "python": _python(self.send, exchange, world.Barrier),
             "all_gather": _native("mpi_all_gather", functions.MPI_Allgather, *handles),
         }
         self.version = MPI.Get_library_version().splitlines()[0].strip("\0 ")
@@ -190,7 +195,7 @@ class GlooContender(Contender):
 
         network = Network(store=FolderStore(folder, rank), address="127.0.0.1", trusted=False)
         self._transport = GlooTransport(network, rank, NUM_RANKS, mailbox_bytes=GLOO_FIRST_BYTES, timeout_s=TIMEOUT_S)
-        self.calls = {"gloo python": _python(self.send, _through(self._transport))}
+        self.calls = {"gloo python": _python(self.send, *_through(self._transport))}
         self.version = f"torch {torch.__version__}"
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ class Exchanger(ctypes.Structure):
         ("exchange", ctypes.c_void_p),
         ("received", ctypes.c_void_p),
         ("release", ctypes.c_void_p),
+        ("barrier", ctypes.c_void_p),
+        ("channel", ctypes.c_void_p),
     ]
 
 
@@ -63,10 +65,10 @@ def library() -> ctypes.CDLL:
         ("checksum", u64, (pointer, u64)),
         ("expected", u64, (u64, u64, u64, u32)),
         ("memcpy", ctypes.c_int32, (job, pointer, pointer, timing)),
-        ("shm", ctypes.c_int32, (job, pointer, pointer, pointer, pointer, timing)),
+        ("shm", ctypes.c_int32, (job, pointer, pointer, pointer, pointer, pointer, timing)),
         ("shm_in_place", ctypes.c_int32, (job, ctypes.POINTER(Exchanger), timing)),
         ("shm_all_gather", ctypes.c_int32, (job, pointer, pointer, timing)),
-        ("mpi", ctypes.c_int32, (job, pointer, pointer, pointer, timing)),
+        ("mpi", ctypes.c_int32, (job, pointer, pointer, pointer, pointer, timing)),
         ("mpi_all_gather", ctypes.c_int32, (job, pointer, pointer, pointer, timing)),
     ):
         function = getattr(loops, f"sg_bench_{name}")

@@ -16,6 +16,7 @@ namespace {
 
 constexpr double kTimeoutS = 30;
 constexpr uint64_t kNumUntimed = 2;             // first iterations: the ranks do not begin at the same moment
+constexpr uint64_t kMeetBytes = 64 << 10;       // from here on writing takes long enough for the ranks to drift apart
 constexpr uint64_t kStep = 0x9e3779b97f4a7c15;  // odd, so that all words of a message differ
 
 uint64_t now_ns() {
@@ -31,9 +32,11 @@ uint64_t first_word(uint64_t seed, uint64_t iteration, uint32_t source) {
 }
 
 // `exchange(data)` sends what `place()` gave and was written, and returns where the peer's message lies, or null.
-// `release()`: it has been read.
-template <typename Place, typename Exchange, typename Release>
-int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, Exchange exchange, Release release) {
+// `meet()`: a barrier, so that what is timed begins on both ranks at once, as in sg_bench_memcpy; 0 when passed.
+// `release()`: the message has been read.
+template <typename Place, typename Meet, typename Exchange, typename Release>
+int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, Meet meet, Exchange exchange,
+                Release release) {
   timing = {};
   const uint32_t peer = 1 - job.rank;
   for (uint64_t i = 0; i < job.num_iterations + kNumUntimed; ++i) {
@@ -42,14 +45,14 @@ int32_t measure(const sg_bench_job& job, sg_bench_timing& timing, Place place, E
     unsigned char* data = place();
     if (!data) return -1;
     sg_bench_write(data, job.num_bytes, job.seed, i, job.rank);
+    timing.write_ns += now_ns() - begin_ns;
+    if (job.num_bytes >= kMeetBytes && meet()) return -1;
     const uint64_t written_ns = now_ns();
     const unsigned char* received = exchange(data);
     if (!received) return -1;
     const uint64_t sum = sg_bench_checksum(received, job.num_bytes);
     release();
-    const uint64_t end_ns = now_ns();
-    timing.write_ns += written_ns - begin_ns;
-    timing.exchange_ns += end_ns - written_ns;
+    timing.exchange_ns += now_ns() - written_ns;
     timing.mismatches += sum != sg_bench_expected(job.num_bytes, job.seed, i, peer);
   }
   return 0;
@@ -100,8 +103,8 @@ int32_t sg_bench_memcpy(const sg_bench_job* job, sg_bench_barrier barrier, void*
   return 0;
 }
 
-int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_release release, void* channel,
-                     const unsigned char* segment, sg_bench_timing* timing) {
+int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_barrier barrier,
+                     sg_bench_release release, void* channel, const unsigned char* segment, sg_bench_timing* timing) {
   const uint32_t peer = 1 - job->rank;
   const void* send[2] = {};
   uint64_t send_bytes[2] = {}, offsets[2] = {}, received_bytes[2] = {};
@@ -110,7 +113,7 @@ int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_ben
   send_bytes[peer] = job->num_bytes;
   const sg::comm::Exchange exchange{send, send_bytes, offsets, received_bytes, room, room_bytes};
   return measure(
-      *job, *timing, [&] { return job->send; },
+      *job, *timing, [&] { return job->send; }, [&] { return barrier(channel, kTimeoutS); },
       [&](const unsigned char* data) -> const unsigned char* {
         send[peer] = data;
         if (call(channel, &exchange, kTimeoutS) || received_bytes[peer] != job->num_bytes) return nullptr;
@@ -125,6 +128,7 @@ int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exchanger*
   const uint32_t peer = 1 - job->rank;
   return measure(
       *job, *timing, [&] { return exchanger->reserve(exchanger->self, peer, job->num_bytes); },
+      [&] { return exchanger->barrier(exchanger->channel, kTimeoutS); },
       [&](const unsigned char*) -> const unsigned char* {
         if (exchanger->exchange(exchanger->self, kTimeoutS)) return nullptr;
         uint64_t num_bytes = 0;
@@ -134,12 +138,12 @@ int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exchanger*
       [&] { exchanger->release(exchanger->self); });
 }
 
-int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, uintptr_t byte_type, uintptr_t communicator,
-                     sg_bench_timing* timing) {
+int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, sg_bench_mpi_barrier barrier,
+                     uintptr_t byte_type, uintptr_t communicator, sg_bench_timing* timing) {
   int counts[2] = {}, starts[2] = {};
   counts[1 - job->rank] = static_cast<int>(job->num_bytes);
   return measure(
-      *job, *timing, [&] { return job->send; },
+      *job, *timing, [&] { return job->send; }, [&] { return barrier(communicator); },
       [&](const unsigned char* data) -> const unsigned char* {
         const int failed = call(data, counts, starts, byte_type, job->receive, counts, starts, byte_type, communicator);
         return failed ? nullptr : job->receive;
@@ -152,7 +156,7 @@ int32_t sg_bench_shm_all_gather(const sg_bench_job* job, sg_bench_all_gather cal
   unsigned char headers[2 * sg::comm::kHeaderBytesMax];
   uint32_t lengths[2];
   return measure(
-      *job, *timing, [&] { return job->send; },
+      *job, *timing, [&] { return job->send; }, [] { return 0; },
       [&](const unsigned char* data) -> const unsigned char* {
         const auto length = static_cast<uint32_t>(job->num_bytes);
         if (call(channel, data, length, kTimeoutS, headers, lengths)) return nullptr;
@@ -165,7 +169,7 @@ int32_t sg_bench_shm_all_gather(const sg_bench_job* job, sg_bench_all_gather cal
 int32_t sg_bench_mpi_all_gather(const sg_bench_job* job, sg_bench_mpi_allgather call, uintptr_t byte_type,
                                 uintptr_t communicator, sg_bench_timing* timing) {
   return measure(
-      *job, *timing, [&] { return job->send; },
+      *job, *timing, [&] { return job->send; }, [] { return 0; },
       [&](const unsigned char* data) -> const unsigned char* {
         const auto count = static_cast<int>(job->num_bytes);
         if (call(data, count, byte_type, job->receive, count, byte_type, communicator)) return nullptr;

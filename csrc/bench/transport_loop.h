@@ -1,6 +1,7 @@
 // The C ABI of libswitchgear_bench.so: one measuring loop for every transport, so that all pay the same for what is
 // not theirs. Each iteration writes a fresh message, sends it to the one peer, receives the peer's, and reads every
-// word of it; what arrived is compared with what the peer must have sent.
+// word of it; what arrived is compared with what the peer must have sent. Between writing and sending the ranks of long
+// messages meet, untimed: else the time has in it by how much one rank wrote faster than the other.
 //
 // The library links neither the transports nor MPI: they come as function pointers.
 #pragma once
@@ -39,8 +40,9 @@ SG_API int32_t sg_bench_memcpy(const sg_bench_job* job, sg_bench_barrier barrier
 // buffer is; null: views are held until the second-next exchange.
 using sg_bench_all_to_all_v = int32_t (*)(void* channel, const sg::comm::Exchange* exchange, double timeout_s);
 using sg_bench_release = void (*)(void* self);
-SG_API int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_release release,
-                            void* channel, const unsigned char* segment, sg_bench_timing* timing);
+SG_API int32_t sg_bench_shm(const sg_bench_job* job, sg_bench_all_to_all_v call, sg_bench_barrier barrier,
+                            sg_bench_release release, void* channel, const unsigned char* segment,
+                            sg_bench_timing* timing);
 
 // As a user of reserve does it: the message is written where the peer will read it.
 struct sg_bench_exchanger {
@@ -49,6 +51,8 @@ struct sg_bench_exchanger {
   int32_t (*exchange)(void* self, double timeout_s);
   const unsigned char* (*received)(const void* self, uint32_t src, uint64_t* num_bytes);
   sg_bench_release release;
+  sg_bench_barrier barrier;
+  void* channel;  // of the barrier
 };
 SG_API int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exchanger* exchanger,
                                      sg_bench_timing* timing);
@@ -57,8 +61,9 @@ SG_API int32_t sg_bench_shm_in_place(const sg_bench_job* job, const sg_bench_exc
 using sg_bench_mpi_alltoallv = int (*)(const void* send, const int* send_counts, const int* send_starts,
                                        uintptr_t send_type, void* receive, const int* receive_counts,
                                        const int* receive_starts, uintptr_t receive_type, uintptr_t communicator);
-SG_API int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, uintptr_t byte_type,
-                            uintptr_t communicator, sg_bench_timing* timing);
+using sg_bench_mpi_barrier = int (*)(uintptr_t communicator);
+SG_API int32_t sg_bench_mpi(const sg_bench_job* job, sg_bench_mpi_alltoallv call, sg_bench_mpi_barrier barrier,
+                            uintptr_t byte_type, uintptr_t communicator, sg_bench_timing* timing);
 
 // The all-gather of a header of `num_bytes` (at most 256).
 using sg_bench_all_gather = int32_t (*)(void* channel, const void* header, uint32_t length, double timeout_s,

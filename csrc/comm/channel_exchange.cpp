@@ -8,7 +8,7 @@
 namespace sg::comm {
 namespace {
 
-constexpr uint64_t kChunkBytes = 64 << 10;
+constexpr uint64_t kChunkBytes = 256 << 10;
 constexpr uint64_t kEntryBytesPerNs = 128;  // a fifth of what the copy takes may be spent on waiting to do it better
 
 // Chunk by chunk from the end: who wrote the message wrote its end last, who reads it begins at its beginning, and so
