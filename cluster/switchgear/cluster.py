@@ -17,20 +17,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
+from switchgear.actions import (
+    Action,
+    FailRank,
+    GiveUp,
+    KillRank,
+    NotReady,
+    Ready,
+    Scaled,
+    ScaleFailed,
+    SendTo,
+    StartRank,
+    Sweep,
+    Vacate,
+)
+from switchgear.compatibility import check_scale, check_settings
 from switchgear.config import ServeConfig, resolve_model
 from switchgear.controller import Controller
 from switchgear.launcher.base import Launcher, LaunchError, OnExit
 from switchgear.launcher.make import make_launcher
 from switchgear.link_server import LinkServer
+from switchgear.rank_logs import RankLogs
 from switchgear.rendezvous_store import RendezvousStore
+from switchgear.scale_order import ScaleOrder
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.store import MemoryStore, Store
 from switchgear.submit_box import SubmitBox
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.errors import CheckpointError, ConfigError, RankFailed, SwitchgearError
+from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.messages import (
     BeginGeneration,
     Fault,
@@ -46,7 +62,7 @@ from switchgear_runtime.messages import (
     ToRank,
     Waking,
 )
-from switchgear_runtime.model.spec import DecoderSpec, load_spec
+from switchgear_runtime.model.spec import load_spec
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.rank_worker import RankWorkerConfig
 from switchgear_runtime.system import RealSystem, System
@@ -76,14 +92,7 @@ class Cluster:
     ) -> None:
         self.config = config
         self.engine = resolve_model(engine)
-        if self.engine.transport == "loopback" and config.ranks > 1:
-            raise ConfigError(
-                "transport='loopback' joins ranks inside one process; rank processes need transport='auto'"
-            )
-        if self.engine.transport == "mpi" and config.launcher != "mpi":
-            raise ConfigError(
-                f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job"
-            )
+        check_settings(config, self.engine)
         self.spec = load_spec(self.engine.model)
         ForcedRouting.load(  # for its errors: ranks load their own
             self.engine.forced_routing,
@@ -99,7 +108,7 @@ class Cluster:
             tokenizer=Tokenizer.load(
                 Path(self.engine.model), Path(config.chat_template).expanduser() if config.chat_template else None
             ),
-            facts=_facts(self.spec, self.engine),
+            facts=ModelFacts.of(self.spec, self.engine),
             send=self._send,
             limits=ServerLimits(
                 max_prompts_per_request=config.max_prompts_per_request,
@@ -127,6 +136,8 @@ class Cluster:
         self._submits = SubmitBox(self._send_submits)
         make = launcher or partial(make_launcher, config, name=self.name, one_host=self.engine.transport == "shm")
         self.launcher = make(self._on_exit)
+        self._logs = RankLogs(self.launcher)
+        self._scale_order: ScaleOrder | None = None
         self._address = ("", 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -157,7 +168,7 @@ class Cluster:
             ):  # bounded: every state but these two has a deadline in the controller
                 await self._next_change()
             if self.failure is not None:
-                raise await self._start_error(self.failure)
+                raise await self._logs.start_error(self.failure, self._load_fault, self.controller.ranks)
         except LaunchError as error:
             await self.stop(0)
             raise RankFailed(str(error)) from error
@@ -195,6 +206,16 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def scale(self, num_ranks: int) -> None:
+        """Grow or shrink to so many ranks while requests go on; returns once they serve. RequestError says why it
+        cannot be done, RankFailed why it failed; the ranks there were go on then."""
+        check_scale(self.config, self.engine, num_ranks)
+        order = ScaleOrder()
+        actions = self.controller.scale(num_ranks)  # refuses while an earlier order is under way
+        self._scale_order = order
+        self._perform(actions)
+        await order.wait()
+
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _on_message(self, rank: int, message: FromRank) -> None:
@@ -213,7 +234,9 @@ class Cluster:
                 self.core.on_message(rank, message)
                 self._perform(controller.on_hello(message))
             case Fault():
-                log.warning(
+                current = controller.descriptor is None or message.generation == controller.descriptor.generation
+                log.log(
+                    logging.WARNING if current else logging.DEBUG,
                     "rank %d gave up generation %d, step %d: %s",
                     rank,
                     message.generation,
@@ -235,10 +258,14 @@ class Cluster:
 
     def _on_exit(self, rank: int, reason: str) -> None:
         self._links.drop(rank)  # its end of file, should that come later, is not to be taken for a replacement's
-        if not self._closed and self.failure is None:
+        leaving = rank >= self.controller.num_ranks
+        if leaving and not self._closed:
+            log.info("rank %d, which leaves, %s", rank, reason)
+            self.core.ranks.forget(rank)
+        elif not self._closed and self.failure is None:
             log.warning("rank %d %s", rank, reason)
             if self.controller.was_ready:  # at the start, the error that is raised tells
-                self._spawn(self._tell_log_tail(rank))
+                self._spawn(self._logs.tell(rank))
         self._perform(self.controller.on_exit(rank, reason))
         self._changed.set()
 
@@ -279,21 +306,29 @@ class Cluster:
                     self.not_ready_reason = None
                     descriptor = action.descriptor
                     self.core.set_ready(
-                        range(self.config.ranks), generation=descriptor.generation, epoch=descriptor.epoch
+                        range(descriptor.world_size), generation=descriptor.generation, epoch=descriptor.epoch
                     )
                     log.info("generation %d is ready: %d ranks", descriptor.generation, descriptor.world_size)
                     self._changed.set()
+                case NotReady(planned=True):
+                    log.info("the next generation follows: %s", action.reason)
                 case NotReady():
                     self.not_ready_reason = action.reason
                     self.core.set_ready(None)
                     log.warning("not ready: %s", action.reason)
                 case FailRank():
                     self.core.lose_rank(action.rank, action.reason)
+                case Vacate():
+                    self.core.vacate(action.ranks)
+                case Scaled() | ScaleFailed():
+                    log.info("scaling: %s", action)
+                    if self._scale_order is not None:
+                        self._scale_order.take(action)
                 case GiveUp():
                     log.error("the cluster gives up: %s", action.reason)
                     self.core.fail_all(action.reason)
                     self._changed.set()
-                    for rank in range(self.config.ranks):
+                    for rank in self.controller.ranks:
                         self._spawn(self._kill_rank(rank))
         self._arm()
 
@@ -311,7 +346,7 @@ class Cluster:
         token = self._links.expect(rank)
         config = RankWorkerConfig(
             rank=rank,
-            world_size=self.config.ranks,
+            world_size=self.controller.num_ranks,
             engine=asdict(self.engine),
             host=self._address[0],
             port=self._address[1],
@@ -360,37 +395,3 @@ class Cluster:
     async def _drain(self) -> None:
         while self.core.num_live and self.failure is None and self._system.now() < self._drain_until:
             await asyncio.sleep(_DRAIN_LOOK_S)
-
-    async def _log_tail(self, rank: int) -> str:
-        try:
-            return await self.launcher.log_tail(rank)
-        except LaunchError:
-            return ""
-
-    async def _tell_log_tail(self, rank: int) -> None:
-        tail = await self._log_tail(rank)
-        if tail:
-            log.warning("the end of rank %d's log:\n%s", rank, tail)
-
-    async def _start_error(self, reason: str) -> SwitchgearError:
-        """The rank's own error, in its own class where that is the user's to fix; else the reason and what the ranks
-        wrote."""
-        fault = self._load_fault
-        if fault is not None:
-            kinds: dict[str, type[SwitchgearError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
-            return kinds[fault.kind](fault.message) if fault.kind in kinds else RankFailed(reason)
-        tails = {rank: await self._log_tail(rank) for rank in range(self.config.ranks)}
-        told = next((f"\nThe end of rank {rank}'s log:\n{tail}" for rank, tail in tails.items() if tail), "")
-        return RankFailed(reason + told)
-
-
-def _facts(spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
-    return ModelFacts(
-        vocab_size=spec.vocab_size,
-        max_model_len=min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
-        eos_token_ids=spec.eos_token_ids,
-        num_layers=spec.num_moe_layers,
-        num_experts=spec.num_experts,
-        max_num_seqs=engine.max_num_seqs,
-        prefix_caching=engine.enable_prefix_caching,
-    )

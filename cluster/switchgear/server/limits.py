@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.model.spec import DecoderSpec
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
@@ -16,6 +19,19 @@ class ModelFacts:
     num_experts: int = 0  # logical, per layer
     max_num_seqs: int = 64  # what a rank runs at once
     prefix_caching: bool = True
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, engine: EngineConfig) -> ModelFacts:
+        """Before any rank has loaded the model."""
+        return cls(
+            vocab_size=spec.vocab_size,
+            max_model_len=min(engine.max_model_len or spec.max_position_embeddings, spec.max_position_embeddings),
+            eos_token_ids=spec.eos_token_ids,
+            num_layers=spec.num_moe_layers,
+            num_experts=spec.num_experts,
+            max_num_seqs=engine.max_num_seqs,
+            prefix_caching=engine.enable_prefix_caching,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
