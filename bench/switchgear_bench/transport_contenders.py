@@ -120,8 +120,7 @@ class ShmContender(Contender):
 
     def _in_place(self, shm: ctypes.CDLL, exchanger: int, channel: int) -> Exchanger:
         names = ("reserve", "exchange", "received", "release")
-        functions = (getattr(shm, f"sg_shm_exchanger_{name}") for name in names)
-        functions = (*functions, shm.sg_shm_barrier)
+        functions = [*(getattr(shm, f"sg_shm_exchanger_{name}") for name in names), shm.sg_shm_barrier]
         addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
         return Exchanger(exchanger, *addresses, channel)
 

@@ -42,7 +42,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class NotReady:
+    """`planned`: the next generation follows at once, and requests are still taken; else not before `Ready`."""
+
     reason: str
+    planned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,31 @@ class FailRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Vacate:
+    """These ranks are about to leave: they get nothing more, and what they hold goes on with the others."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A generation of so many ranks is ready, and who had to leave is gone."""
+
+    num_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleFailed:
+    """The number of ranks stays, or has become, another than the one asked for."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """The cluster cannot serve, and will not by itself: every request ends with this error, every rank is ended."""
 
     reason: str
 
 
-Action = StartRank | KillRank | SendTo | Sweep | Ready | NotReady | FailRank | GiveUp
+Action = StartRank | KillRank | SendTo | Sweep | Ready | NotReady | FailRank | Vacate | Scaled | ScaleFailed | GiveUp

@@ -17,21 +17,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
-from switchgear.config import ServeConfig, check_together, resolve_model
+from switchgear.actions import (
+    Action,
+    FailRank,
+    GiveUp,
+    KillRank,
+    NotReady,
+    Ready,
+    Scaled,
+    ScaleFailed,
+    SendTo,
+    StartRank,
+    Sweep,
+    Vacate,
+)
+from switchgear.compatibility import check_forced_routing, check_scale, check_settings
+from switchgear.config import ServeConfig, resolve_model
 from switchgear.controller import Controller
 from switchgear.launcher.base import Launcher, LaunchError, OnExit
 from switchgear.launcher.make import make_launcher
 from switchgear.link_server import LinkServer
 from switchgear.placement.wiring import make_placement
+from switchgear.rank_logs import RankLogs, tell_fault
 from switchgear.rendezvous_store import RendezvousStore
+from switchgear.scale_order import ScaleOrder
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts, ServerLimits
 from switchgear.store import MemoryStore, Store
 from switchgear.submit_box import SubmitBox
 from switchgear.tokenizer import Tokenizer
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.errors import CheckpointError, ConfigError, RankFailed, SwitchgearError
+from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.messages import (
     BeginGeneration,
     Fault,
@@ -50,7 +66,6 @@ from switchgear_runtime.messages import (
     Waking,
 )
 from switchgear_runtime.model.spec import load_spec
-from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.rank_worker import RankWorkerConfig
 from switchgear_runtime.system import RealSystem, System
 
@@ -79,14 +94,9 @@ class Cluster:
     ) -> None:
         self.config = config
         self.engine = resolve_model(engine)
-        check_together(config, self.engine)
+        check_settings(config, self.engine)
         self.spec = load_spec(self.engine.model)
-        ForcedRouting.load(  # for its errors: ranks load their own
-            self.engine.forced_routing,
-            num_layers=self.spec.num_moe_layers,
-            num_experts=self.spec.num_experts,
-            top_k=self.spec.moe.top_k,
-        )
+        check_forced_routing(self.engine, self.spec)
         self.model_name = config.served_model_name or Path(self.engine.model).name
         self._system = system or RealSystem()
         self.name = f"{self._system.randbits(48):012x}"
@@ -97,12 +107,7 @@ class Cluster:
             ),
             facts=ModelFacts.of(self.spec, self.engine),
             send=self._send,
-            limits=ServerLimits(
-                max_prompts_per_request=config.max_prompts_per_request,
-                max_queued=config.max_queued_requests,
-                max_body_bytes=config.max_body_bytes,
-                max_total_body_bytes=config.max_total_body_bytes,
-            ),
+            limits=ServerLimits.of(config),
         )
         self.controller = Controller(
             num_ranks=config.ranks,
@@ -134,6 +139,8 @@ class Cluster:
             send=self._send,
             wake=lambda: self._perform(self.controller.on_submit()),
         )
+        self._logs = RankLogs(self.launcher)
+        self._scale_order: ScaleOrder | None = None
         self._address = ("", 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -164,7 +171,7 @@ class Cluster:
             ):  # bounded: every state but these two has a deadline in the controller
                 await self._next_change()
             if self.failure is not None:
-                raise await self._start_error(self.failure)
+                raise await self._logs.start_error(self.failure, self._load_fault, self.controller.ranks)
         except LaunchError as error:
             await self.stop(0)
             raise RankFailed(str(error)) from error
@@ -203,6 +210,16 @@ class Cluster:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def scale(self, num_ranks: int) -> None:
+        """Grow or shrink to so many ranks while requests go on; returns once they serve. RequestError says why it
+        cannot be done, RankFailed why it failed; the ranks there were go on then."""
+        check_scale(self.config, self.engine, num_ranks)
+        order = ScaleOrder()
+        actions = self.controller.scale(num_ranks)  # refuses while an earlier order is under way
+        self._scale_order = order
+        self._perform(actions)
+        await order.wait()
+
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _on_message(self, rank: int, message: FromRank) -> None:
@@ -224,13 +241,7 @@ class Cluster:
                 self.core.on_message(rank, message)
                 self._perform(controller.on_hello(message))
             case Fault():
-                log.warning(
-                    "rank %d gave up generation %d, step %d: %s",
-                    rank,
-                    message.generation,
-                    message.step,
-                    message.message,
-                )
+                tell_fault(message, controller.descriptor)
                 of_the_user = message.kind == "ConfigError" and not controller.was_ready  # seen when the ranks met
                 if (message.generation == 0 or of_the_user) and self._load_fault is None:
                     self._load_fault = message
@@ -246,10 +257,14 @@ class Cluster:
 
     def _on_exit(self, rank: int, reason: str) -> None:
         self._links.drop(rank)  # its end of file, should that come later, is not to be taken for a replacement's
-        if not self._closed and self.failure is None:
+        leaving = rank >= self.controller.num_ranks
+        if leaving and not self._closed:
+            log.info("rank %d, which leaves, %s", rank, reason)
+            self.core.ranks.forget(rank)
+        elif not self._closed and self.failure is None:
             log.warning("rank %d %s", rank, reason)
             if self.controller.was_ready:  # at the start, the error that is raised tells
-                self._spawn(self._tell_log_tail(rank))
+                self._spawn(self._logs.tell(rank))
         self._perform(self.controller.on_exit(rank, reason))
         self._changed.set()
 
@@ -290,11 +305,14 @@ class Cluster:
                     self.not_ready_reason = None
                     descriptor = action.descriptor
                     self.core.set_ready(
-                        range(self.config.ranks), generation=descriptor.generation, epoch=descriptor.epoch
+                        range(descriptor.world_size), generation=descriptor.generation, epoch=descriptor.epoch
                     )
                     self.placement.on_ready(descriptor)
                     log.info("generation %d is ready: %d ranks", descriptor.generation, descriptor.world_size)
                     self._changed.set()
+                case NotReady(planned=True):
+                    self.placement.on_not_ready(action.reason)
+                    log.info("the next generation follows: %s", action.reason)
                 case NotReady():
                     self.not_ready_reason = action.reason
                     self.core.set_ready(None)
@@ -302,11 +320,17 @@ class Cluster:
                     log.warning("not ready: %s", action.reason)
                 case FailRank():
                     self.core.lose_rank(action.rank, action.reason)
+                case Vacate():
+                    self.core.vacate(action.ranks)
+                case Scaled() | ScaleFailed():
+                    log.info("scaling: %s", action)
+                    if self._scale_order is not None:
+                        self._scale_order.take(action)
                 case GiveUp():
                     log.error("the cluster gives up: %s", action.reason)
                     self.core.fail_all(action.reason)
                     self._changed.set()
-                    for rank in range(self.config.ranks):
+                    for rank in self.controller.ranks:
                         self._spawn(self._kill_rank(rank))
         self._arm()
 
@@ -324,7 +348,7 @@ class Cluster:
         token = self._links.expect(rank)
         config = RankWorkerConfig(
             rank=rank,
-            world_size=self.config.ranks,
+            world_size=self.controller.num_ranks,
             engine=asdict(self.engine),
             host=self._address[0],
             port=self._address[1],
@@ -373,25 +397,3 @@ class Cluster:
     async def _drain(self) -> None:
         while self.core.num_live and self.failure is None and self._system.now() < self._drain_until:
             await asyncio.sleep(_DRAIN_LOOK_S)
-
-    async def _log_tail(self, rank: int) -> str:
-        try:
-            return await self.launcher.log_tail(rank)
-        except LaunchError:
-            return ""
-
-    async def _tell_log_tail(self, rank: int) -> None:
-        tail = await self._log_tail(rank)
-        if tail:
-            log.warning("the end of rank %d's log:\n%s", rank, tail)
-
-    async def _start_error(self, reason: str) -> SwitchgearError:
-        """The rank's own error, in its own class where that is the user's to fix; else the reason and what the ranks
-        wrote."""
-        fault = self._load_fault
-        if fault is not None:
-            kinds: dict[str, type[SwitchgearError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
-            return kinds[fault.kind](fault.message) if fault.kind in kinds else RankFailed(reason)
-        tails = {rank: await self._log_tail(rank) for rank in range(self.config.ranks)}
-        told = next((f"\nThe end of rank {rank}'s log:\n{tail}" for rank, tail in tails.items() if tail), "")
-        return RankFailed(reason + told)

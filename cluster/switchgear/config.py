@@ -151,14 +151,6 @@ def resolve_model(engine: EngineConfig) -> EngineConfig:
     )
 
 
-def check_together(cluster: ServeConfig, engine: EngineConfig) -> None:
-    """ConfigError for values that exclude each other."""
-    if engine.transport == "loopback" and cluster.ranks > 1:
-        raise ConfigError("transport='loopback' joins ranks inside one process; rank processes need transport='auto'")
-    if engine.transport == "mpi" and cluster.launcher != "mpi":
-        raise ConfigError(f"transport='mpi' needs launcher='mpi', not {cluster.launcher!r}: its ranks are one MPI job")
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 

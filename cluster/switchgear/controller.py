@@ -9,17 +9,33 @@ when to tick. So the same code runs under asyncio, in a test, and in the simulat
 At the first sign of trouble the survivors get EndGeneration. The verdict (whom to blame) may follow a moment later, so
 that the error names the signal that killed a rank rather than the peer that noticed. A rank declared dead is killed,
 and seen gone, before the next generation begins.
+
+`scale` goes through generations too. Newcomers load beside the current one and are admitted by the next once all have
+joined; leavers give up what they hold, are left out of the next, and end. Ranks leave a generation when the next one's
+descriptor reaches them, redo that step in it, and no request notices.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
-from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
+from switchgear.actions import (
+    Action,
+    FailRank,
+    GiveUp,
+    KillRank,
+    NotReady,
+    Ready,
+    SendTo,
+    StartRank,
+    Sweep,
+)
+from switchgear.restart_budget import RestartBudget
+from switchgear.roster import RankLife, Roster
+from switchgear.scaling import LEAVE_TIMEOUT_S, Scaling
 from switchgear.store import Store, Term
+from switchgear_runtime.errors import RequestError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
 from switchgear_runtime.moe.expert_map import ExpertMap
@@ -28,17 +44,6 @@ from switchgear_runtime.system import System
 EXIT_GRACE_S = 0.3  # from a lost link to the process's exit, which knows the signal
 TRANSPORT_FAULTS = ("PeerLost", "TransportTimeout", "TransportAborted")
 BLAME_GRACE_S = 1.0  # for a blamed rank to show that it lives, by a Fault of its own
-
-
-@dataclass(slots=True)
-class _Rank:
-    status: Literal["starting", "joined", "dying", "gone"] = "starting"
-    deadline_s: float | None = None  # to join; after a lost link, to exit
-    hello: Hello | None = None
-    lost_link: str | None = None
-    entered: bool = False  # sent a frame of the current generation
-    parked_step: int | None = None
-    faulted: bool = False  # left the current generation by a fault, so it is alive
 
 
 class Controller:
@@ -56,14 +61,13 @@ class Controller:
         restart_window_s: float = 300.0,
         begin_map: Callable[[int], ExpertMap | None] = lambda _: None,
     ) -> None:
-        self._ranks = [_Rank() for _ in range(num_ranks)]
+        self._ranks = Roster(num_ranks)
         self._term = Term(store, owner)
         self._system = system
         self._start_timeout_s = start_timeout_s
-        self._max_restarts = max_restarts
-        self._restart_window_s = restart_window_s
         self._begin_map = begin_map  # of a generation of so many ranks; None: the contiguous one
-        self._setbacks: deque[float] = deque()  # times of restarts and of generations broken without a death
+        self._budget = RestartBudget(max_restarts=max_restarts, window_s=restart_window_s, system=system)
+        self._scaling = Scaling(self._ranks, system)
         self._phase: Literal["forming", "begun", "ready", "broken", "stopping", "failed"] = "forming"
         self.was_ready = False  # before that, any trouble fails the start
         self._descriptor: GenerationDescriptor | None = None
@@ -86,50 +90,59 @@ class Controller:
 
     @property
     def hellos(self) -> list[Hello]:
-        """Of the ranks that joined."""
-        return [rank.hello for rank in self._ranks if rank.hello is not None]
+        """Of the members that joined."""
+        return [rank.hello for rank in self._ranks.members if rank.hello is not None]
+
+    @property
+    def num_ranks(self) -> int:
+        """How many there are to be."""
+        return self._scaling.num_ranks
+
+    @property
+    def ranks(self) -> list[int]:
+        """All that are not seen gone or are to come back, newcomers and leavers included."""
+        return list(self._ranks)
 
     @property
     def all_gone(self) -> bool:
-        return all(rank.status == "gone" for rank in self._ranks)
+        return self._ranks.all_gone
 
     def next_deadline(self) -> float | None:
-        deadlines = [rank.deadline_s for rank in self._ranks if rank.deadline_s is not None]
-        if self._deadline_s is not None:
-            deadlines.append(self._deadline_s)
-        return min(deadlines, default=None)
+        return min([*self._ranks.deadlines_s, *([] if self._deadline_s is None else [self._deadline_s])], default=None)
 
     # --- events -------------------------------------------------------------------------------------------------
 
     def start(self) -> list[Action]:
         self._term.take()
-        return [self._start_rank(rank_id) for rank_id in range(len(self._ranks))]
+        return [self._start_rank(rank_id) for rank_id in self._ranks]
+
+    def scale(self, num_ranks: int) -> list[Action]:
+        """From now on so many ranks; Scaled or ScaleFailed says how it went. RequestError if not now."""
+        if self._over or not self.was_ready:
+            raise RequestError("the cluster is starting or ending and cannot be scaled; retry later", status=503)
+        newcomers = self._scaling.begin(num_ranks)
+        return [self._start_rank(rank_id, RankLife(role="newcomer")) for rank_id in newcomers] + self._advance()
 
     def on_hello(self, hello: Hello) -> list[Action]:
         rank = self._ranks[hello.rank]
         if self._over or rank.status != "starting":
             return []
-        for other in self.hellos:
-            if other.fingerprint != hello.fingerprint:
-                return self._give_up(
-                    f"rank {hello.rank} may not join: it computes with {hello.fingerprint!r}, rank {other.rank} with "
-                    f"{other.fingerprint!r}; "
-                    "all ranks need the same kernels and the same checkpoint, or their tokens would differ"
-                )
+        reason = self._ranks.misfit(hello)
+        if reason is not None:
+            return self._scaling.abandon(reason) if rank.role == "newcomer" else self._give_up(reason)
         rank.status, rank.hello, rank.deadline_s = "joined", hello, None
         return self._advance()
 
     def on_frame(self, rank_id: int, generation: int) -> list[Action]:
         """A StepFrame or Parked: the rank is inside its generation. Cheap to skip for StepFrames once `ready`."""
-        rank = self._ranks[rank_id]
         if self._phase != "begun" or generation != self._generation:
             return []
-        rank.entered = True
-        if not all(rank.entered for rank in self._ranks):
+        self._ranks[rank_id].entered = True
+        if not all(rank.entered for rank in self._ranks.members):
             return []
         assert self._descriptor is not None
         self._phase, self._deadline_s, self.was_ready = "ready", None, True
-        return [Ready(self._descriptor)]
+        return [Ready(self._descriptor), *self._advance()]
 
     def on_parked(self, rank_id: int, generation: int, step: int) -> list[Action]:
         if generation == self._generation:
@@ -148,14 +161,15 @@ class Controller:
         The target too: it may find the sequence refused, or aborted already, and would then stay parked while the
         others wait for it.
         """
-        step = self._ranks[0].parked_step
-        if self._phase != "ready" or step is None or any(rank.parked_step != step for rank in self._ranks):
+        members = self._ranks.members
+        step = members[0].parked_step
+        if self._phase != "ready" or step is None or any(rank.parked_step != step for rank in members):
             return []
         return self._wake(step)
 
     def on_fault(self, fault: Fault) -> list[Action]:
         rank = self._ranks[fault.rank]
-        if self._over or rank.status in ("dying", "gone"):
+        if self._over or rank.status in ("dying", "gone") or rank.role == "leaver":
             return []
         if rank.status == "starting":
             return self._lose(fault.rank, f"rank {fault.rank} cannot start: {fault.message}")
@@ -177,26 +191,32 @@ class Controller:
 
     def on_lost_link(self, rank_id: int, reason: str) -> list[Action]:
         """The link is down: the process is probably gone, and its exit will say how; if not, it is killed."""
-        rank = self._ranks[rank_id]
-        if self._over or rank.status in ("dying", "gone"):
+        rank = self._ranks.get(rank_id)
+        if self._over or rank is None or rank.status in ("dying", "gone") or rank.role == "leaver":
             return []
         rank.lost_link = reason
         rank.deadline_s = self._system.now() + EXIT_GRACE_S
+        if rank.role == "newcomer":
+            return []
         return self._break(f"rank {rank_id} lost its link to the server: {reason}")
 
     def on_malformed(self, rank_id: int, reason: str) -> list[Action]:
         """A rank that breaks the protocol is faulty, whatever else it says."""
-        if self._over or self._ranks[rank_id].status in ("dying", "gone"):
+        rank = self._ranks.get(rank_id)
+        if self._over or rank is None or rank.status in ("dying", "gone"):
             return []
         return self._lose(rank_id, f"rank {rank_id} broke the protocol and was ended: {reason}")
 
     def on_exit(self, rank_id: int, reason: str) -> list[Action]:
         """The process is seen gone. `reason` reads on after "rank 2", as in "was killed by SIGKILL"."""
-        rank = self._ranks[rank_id]
-        if rank.status == "gone":
+        rank = self._ranks.get(rank_id)
+        if rank is None or rank.status == "gone":
             return []
         was_dying = rank.status == "dying"
         rank.status, rank.deadline_s, rank.hello = "gone", None, None
+        if rank.role == "leaver":
+            del self._ranks[rank_id]
+            return self._advance()
         if self._over:
             return []
         if was_dying:
@@ -212,10 +232,13 @@ class Controller:
         """Act on the deadlines that have passed."""
         now = self._system.now()
         actions: list[Action] = []
-        for rank_id, rank in enumerate(self._ranks):
-            if self._over or rank.deadline_s is None or rank.deadline_s > now:
+        for rank_id in self._ranks:
+            rank = self._ranks.get(rank_id)
+            if self._over or rank is None or rank.deadline_s is None or rank.deadline_s > now:
                 continue
-            if rank.lost_link is not None:
+            if rank.role == "leaver":
+                actions += self._lose(rank_id, f"rank {rank_id} did not leave within {LEAVE_TIMEOUT_S:g} s")
+            elif rank.lost_link is not None:
                 actions += self._lose(
                     rank_id, f"rank {rank_id} lost its link to the server and was ended: {rank.lost_link}"
                 )
@@ -236,9 +259,9 @@ class Controller:
         if self._over:
             return []
         self._phase, self._deadline_s = "stopping", None
-        for rank in self._ranks:
-            rank.deadline_s = None
-        return [SendTo(rank_id, Stop()) for rank_id, rank in enumerate(self._ranks) if rank.status == "joined"]
+        self._ranks.forget_deadlines()
+        actions = self._scaling.abandon("the cluster is ending")
+        return actions + [SendTo(rank_id, Stop()) for rank_id in self._ranks.joined]
 
     # --- steps of the two lives -----------------------------------------------------------------------------------
 
@@ -246,8 +269,9 @@ class Controller:
     def _over(self) -> bool:
         return self._phase in ("stopping", "failed")
 
-    def _start_rank(self, rank_id: int) -> Action:
-        self._ranks[rank_id] = _Rank(deadline_s=self._system.now() + self._start_timeout_s)
+    def _start_rank(self, rank_id: int, life: RankLife | None = None) -> Action:
+        self._ranks[rank_id] = life = life or RankLife()
+        life.deadline_s = self._system.now() + self._start_timeout_s
         return StartRank(rank_id)
 
     def _lose(self, rank_id: int, cause: str) -> list[Action]:
@@ -258,7 +282,10 @@ class Controller:
 
     def _condemn(self, rank_id: int, cause: str) -> list[Action]:
         """A verdict: this rank is dead, and that broke the generation (or, before the first one is ready, the
-        start)."""
+        start). One that is in no generation breaks none."""
+        role = self._ranks[rank_id].role
+        if role != "member":
+            return self._scaling.abandon(cause) if role == "newcomer" else []
         if not self.was_ready:
             return self._give_up(cause)
         actions = self._break(cause)
@@ -273,7 +300,7 @@ class Controller:
         assert self._descriptor is not None
         self._phase, self._verdict, self._deadline_s = "broken", None, None
         end = EndGeneration(self._descriptor.term, self._descriptor.generation, sign)
-        joined = [rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "joined"]
+        joined = [rank_id for rank_id, rank in self._ranks.of("member") if rank.status == "joined"]
         return [NotReady(sign), *(SendTo(rank_id, end) for rank_id in joined)]
 
     def _judge(self) -> list[Action]:
@@ -282,13 +309,12 @@ class Controller:
         actions: list[Action] = []
         for fault in self._faults:
             for peer in fault.peers:
-                rank = self._ranks[peer]
-                if rank.status == "joined" and not rank.faulted:
+                rank = self._ranks.get(peer)
+                if rank is not None and rank.role == "member" and rank.status == "joined" and not rank.faulted:
                     actions += self._lose(peer, f"rank {peer} stopped answering and was ended ({fault.message})")
         if self._verdict is None and self._phase == "broken":
-            if not self._may_retry():
-                return actions + self._give_up_retrying(self._faults[0].message)
-            self._setbacks.append(self._system.now())
+            if not self._budget.take():
+                return actions + self._give_up(self._budget.verdict(self._faults[0].message))
             self._verdict = (
                 f"rank {self._faults[0].rank} could not finish step {self._faults[0].step}: {self._faults[0].message}"
             )
@@ -296,7 +322,7 @@ class Controller:
 
     def _lose_absent(self) -> list[Action]:
         actions: list[Action] = []
-        for rank_id, rank in enumerate(self._ranks):
+        for rank_id, rank in self._ranks.of("member"):
             if rank.status == "joined" and not rank.entered and not self._over:
                 actions += self._lose(
                     rank_id, f"rank {rank_id} did not enter generation {self._generation} in time and was ended"
@@ -304,28 +330,33 @@ class Controller:
         return actions
 
     def _advance(self) -> list[Action]:
-        """Whatever the present state allows: a verdict, restarts, the next generation."""
+        """Whatever the present state allows: a verdict, restarts, another number of ranks, the next generation."""
         if self._over:
             return []
+        members = self._ranks.members
         if self._phase == "broken" and self._verdict is None:
-            all_live = all(rank.faulted and rank.lost_link is None for rank in self._ranks if rank.status == "joined")
+            all_live = all(rank.faulted and rank.lost_link is None for rank in members if rank.status == "joined")
             return self._judge() if all_live and self._faults else []  # else an exit or the deadline decides
         if self._phase == "broken":
             return self._replace()
-        if self._phase == "forming" and all(rank.status == "joined" for rank in self._ranks):
-            return self._begin()
-        return []
+        if self._phase == "begun":
+            return []
+        actions = self._scaling.resize(self._descriptor)
+        if self._phase == "ready" and not actions:
+            return self._scaling.settle()
+        if all(rank.status == "joined" for rank in self._ranks.members):
+            return actions + self._begin()
+        return actions
 
     def _replace(self) -> list[Action]:
         """After the verdict: once every dead rank is seen gone, sweep, and start replacements."""
-        if any(rank.status == "dying" for rank in self._ranks):
+        if any(rank.status == "dying" for rank in self._ranks.lives()):
             return []
-        gone = [rank_id for rank_id, rank in enumerate(self._ranks) if rank.status == "gone"]
+        actions = self._scaling.resize(self._descriptor)
+        gone = [rank_id for rank_id, rank in self._ranks.of("member") if rank.status == "gone"]
         for _ in gone:
-            if not self._may_retry():
-                return self._give_up_retrying(self._verdict or "unknown")
-            self._setbacks.append(self._system.now())
-        actions: list[Action] = []
+            if not self._budget.take():
+                return actions + self._give_up(self._budget.verdict(self._verdict or "unknown"))
         if self._descriptor is not None:
             actions.append(Sweep(self._descriptor.channel))
             self._descriptor = None
@@ -339,43 +370,31 @@ class Controller:
         self._generation += 1
         self._phase, self._deadline_s = "begun", self._system.now() + self._start_timeout_s
         self._faults, self._verdict, self._woken_step = [], None, None
-        for rank in self._ranks:
+        for rank in self._ranks.members:
             rank.entered, rank.parked_step, rank.faulted = False, None, False
-        expert_map = self._begin_map(len(self._ranks))
+        expert_map = self._begin_map(len(self._ranks.members))
         self._descriptor = GenerationDescriptor(
             term=self._term.number,
             generation=self._generation,
-            world_size=len(self._ranks),
+            world_size=len(self._ranks.members),
             epoch=0 if expert_map is None else expert_map.epoch,
             channel=f"{self._system.randbits(128):032x}",
             hosts=tuple(hello.host for hello in self.hellos),
         )
         begin = BeginGeneration(self._descriptor, None if expert_map is None else expert_map.to_json())
-        return [SendTo(rank_id, begin) for rank_id in range(len(self._ranks))]
+        return [SendTo(rank_id, begin) for rank_id, _ in self._ranks.of("member")]
 
     def _wake(self, step: int, *, but: int | None = None) -> list[Action]:
         if self._woken_step is not None and step <= self._woken_step:
             return []
         self._woken_step = step
-        for rank in self._ranks:
+        members = self._ranks.of("member")
+        for _, rank in members:
             rank.parked_step = None
         wake = Wake(self._generation, step)
-        return [SendTo(rank_id, wake) for rank_id in range(len(self._ranks)) if rank_id != but]
-
-    def _may_retry(self) -> bool:
-        horizon = self._system.now() - self._restart_window_s
-        while self._setbacks and self._setbacks[0] < horizon:
-            self._setbacks.popleft()
-        return len(self._setbacks) < self._max_restarts
-
-    def _give_up_retrying(self, last: str) -> list[Action]:
-        return self._give_up(
-            f"gave up after {self._max_restarts} restarts within {self._restart_window_s:g} s "
-            f"(max_restarts, restart_window_s); the last: {last}"
-        )
+        return [SendTo(rank_id, wake) for rank_id, _ in members if rank_id != but]
 
     def _give_up(self, reason: str) -> list[Action]:
         self._phase, self._deadline_s, self.failure = "failed", None, reason
-        for rank in self._ranks:
-            rank.deadline_s = None
-        return [NotReady(reason), GiveUp(reason)]
+        self._ranks.forget_deadlines()
+        return [NotReady(reason), GiveUp(reason), *self._scaling.fail(reason)]

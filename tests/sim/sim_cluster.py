@@ -16,17 +16,20 @@ from sim_placement import SimPeers, SimPlacement
 from sim_system import SimSystem
 from tiny_cluster import make_runner
 
-from switchgear.controller import (
+from switchgear.actions import (
     Action,
-    Controller,
     FailRank,
     GiveUp,
     KillRank,
     NotReady,
     Ready,
+    Scaled,
+    ScaleFailed,
     SendTo,
     StartRank,
+    Vacate,
 )
+from switchgear.controller import Controller
 from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
 from switchgear.server.limits import ModelFacts
@@ -127,7 +130,10 @@ class SimCluster:
         self.faults: list[Fault] = []
         self.num_parked = 0
         self.num_generations = 0
+        self.num_planned = 0  # of them, those that followed another at once
         self.num_lost = 0  # lives that were killed or hung
+        self.num_orders = 0  # to scale
+        self.scalings: list[Scaled | ScaleFailed] = []
         self._spec = load_spec(config.model)
         self._hub = LoopbackHub(world_size, system)
         self._network = SimNetwork(system)
@@ -184,16 +190,27 @@ class SimCluster:
 
     def stage(self, ranks: list[int] | None = None) -> None:
         """A new placement, for all ranks or, by a server that dies while it tells them, for some."""
-        self._todo.put(lambda: self.placement.propose(ranks or list(range(self.world_size)), self._send))
+        self._todo.put(lambda: self.placement.propose(ranks or list(range(self.placement.num_ranks)), self._send))
 
     def drop(self) -> None:
         """The server changes its mind about the latest placement."""
-        self._todo.put(lambda: self.placement.drop(list(range(self.world_size)), self._send))
+        self._todo.put(lambda: self.placement.drop(list(range(self.placement.num_ranks)), self._send))
+
+    def scale(self, num_ranks: int) -> None:
+        def act() -> None:
+            try:
+                actions = self.controller.scale(num_ranks)
+            except RequestError:
+                return  # an earlier order is under way
+            self.num_orders += 1
+            self._perform(actions)
+
+        self._todo.put(act)
 
     def kill(self, rank: int) -> None:
         """SIGKILL; the launcher learns of it a little later."""
-        life = self._lives[rank]
-        if life.killed or life.gone:
+        life = self._lives.get(rank)
+        if life is None or life.killed or life.gone:
             return
         self.num_lost += 1
         self._end(life)
@@ -203,8 +220,8 @@ class SimCluster:
 
     def hang(self, rank: int, duration_s: float | None) -> None:
         """SIGSTOP, and SIGCONT after `duration_s`."""
-        life = self._lives[rank]
-        if life.killed or life.gone:
+        life = self._lives.get(rank)
+        if life is None or life.killed or life.gone:
             return
         self.num_lost += 1
         self.system.freeze(life.process)
@@ -311,11 +328,17 @@ class SimCluster:
                     )
                 case Ready():
                     self.num_generations += 1
-                    self.core.set_ready(range(self.world_size), generation=action.descriptor.generation)
+                    self.core.set_ready(range(action.descriptor.world_size), generation=action.descriptor.generation)
+                case NotReady(planned=True):
+                    self.num_planned += 1
                 case NotReady():
                     self.core.set_ready(None)
                 case FailRank():
                     self.core.lose_rank(action.rank, action.reason)
+                case Vacate():
+                    self.core.vacate(action.ranks)
+                case Scaled() | ScaleFailed():
+                    self.scalings.append(action)
                 case GiveUp():
                     raise AssertionError(f"the controller gave up: {action.reason}")
 
@@ -354,7 +377,7 @@ class SimCluster:
             assert group is not None
             self.placement.computes(group.generation, group.step, group.expert_map)
 
-        life.runner = make_runner(self.config, rank, self.world_size)
+        life.runner = make_runner(self.config, rank, self.controller.num_ranks)
         life.engine = Engine(
             self.config,
             ComputingRunner(life.runner, system, computes),

@@ -18,6 +18,7 @@ from switchgear_runtime.messages import BeginGeneration, DropMap, MapRefused, Ma
 from switchgear_runtime.migration.pace import Pace
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.rehome import rehome
 
 Send = Callable[[int, ToRank], None]
 
@@ -27,9 +28,9 @@ class SimPlacement:
 
     def __init__(self, system: SimSystem, num_layers: int, num_experts: int, num_ranks: int) -> None:
         self._system = system
-        self._shape = (num_layers, num_experts, num_ranks)
+        self._shape = (num_layers, num_experts)
         self._maps = np.random.default_rng(system.randbits(32))
-        self._current = ExpertMap.contiguous(*self._shape)
+        self._current = ExpertMap.contiguous(*self._shape, num_ranks)
         self._latest = 0  # of all epochs ever proposed
         self._proposed: dict[int, ExpertMap] = {}
         self._generation: int | None = None
@@ -41,12 +42,22 @@ class SimPlacement:
             set
         )  # (epoch, digest) of each step
 
+    @property
+    def num_ranks(self) -> int:
+        """Of the map in force."""
+        return self._current.num_ranks
+
     def begin(self, message: BeginGeneration) -> BeginGeneration:
         """As the controller wrote it, with the map in force."""
         generation = message.descriptor.generation
         if self._generation != generation:
             self._generation = generation
-            if self._proposed:  # some rank may have flipped to one of them, unseen
+            num_ranks = message.descriptor.world_size
+            if num_ranks != self.num_ranks:
+                self._latest += 1
+                origins = [rank if rank < self.num_ranks else None for rank in range(num_ranks)]
+                self._current = rehome(self._current, origins, epoch=self._latest)
+            elif self._proposed:  # some rank may have flipped to one of them, unseen
                 self._latest += 1
                 self._current = self._current.with_epoch(self._latest)
             self._proposed.clear()
@@ -58,7 +69,9 @@ class SimPlacement:
             return
         self._latest += 1
         num_redundant = int(self._maps.integers(4))
-        proposed = ExpertMap.random(self._maps, *self._shape, num_redundant=num_redundant, epoch=self._latest)
+        proposed = ExpertMap.random(
+            self._maps, *self._shape, self.num_ranks, num_redundant=num_redundant, epoch=self._latest
+        )
         self._proposed[proposed.epoch] = proposed
         source = ("auto", "peer", "checkpoint")[int(self._maps.integers(3))]
         for rank in ranks:

@@ -15,6 +15,7 @@ from sim_cluster import Call, SimCluster
 from sim_system import SimSystem
 from tiny_cluster import VOCAB_SIZE, Alone, make_config, make_tiny_checkpoint
 
+from switchgear.actions import Scaled
 from switchgear.server.live_sequence import DEATHS_MAX
 from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ class Scenario:
     strike: int = 0  # a rank dies in the middle of a migration: a source, a destination or neither
     kill: int = 0
     hang: int = 0
+    scale: int = 0
 
 
 TRAFFIC = Scenario()
@@ -45,6 +47,8 @@ MIGRATIONS = Scenario(num_actions=40, stage=5, stage_some=2, drop=3)
 STRIKES = Scenario(num_actions=40, stage=3, stage_some=1, drop=1, strike=2, hang=1)
 FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
 DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
+SCALING = Scenario(num_actions=60, submit=12, pause=12, idle=1, abort=0, scale=4)
+SCALING_FAULTS = Scenario(num_actions=60, submit=10, pause=8, idle=1, stage=3, drop=1, kill=2, hang=1, scale=4)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +115,13 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
                 system.sleep(rng.random() * rng.choice([0.01, 0.1]))
                 cluster.kill(rng.randrange(world_size))
             elif action == "kill":
-                cluster.kill(rng.randrange(world_size))
+                cluster.kill(rng.randrange(cluster.controller.num_ranks))
             elif action == "hang":
-                cluster.hang(rng.randrange(world_size), rng.choice([None, 0.5, 1.5, 3.0]))
+                cluster.hang(rng.randrange(cluster.controller.num_ranks), rng.choice([None, 0.5, 1.5, 3.0]))
+            elif action == "scale":
+                cluster.scale(rng.randrange(1, world_size + 2))
         cluster.wait_until(lambda: all(call.done or call.aborted for call in cluster.calls), 120.0)
-        cluster.wait_until(lambda: cluster.core.ready, 120.0)
+        cluster.wait_until(lambda: cluster.core.ready and len(cluster.scalings) == cluster.num_orders, 120.0)
         cluster.stop()
 
     system.run(main)
@@ -212,7 +218,25 @@ def test_what_dead_ranks_held_goes_on(model: tuple[Path, Alone], seed: int) -> N
     assert cluster.core.num_carried
 
 
-@pytest.mark.parametrize("scenario", [PLACEMENT, STRIKES, FAULTS], ids=["placement", "strikes", "faults"])
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_go_on_while_ranks_come_and_go(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, SCALING, 3)
+    check(cluster, model[1])
+    assert all(isinstance(result, Scaled) for result in cluster.scalings)
+    assert cluster.num_generations == 1 + cluster.num_planned
+    assert all(call.num_refused == 0 for call in cluster.calls), "a planned generation refuses nobody"
+    assert not [fault for fault in cluster.faults if fault.kind != "TransportAborted"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_deaths_and_hangs_while_ranks_come_and_go(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, SCALING_FAULTS, 3)
+    check(cluster, model[1])
+
+
+@pytest.mark.parametrize(
+    "scenario", [PLACEMENT, STRIKES, FAULTS, SCALING_FAULTS], ids=["placement", "strikes", "faults", "scaling"]
+)
 def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -> None:
     traces = []
     for seed in (11, 12, 11):
@@ -226,7 +250,9 @@ def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(100, 140))
-@pytest.mark.parametrize("scenario", [MIGRATIONS, STRIKES, FAULTS], ids=["migrations", "strikes", "faults"])
+@pytest.mark.parametrize(
+    "scenario", [MIGRATIONS, STRIKES, FAULTS, SCALING_FAULTS], ids=["migrations", "strikes", "faults", "scaling"]
+)
 def test_many_seeds(model: tuple[Path, Alone], scenario: Scenario, world_size: int, seed: int) -> None:
     cluster, _ = play(model[0], seed, scenario, world_size)
     check(cluster, model[1])

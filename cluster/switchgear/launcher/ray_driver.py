@@ -47,6 +47,7 @@ from switchgear_runtime.rank_worker import sweep_channel
 KILL_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; nothing of ours goes through it
+STOPPED = "ended with status 0"  # as it was told
 TOKEN_HINT = "if that cluster wants a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class RayDriver:
         self._node_id = ""
         self._session_dir = ""
         self._group: PlacementGroup | None = None
+        self._more_groups: dict[int, PlacementGroup] = {}  # of ranks that came later, one each
         self._tasks: set[asyncio.Task[None]] = set()
 
     def emit(self, event: Event) -> None:
@@ -127,8 +129,9 @@ class RayDriver:
                 rank.process.kill_and_wait(KILL_TIMEOUT_S)
         if self._planner_process is not None:
             self._planner_process.kill_and_wait(KILL_TIMEOUT_S)
-        if self._group is not None:
-            ray.util.remove_placement_group(self._group)
+        for group in (self._group, *self._more_groups.values()):
+            if group is not None:
+                ray.util.remove_placement_group(group)
         ray.shutdown()
 
     def _init_arguments(self) -> dict[str, Any]:
@@ -177,7 +180,7 @@ class RayDriver:
     async def _start(self, rank: int, config: dict[str, Any]) -> None:
         settings = self._settings
         self._num_starts += 1
-        assert self._group is not None
+        group, bundle = await self._bundle(rank)
         actor: Any = (
             ray.remote(RankActor)
             .options(
@@ -185,7 +188,7 @@ class RayDriver:
                 num_cpus=settings.cpus_per_rank,
                 max_restarts=0,  # a rank comes back by the controller's will, in a new generation
                 max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
             )
             .remote(rank)
         )
@@ -197,18 +200,56 @@ class RayDriver:
         sentinel = asyncio.wrap_future(actor.run.remote(msgspec.json.encode(config)).future())
         state.watch = asyncio.get_running_loop().create_task(self._watch(state, sentinel))
 
+    async def _bundle(self, rank: int) -> tuple[PlacementGroup, int]:
+        """Where a rank has its place: among the first ones, or in a group of its own if the cluster grew."""
+        assert self._group is not None
+        settings = self._settings
+        if rank < settings.num_ranks:
+            return self._group, rank
+        if rank not in self._more_groups:
+            resources = {"CPU": settings.cpus_per_rank}
+            if settings.one_host:
+                resources |= self._node_of_the_first()
+            group = placement_group([resources], strategy="PACK")
+            ready = asyncio.wrap_future(group.ready().future())
+            try:
+                await asyncio.wait_for(ready, settings.timeout_s / 2)
+            except TimeoutError:
+                ray.util.remove_placement_group(group)
+                where = "on the ranks' node " if settings.one_host else ""
+                raise RuntimeError(
+                    f"Ray has no room {where}for one more bundle of {settings.cpus_per_rank} CPU (waited "
+                    f"{settings.timeout_s / 2:g} s); free some, or ask for fewer ranks"
+                ) from None
+            self._more_groups[rank] = group
+        return self._more_groups[rank], 0
+
+    def _node_of_the_first(self) -> dict[str, float]:
+        """A sliver of the resource that only the first ranks' node has."""
+        node_ids = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return {f"node:{node['NodeManagerAddress']}": 0.001 for node in nodes if node["NodeID"] in node_ids}
+
+    def _give_back(self, rank: int) -> None:
+        """The bundle of a rank that came later and was asked to leave."""
+        group = self._more_groups.pop(rank, None)
+        if group is not None:
+            ray.util.remove_placement_group(group)
+
     async def _watch(self, state: _Rank, sentinel: asyncio.Future[None]) -> None:
         """The sentinel resolves when the rank stopped, failed or died; its exit is reported once the process is
         gone."""
         try:
             await sentinel
-            reason = "ended with status 0"
+            reason = STOPPED
         except RayTaskError as error:
             reason = f"failed: {_reason(error)}"
         except RayError:
             assert state.process is not None
             reason = f"died: its process {state.process.pid} is gone (killed, or crashed)"
         await self._end_process(state)
+        if reason == STOPPED:
+            self._give_back(state.rank)
         self.emit(Exited(state.rank, reason))
 
     async def _kill(self, rank: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from switchgear.config import ServeConfig
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.model.spec import DecoderSpec
 
@@ -46,3 +47,12 @@ class ServerLimits:
     max_total_body_bytes: int = 64 << 20  # of the bodies that are being read
     max_cache_salt_chars: int = 256
     max_unread_logprobs: int = 1 << 18  # of one request whose client is slow: tokens with logprobs, and alternatives
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> ServerLimits:
+        return cls(
+            max_prompts_per_request=config.max_prompts_per_request,
+            max_queued=config.max_queued_requests,
+            max_body_bytes=config.max_body_bytes,
+            max_total_body_bytes=config.max_total_body_bytes,
+        )

@@ -50,6 +50,11 @@ class RankTable:
         for rank in chosen | self._states.keys():
             self[rank].serving = rank in chosen
 
+    def forget(self, rank: int) -> None:
+        """A rank that left and will not come back."""
+        state = self._states.pop(rank, None)
+        assert state is None or state.num_sequences == 0
+
     @property
     def num_serving(self) -> int:
         return sum(state.serving for state in self._states.values())

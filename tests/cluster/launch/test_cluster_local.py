@@ -59,11 +59,11 @@ def test_work_that_is_gone_when_it_arrives_leaves_a_parked_cluster_whole() -> No
     async def scenario(cluster: Cluster) -> None:
         too_long = [5] * 400  # over the step's budget, which without chunked prefill only the rank can say
         for _ in range(4):
-            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks), 10)
+            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks.members), 10)
             request = cluster.core.submit([[5] * 20], SamplingParams(max_tokens=200), sink=lambda _: None)
             await asyncio.sleep(0)
             cluster.core.abort(request.request_id)
-            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks), 10)
+            await until(lambda: all(rank.parked_step is not None for rank in cluster.controller._ranks.members), 10)
             (finish,) = await submit(cluster, [too_long], max_tokens=4).all_finished(1)
             assert finish.reason == "error"
         await submit(cluster, PROMPTS, max_tokens=8).all_finished(len(PROMPTS))
@@ -83,7 +83,7 @@ def test_the_end_of_a_dead_ranks_link_is_not_its_replacements() -> None:
             await until(lambda: not cluster.ready, 10)
             await until(lambda: cluster.ready, 60)
             assert cluster.controller.descriptor.generation == generation
-        assert len(cluster.controller._setbacks) == 2
+        assert len(cluster.controller._budget.setbacks) == 2
 
     play(real("local"), scenario)
 

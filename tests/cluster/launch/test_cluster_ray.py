@@ -107,6 +107,23 @@ def test_what_a_killed_actor_held_goes_on(served: Served) -> None:
     served.loop.call(scenario(), 150)
 
 
+def test_actors_come_and_go_while_requests_go_on(served: Served) -> None:
+    async def scenario() -> None:
+        cluster = served.cluster
+        for num_ranks in (3, 2):
+            collector = submit(cluster, PROMPTS, max_tokens=NUM_TOKENS, ignore_eos=True)
+            await collector.until(lambda c=collector: len(c.token_ids) == len(PROMPTS))
+            await asyncio.wait_for(cluster.scale(num_ranks), 60)
+            names = {psutil.Process(pid).name() for pid in rank_pids(cluster)}
+            assert len(rank_pids(cluster)) == num_ranks
+            assert all(name.startswith("ray::RankActor") for name in names), names
+            assert {finish.reason for finish in await collector.all_finished(len(PROMPTS), 60)} == {"length"}
+            assert collector.token_ids == served.whole
+            assert await served.tokens(cluster) == served.whole
+
+    served.loop.call(scenario(), 200)
+
+
 OWNER = """
 import asyncio, sys
 sys.path.insert(0, {here!r})

@@ -2,92 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
+from controller_rig import Rig, begun, of
 
-from switchgear.actions import Action, FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
-from switchgear.controller import Controller
+from switchgear.actions import FailRank, GiveUp, KillRank, NotReady, Ready, SendTo, StartRank, Sweep
 from switchgear.store import FileStore, MemoryStore, Store, Term
-from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
-from switchgear_runtime.system import RealSystem
-
-
-class HandSystem(RealSystem):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.time = 100.0
-
-    def now(self) -> float:
-        return self.time
-
-
-class Rig:
-    """A controller, its clock, and what it did."""
-
-    def __init__(self, num_ranks: int = 3, *, store: Store | None = None, max_restarts: int = 3) -> None:
-        self.system = HandSystem()
-        self.controller = Controller(
-            num_ranks=num_ranks,
-            owner="test",
-            store=store or MemoryStore(),
-            system=self.system,
-            start_timeout_s=10,
-            max_restarts=max_restarts,
-            restart_window_s=60,
-        )
-        self.num_ranks = num_ranks
-
-    def hello(self, rank: int, fingerprint: str = "same") -> list[Action]:
-        return self.controller.on_hello(
-            Hello(
-                rank=rank,
-                pid=1000 + rank,
-                fingerprint=fingerprint,
-                num_kv_blocks=8,
-                block_size=16,
-                max_model_len=128,
-                num_layers=1,
-                num_experts=4,
-            )
-        )
-
-    def fault(self, rank: int, kind: str = "TransportTimeout", peers: tuple[int, ...] = ()) -> list[Action]:
-        generation = self.generation
-        return self.controller.on_fault(
-            Fault(rank=rank, generation=generation, step=5, kind=kind, peers=list(peers), message=f"{kind} of {peers}")
-        )
-
-    @property
-    def generation(self) -> int:
-        return self.controller._generation
-
-    def form(self) -> list[Action]:
-        """All ranks say Hello; returns the actions of the last."""
-        actions: list[Action] = []
-        for rank in range(self.num_ranks):
-            actions = self.hello(rank)
-        return actions
-
-    def serve(self) -> None:
-        self.controller.start()
-        self.form()
-        for rank in range(self.num_ranks):
-            actions = self.controller.on_parked(rank, self.generation, 0)
-        assert [type(action) for action in actions] == [Ready]
-
-    def wait(self, duration_s: float) -> list[Action]:
-        self.system.time += duration_s
-        return self.controller.tick()
-
-
-def of(kind: type, actions: list[Action]) -> list[Action]:
-    return [action for action in actions if isinstance(action, kind)]
-
-
-def begun(actions: list[Action]) -> list[int]:
-    return [a.rank for a in actions if isinstance(a, SendTo) and isinstance(a.message, BeginGeneration)]
+from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Stop, Wake, Waking
 
 
 def test_generation_begins_when_all_joined_and_is_ready_when_all_stepped() -> None:
@@ -303,79 +225,6 @@ def test_controller_that_lost_its_term_steps_down() -> None:
     assert "another controller took over from term 1" in give_up.reason
     assert begun(later.form()) == [0]
     assert later.controller.descriptor.term == 2
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_random_histories_keep_the_rules(seed: int) -> None:
-    """Whatever happens in whatever order: no rank is started before it is seen gone, no generation begins without all
-    of its ranks,
-    and when the trouble ends the cluster is ready again."""
-    draw = random.Random(seed)
-    rig = Rig(draw.randint(1, 4), max_restarts=1000)
-    alive: set[int] = set()
-    joined: set[int] = set()
-    inside: dict[int, int] = {}
-
-    def apply(actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case StartRank():
-                    assert action.rank not in alive, f"seed {seed}: rank {action.rank} was started while it lives"
-                    alive.add(action.rank)
-                    joined.discard(action.rank)
-                case KillRank():
-                    dying.add(action.rank)
-                case SendTo() if isinstance(action.message, BeginGeneration):
-                    assert joined == alive == set(range(rig.num_ranks)), f"seed {seed}"
-                    inside[action.rank] = action.message.descriptor.generation
-                case GiveUp():
-                    pytest.fail(f"seed {seed}: gave up: {action.reason}")
-
-    dying: set[int] = set()
-    rig.serve()
-    alive.update(range(rig.num_ranks))
-    joined.update(alive)
-    for _ in range(60):
-        rank = draw.randrange(rig.num_ranks)
-        rig.system.time += draw.random()
-        match draw.choice(["exit", "lost", "fault", "hello", "frame", "tick", "break", "waking"]):
-            case "exit":
-                if rank in alive:
-                    alive.discard(rank)
-                    dying.discard(rank)
-                    joined.discard(rank)
-                    apply(rig.controller.on_exit(rank, "was killed by SIGKILL"))
-            case "lost" if rank in joined:
-                apply(rig.controller.on_lost_link(rank, "it closed"))
-            case "fault" if rank in joined:
-                apply(rig.fault(rank, peers=(draw.randrange(rig.num_ranks),)))
-            case "break" if rank in joined:
-                apply(rig.fault(rank, kind="MemoryError"))
-            case "hello" if rank in alive - joined - dying:
-                joined.add(rank)
-                apply(rig.hello(rank))
-            case "frame" if rank in inside:
-                apply(rig.controller.on_parked(rank, inside[rank], 0))
-            case "waking" if rank in inside:
-                apply(rig.controller.on_waking(Waking(rank, inside[rank], draw.randrange(5))))
-            case "tick":
-                apply(rig.controller.tick())
-    for _ in range(200):  # the trouble is over: the world answers promptly
-        if rig.controller.ready:
-            break
-        rig.system.time += 0.2
-        apply(rig.controller.tick())
-        for rank in list(dying):
-            alive.discard(rank)
-            dying.discard(rank)
-            joined.discard(rank)
-            apply(rig.controller.on_exit(rank, "was killed by SIGKILL"))
-        for rank in sorted(alive - joined - dying):
-            joined.add(rank)
-            apply(rig.hello(rank))
-        for rank, generation in sorted(inside.items()):
-            apply(rig.controller.on_parked(rank, generation, 0))
-    assert rig.controller.ready, f"seed {seed}: stuck in {rig.controller._phase}"
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])

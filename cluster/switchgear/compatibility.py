@@ -1,0 +1,38 @@
+"""Which settings go together, and which number of ranks they allow: checks before any process starts."""
+
+from __future__ import annotations
+
+from switchgear.config import RANKS_MAX, ServeConfig
+from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.errors import ConfigError, RequestError
+from switchgear_runtime.model.spec import DecoderSpec
+from switchgear_runtime.moe.forced_routing import ForcedRouting
+
+
+def check_settings(config: ServeConfig, engine: EngineConfig) -> None:
+    if engine.transport == "loopback" and config.ranks > 1:
+        raise ConfigError("transport='loopback' joins ranks inside one process; rank processes need transport='auto'")
+    if engine.transport == "mpi" and config.launcher != "mpi":
+        raise ConfigError(f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job")
+
+
+def check_forced_routing(engine: EngineConfig, spec: DecoderSpec) -> None:
+    """ConfigError unless the trace fits the model; ranks load their own."""
+    ForcedRouting.load(
+        engine.forced_routing,
+        num_layers=spec.num_moe_layers,
+        num_experts=spec.num_experts,
+        top_k=spec.moe.top_k,
+    )
+
+
+def check_scale(config: ServeConfig, engine: EngineConfig, num_ranks: int) -> None:
+    """RequestError if the running cluster can never have so many ranks."""
+    if not 1 <= num_ranks <= RANKS_MAX:
+        raise RequestError(f"ranks={num_ranks} must be from 1 to {RANKS_MAX}", param="ranks")
+    if config.launcher == "mpi":
+        raise RequestError(
+            "the ranks of launcher='mpi' are one MPI job, which cannot grow or shrink; start anew with --ranks"
+        )
+    if engine.transport == "loopback" and num_ranks > 1:
+        raise RequestError("transport='loopback' joins ranks inside one process; start anew with --transport auto")
