@@ -7,6 +7,7 @@ from typing import Protocol
 
 from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
 from switchgear_bench.kernels_command import KERNELS_BENCH
+from switchgear_bench.live_placement_command import LIVE_PLACEMENT
 from switchgear_bench.migration_command import MIGRATION
 from switchgear_bench.perplexity_command import PERPLEXITY
 from switchgear_bench.report_command import REPORT
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "expert-parallel": EXPERT_PARALLEL,
     "kernels": KERNELS_BENCH,
     "migration": MIGRATION,
+    "live-placement": LIVE_PLACEMENT,
     "perplexity": PERPLEXITY,
     "profile": PROFILE,
     "report": REPORT,
