@@ -28,7 +28,9 @@ DRIFT_FLOOR = 0.02  # of the mean load, so that a few tokens more are no drift
 
 
 def forecast(windows_WLE: Int64) -> Float64:
-    """The window after the last, [L, E], in counts of a window as large as the last. Windows without tokens say nothing."""
+    """The window after the last, [L, E], in counts of a window as large as that. A single window foretells itself."""
+    if len(windows_WLE) == 1:
+        return windows_WLE[0].astype(np.float64)
     totals_WL = windows_WLE.sum(axis=2)
     sizes_L = totals_WL[-1].astype(np.float64)
     num_keeps = len(KEEPS)
