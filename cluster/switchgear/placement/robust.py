@@ -79,7 +79,7 @@ def lay_out(load_E: Float64, num_held: int, problem: PlacementProblem) -> Bool:
     if rest > 0:
         weights = [np.float32(load / 2) for load in loads_E.tolist()]
         more_E = np.array(replicate_experts(weights, num_experts + rest)[1], np.int64) - 1
-        copies_E += np.minimum(more_E, num_ranks - 2)
+        copies_E = np.asarray(copies_E + np.minimum(more_E, num_ranks - 2), np.int64)
     layout = _Layout(problem, float(loads_E.sum()) / num_ranks)
     for expert in np.argsort(-copies_E * np.max(loads_E) * 2 - loads_E, kind="stable").tolist():
         layout.place(expert, int(copies_E[expert]), float(loads_E[expert]), num_experts)
@@ -95,10 +95,11 @@ class _Layout:
         self._shared_RR = np.zeros((num_ranks, num_ranks))
         self._ranks: dict[int, list[int]] = {}
         self._penalty = SHARED_PAIR * mean_level
-        half_R = np.arange(num_ranks) % 2
-        hosts_R = problem.topology.host_of_rank_R
+        hosts = problem.topology.host_of_rank_R.tolist()
         if problem.topology.num_hosts % 2 == 0:
-            half_R = hosts_R % 2  # the replicas of an expert then lie on two hosts
+            half_R = np.array([host % 2 for host in hosts])  # the replicas of an expert then lie on two hosts
+        else:
+            half_R = np.arange(num_ranks) % 2
         self._same_half_RR = np.equal.outer(half_R, half_R) * self._penalty / 2 + np.diag(np.full(num_ranks, np.inf))
 
     def place(self, expert: int, copies: int, load: float, num_experts: int) -> None:
