@@ -95,11 +95,9 @@ class _Layout:
         self._shared_RR = np.zeros((num_ranks, num_ranks))
         self._ranks: dict[int, list[int]] = {}
         self._penalty = SHARED_PAIR * mean_level
-        hosts = problem.topology.host_of_rank_R.tolist()
-        if problem.topology.num_hosts % 2 == 0:
-            half_R = np.array([host % 2 for host in hosts])  # the replicas of an expert then lie on two hosts
-        else:
-            half_R = np.arange(num_ranks) % 2
+        # Two halves of hosts, where there are: the replicas of an expert then lie on two hosts.
+        parts = problem.topology.host_of_rank_R.tolist() if problem.topology.num_hosts % 2 == 0 else range(num_ranks)
+        half_R = np.array([part % 2 for part in parts])
         self._same_half_RR = np.equal.outer(half_R, half_R) * self._penalty / 2 + np.diag(np.full(num_ranks, np.inf))
 
     def place(self, expert: int, copies: int, load: float, num_experts: int) -> None:
