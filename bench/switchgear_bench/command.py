@@ -10,6 +10,7 @@ from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.live_placement_command import LIVE_PLACEMENT
 from switchgear_bench.migration_command import MIGRATION
 from switchgear_bench.perplexity_command import PERPLEXITY
+from switchgear_bench.placement_command import PLACEMENT
 from switchgear_bench.report_command import REPORT
 from switchgear_bench.serve_command import SERVE
 from switchgear_bench.step_profile_command import PROFILE
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "migration": MIGRATION,
     "live-placement": LIVE_PLACEMENT,
     "perplexity": PERPLEXITY,
+    "placement": PLACEMENT,
     "profile": PROFILE,
     "report": REPORT,
     "serve": SERVE,

@@ -11,6 +11,7 @@ from typing import Any
 from switchgear_bench import (
     expert_parallel_command,
     kernels_command,
+    placement_command,
     serve_rows,
     step_profile_command,
     transport_command,
@@ -69,6 +70,12 @@ def _transport(result: Result) -> str:
     return f"{transport_command.markdown(result['rows'])}\n\n{machine_line(result['header'])} {versions}."
 
 
+def _placement(result: Result) -> str:
+    header = result["header"]
+    trace = f" Recorded: {header['trace']}." if header["trace"] else ""
+    return f"{placement_command.markdown(result['rows'])}\n\n{machine_line(header)}{trace}"
+
+
 def _startup(result: Result) -> str:
     lines = [
         "| launcher | ranks | weight cache | first token s | ready s | loading a rank s | PSS MB | allowed MB | of allowed |",
@@ -114,6 +121,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "profile": ("profile.json", _profile),
     "kernels": ("kernels.json", _kernels),
     "transport": ("transport.json", _transport),
+    "placement": ("placement.json", _placement),
     "startup": ("startup.json", _startup),
     "perplexity": ("perplexity-tiny-moe.json", _perplexity),
 }

@@ -7,7 +7,7 @@ namespace sg::placement {
 
 namespace {
 
-constexpr int kSettleSweepsFirst = 100, kSettleSweeps = 3;
+constexpr int kSettleSweepsFirst = 30, kSettleSweeps = 3;
 constexpr double kStale = 0.8;      // of the largest rows a replica has
 constexpr double kConnected = 0.5;  // of the mean level
 
@@ -48,8 +48,9 @@ Path Layer::insure(int64_t stale_max) {
     const int64_t joined = component_R[best];
     for (int64_t& component : component_R)
       if (component == joined) component = home;
-    settle(kSettleSweeps);
+    settle(0, kSettleSweeps);  // the others once, at the end
   }
+  settle(kSettleSweepsFirst);
   path.moves.push_back(static_cast<int32_t>(moves_));
   path.level_max.push_back(expected_max());
   return path;
@@ -75,7 +76,7 @@ void Layer::drop_stale(int64_t stale_max, Path* path) {
       if (scenarios_[0].level_R[rank(slot)] > scenarios_[0].level_R[rank(worst)]) worst = slot;
     Shares shares{};
     drop(worst, 1, path, shares);
-    settle(kSettleSweeps);
+    settle(0, kSettleSweeps);
   }
 }
 

@@ -31,12 +31,11 @@ from switchgear_runtime.placement import planner
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptiveSettings:
     gain_over_cost: float = 1.5  # what a move must save within the horizon, over what it costs
-    horizon_windows: float = 10.0  # for how long a plan pays, where the problem does not say
-    gain_min: float = 0.002  # of the predicted step: a plan that saves less is not made
+    horizon_windows: float = 30.0  # for how long a plan pays, where the problem does not say
     target: float = 1.002  # a layer is even enough when its slowest rank is within this factor of the mean
     steps_max: int = 96  # of a layer's search
-    near_steps_max: int = 16  # of those with all scenarios
-    insurance: float = 0.02  # of a layer's predicted time, which filling its free slots may cost
+    near_steps_max: int = 12  # of those with all scenarios
+    insurance: float = 0.03  # of a layer's predicted time, which filling its free slots may cost
     stale_max: int = 16  # replicas of a layer that are replaced by those of hotter experts in one plan
 
 
@@ -65,15 +64,13 @@ class Adaptive:
         moves_max = planner.UNLIMITED
         if problem.byte_budget is not None:
             moves_max = max(problem.byte_budget // problem.cost.expert_bytes, mandatory)
-        present_LRE, before_s, after_s = chosen_presence(
+        present_LRE = chosen_presence(
             searches,
             current,
             moves_max=moves_max,
             gain_per_move_s=0.0 if problem.byte_budget is None else self._gain_per_move_s(problem),
             room_R=pool_room(current, problem),
         )
-        if before_s - after_s < self.settings.gain_min * before_s and problem.byte_budget is not None:
-            present_LRE = start_LRE
         present_LRE = self._insured(present_LRE, current, scenarios, problem, moves_max, limit_L)
         return planned(self.name, present_LRE, current, load_LE, problem)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from switchgear.placement.limits import pinned, pool_room, start_presence
+from switchgear.placement.limits import affordable, pinned, start_presence
 from switchgear.placement.outcome import planned
-from switchgear.placement.plan import Bool, PlacementPlan, presence
+from switchgear.placement.plan import Bool, PlacementPlan
 from switchgear.placement.problem import Int64, PlacementProblem, checked_windows
+from switchgear.placement.score import balanced_split, rank_rows
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.placement import planner
 
@@ -64,45 +65,8 @@ class Eplb:
     def plan(self, windows_WLE: Int64, current: ExpertMap, problem: PlacementProblem) -> PlacementPlan:
         load_LE = checked_windows(windows_WLE, current)[-1]
         problem.check(current)
-        start_LRE = start_presence(current, problem)
-        had_LRE = presence(current)
         wanted_LRE = pinned(eplb_presence(load_LE, problem, self.num_groups), problem)
-        return planned(
-            self.name,
-            self._affordable(wanted_LRE, start_LRE, had_LRE, load_LE, current, problem),
-            current,
-            load_LE.astype(np.float64),
-            problem,
-        )
-
-    def _affordable(
-        self,
-        wanted_LRE: Bool,
-        start_LRE: Bool,
-        had_LRE: Bool,
-        load_LE: Int64,
-        current: ExpertMap,
-        problem: PlacementProblem,
-    ) -> Bool:
-        """Layers one after the other, the worst balanced first, while budget and pools last; others as they are."""
-        room_R = pool_room(current, problem)
-        moves_max = planner.UNLIMITED
-        if problem.byte_budget is not None:
-            moves_max = problem.byte_budget // problem.cost.expert_bytes
-        if room_R is None and moves_max == planner.UNLIMITED:
-            return wanted_LRE
-        num_moves_L = (wanted_LRE & ~had_LRE).sum(axis=(1, 2))
-        start_moves_L = (start_LRE & ~had_LRE).sum(axis=(1, 2))
-        rows_LR = (start_LRE * (load_LE / start_LRE.sum(axis=1))[:, None, :]).sum(axis=2)
-        order = np.argsort(-(rows_LR.max(axis=1) - rows_LR.mean(axis=1)), kind="stable")
-        chosen_LRE, moves = start_LRE.copy(), int(start_moves_L.sum())
-        used_R = (start_LRE & ~had_LRE).sum(axis=(0, 2))
-        for layer in order.tolist():
-            more = int(num_moves_L[layer] - start_moves_L[layer])
-            need_R = (wanted_LRE[layer] & ~had_LRE[layer]).sum(axis=1) - (start_LRE[layer] & ~had_LRE[layer]).sum(
-                axis=1
-            )
-            if moves + more <= moves_max and (room_R is None or (used_R + need_R <= room_R).all()):
-                chosen_LRE[layer] = wanted_LRE[layer]
-                moves, used_R = moves + more, used_R + need_R
-        return chosen_LRE
+        rows_LR = rank_rows(balanced_split(load_LE, current), current.num_ranks)
+        worst_first = np.argsort(rows_LR.mean(axis=1) - rows_LR.max(axis=1), kind="stable")
+        present_LRE = affordable(wanted_LRE, start_presence(current, problem), current, problem, worst_first.tolist())
+        return planned(self.name, present_LRE, current, load_LE.astype(np.float64), problem)

@@ -19,8 +19,6 @@ Float64 = NDArray[np.float64]
 
 KEEPS = (0.0, 0.35, 0.6, 0.8, 0.9)
 PRIOR_WINDOWS = 1.0  # of evidence that the middle one is right, so that few windows do not decide
-
-
 TREND_WINDOWS, PAST_WINDOWS = 2, 5
 SCENARIO_WEIGHT = 0.2  # of each beside the forecast
 DRIFT_MAX = 4.0  # of an expert's load, as a factor
@@ -28,7 +26,9 @@ DRIFT_FLOOR = 0.02  # of the mean load, so that a few tokens more are no drift
 
 
 def forecast(windows_WLE: Int64) -> Float64:
-    """The window after the last, [L, E], in counts of a window as large as the last. Windows without tokens say nothing."""
+    """The window after the last, [L, E], in counts of a window as large as that. A single window foretells itself."""
+    if len(windows_WLE) == 1:
+        return np.asarray(windows_WLE[0], np.float64)
     totals_WL = windows_WLE.sum(axis=2)
     sizes_L = totals_WL[-1].astype(np.float64)
     num_keeps = len(KEEPS)

@@ -37,7 +37,7 @@ class Incremental:
         moves_max = planner.UNLIMITED
         if problem.byte_budget is not None:
             moves_max = max(problem.byte_budget // problem.cost.expert_bytes, int(mandatory_L.sum()))
-        present_LRE, _, _ = chosen_presence(
+        present_LRE = chosen_presence(
             [search_from(start_LRE, current, [(1.0, load_LE)], problem, settings, moves_max_L).paths()],
             current,
             moves_max=moves_max,

@@ -13,13 +13,13 @@ from __future__ import annotations
 from switchgear.placement.layer_reference import (
     EMPTY,
     SETTLE_SWEEPS,
-    SETTLE_SWEEPS_FIRST,
     Edit,
     Layer,
     LayerProblem,
     Path,
 )
 
+SETTLE_SWEEPS_FIRST = 30
 STALE = 0.8  # of the largest rows a replica has
 CONNECTED = 0.5  # of the mean level
 
@@ -58,7 +58,8 @@ def insure(problem: LayerProblem, stale_max: int) -> Path:
         layer.add(slot, expert, [0.0] * len(problem.weight_K))
         joined = component_R[best]
         component_R = [home if component == joined else component for component in component_R]
-        layer.settle(SETTLE_SWEEPS)
+        layer.settle_scenario(0, SETTLE_SWEEPS)  # the others once, at the end
+    layer.settle(SETTLE_SWEEPS_FIRST)
     path.moves.append(layer.moves)
     path.level_max.append(layer.expected_max())
     return path
@@ -83,7 +84,7 @@ def _drop_stale(layer: Layer, stale_max: int, path: Path) -> None:
         worst = max(layer.slots_E[stale], key=lambda slot: layer.level_KR[0][layer.rank(slot)])
         path.edits.append(Edit(1, worst, stale, False))
         layer.drop(worst)
-        layer.settle(SETTLE_SWEEPS)
+        layer.settle_scenario(0, SETTLE_SWEEPS)
 
 
 def _components(layer: Layer) -> list[int]:

@@ -108,9 +108,9 @@ class Layer:
     def settle(self, sweeps: int) -> None:
         """Evens the levels by other shares, in each scenario."""
         for k in self.scenarios:
-            self._settle(k, sweeps)
+            self.settle_scenario(k, sweeps)
 
-    def _settle(self, k: int, sweeps: int) -> None:
+    def settle_scenario(self, k: int, sweeps: int) -> None:
         problem = self.problem
         for rank in range(problem.num_ranks):
             level = 0.0

@@ -5,6 +5,8 @@ Letters: L MoE layers, E logical experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -88,6 +90,25 @@ def pool_room(current: ExpertMap, problem: PlacementProblem) -> Int64 | None:
     if problem.pool_slots is None:
         return None
     return np.asarray(problem.pool_slots - presence(current).sum(axis=(0, 2)), np.int64)
+
+
+def affordable(
+    wanted_LRE: Bool, start_LRE: Bool, current: ExpertMap, problem: PlacementProblem, order: Sequence[int]
+) -> Bool:
+    """Whole layers of `wanted_LRE`, in this order, while budget and pools last; the others from `start_LRE`."""
+    room_R = pool_room(current, problem)
+    if room_R is None and problem.byte_budget is None:
+        return wanted_LRE
+    had_LRE = presence(current)
+    wanted_moves_LR, start_moves_LR = ((present & ~had_LRE).sum(axis=2) for present in (wanted_LRE, start_LRE))
+    moves_R, chosen_LRE = start_moves_LR.sum(axis=0), start_LRE.copy()
+    for layer in order:
+        next_R = moves_R + wanted_moves_LR[layer] - start_moves_LR[layer]
+        if problem.byte_budget is not None and next_R.sum() * problem.cost.expert_bytes > problem.byte_budget:
+            continue
+        if room_R is None or (next_R <= room_R).all():
+            chosen_LRE[layer], moves_R = wanted_LRE[layer], next_R
+    return chosen_LRE
 
 
 def check_legal(present_LRE: Bool, current: ExpertMap, problem: PlacementProblem) -> None:

@@ -19,6 +19,7 @@ from switchgear.placement.eplb import Eplb
 from switchgear.placement.incremental import Incremental
 from switchgear.placement.plan import Move, PlacementPlan
 from switchgear.placement.problem import Int64, PlacementProblem
+from switchgear.placement.robust import Robust
 from switchgear.placement.static import Static
 from switchgear.placement.topology import Topology
 from switchgear_runtime.moe.expert_map import ExpertMap
@@ -42,5 +43,5 @@ POLICIES: Mapping[str, Callable[[], PlacementPolicy]] = {
     "eplb": Eplb,
     "incremental": Incremental,
     "adaptive": Adaptive,
-    "robust": Adaptive,  # until it has its own
+    "robust": Robust,
 }

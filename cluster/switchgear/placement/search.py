@@ -83,8 +83,8 @@ def chosen_presence(
     moves_max: int,
     gain_per_move_s: float,
     room_R: Int64 | None,
-) -> tuple[Bool, float, float]:
-    """([L, R, E], seconds a step at the first search's start, seconds a step as chosen)."""
+) -> Bool:
+    """[L, R, E]: of each layer, one point of one of the searches."""
     num_ranks, num_experts = current.num_ranks, current.num_experts
     origins: list[list[tuple[int, int]]] = []  # of each point: (search, point of its path)
     points_L = []
@@ -110,10 +110,7 @@ def chosen_presence(
         room_R=room_R,
         needs=lambda layer, index: np.asarray((held(layer, index) & ~had_LRE[layer]).sum(axis=1), np.int64),
     )
-    present_LRE = np.stack([held(layer, index) for layer, index in enumerate(chosen)])
-    before_s = sum(points[0][1] for points in points_L)
-    after_s = sum(points_L[layer][index][1] for layer, index in enumerate(chosen))
-    return present_LRE, before_s, after_s
+    return np.stack([held(layer, index) for layer, index in enumerate(chosen)])
 
 
 def with_replicas(search: planner.Search) -> tuple[Bool, Float64, Float64]:
