@@ -38,6 +38,7 @@ from switchgear.placement.migration import Migration
 from switchgear.placement.observer import LoadObserver, Window
 from switchgear.placement.plan import PlacementPlan, moves_between
 from switchgear.placement.problem import PlacementProblem
+from switchgear.placement.route import route_to
 from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.topology import Topology
 from switchgear.placement.watchdog import Watchdog
@@ -218,7 +219,7 @@ class PlacementController:
             self.last_reason = f"holds still for {self.hindsight.hold_windows} windows: the last plan was regretted"
             self._round_done(planning)
             return []
-        return self._migrate(reply.plan.expert_map, reply.plan, planning.ticket)
+        return self._migrate((reply.plan.expert_map,), reply.plan, planning.ticket)
 
     def on_planner_lost(self, request_id: int, reason: str) -> list[PlacementAction]:
         """Its process died over this request. The next one starts another."""
@@ -277,10 +278,7 @@ class PlacementController:
 
     def rebalance(self, ticket: int, *, dry: bool = False) -> list[PlacementAction]:
         """Plan now, on what the open window has too, and do it unless `dry`. The byte budget holds."""
-        error = self._why_busy()
-        if not error and not self.settings.can_plan:
-            error = f"placement={self.settings.policy!r} plans nothing; start with another policy, or apply a map"
-        if error:
+        if error := self._why_busy() or self._why_no_plan():
             return self._settle(ticket, error=error)
         if self._observer.begin_s is not None:
             self.windows.append(self._observer.close(self._system.now()))
@@ -288,13 +286,18 @@ class PlacementController:
 
     def apply(self, ticket: int, expert_map: ExpertMap) -> list[PlacementAction]:
         """Migrate to this map, whatever the load and the budget; the epoch it gets is ours."""
-        error = self._why_busy() or self._why_not_legal(expert_map)
-        if error:
+        if error := self._why_busy():
             return self._settle(ticket, error=error)
         assert self.expert_map is not None
         if same_place(expert_map, self.expert_map):
             return self._settle(ticket)
-        return self._migrate(expert_map, None, ticket)
+        try:
+            self.settings.check_map(expert_map, *self._shape, num_ranks=len(self._hosts))
+            pool_slots = self.settings.pool_slots(*self._shape, len(self._hosts))
+            route = route_to(expert_map, self.expert_map, pool_slots)
+        except ConfigError as refusal:
+            return self._settle(ticket, error=str(refusal))
+        return self._migrate(route, None, ticket)
 
     def pin(self, pins: dict[tuple[int, int], tuple[int, ...]]) -> None:
         """Replace all pins: plans from now on put these experts exactly there. ConfigError if none could."""
@@ -302,19 +305,15 @@ class PlacementController:
             self._problem(1, pins).check(self.expert_map)
         self.pinned = dict(pins)
 
+    def _why_no_plan(self) -> str:
+        return "" if self.settings.can_plan else "placement='off' plans nothing; start with another, or apply a map"
+
     def _why_busy(self) -> str:
         if self._generation is None:
             return "no generation of ranks is whole; retry in a moment"
         if self._migration is not None:
             return f"a migration to epoch {self._migration.epoch} is under way; retry when it has ended"
         return "a plan is being made; retry in a moment" if self._planning is not None else ""
-
-    def _why_not_legal(self, expert_map: ExpertMap) -> str:
-        try:
-            self.settings.check_map(expert_map, *self._shape, num_ranks=len(self._hosts))
-        except ConfigError as error:
-            return str(error)
-        return ""
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -349,16 +348,19 @@ class PlacementController:
         self._planning = _Planning(request, deadline_s, window_is_new, dry, ticket)
         return [AskPlanner(request)]
 
-    def _migrate(self, expert_map: ExpertMap, plan: PlacementPlan | None, ticket: int | None) -> list[PlacementAction]:
+    def _migrate(
+        self, route: tuple[ExpertMap, ...], plan: PlacementPlan | None, ticket: int | None
+    ) -> list[PlacementAction]:
+        """To the first map of the route, and from there on."""
         assert self.expert_map is not None
         now = self._system.now()
-        expert_map = expert_map.with_epoch(self._epochs.new())
-        moves = moves_between(self.expert_map, expert_map, self._problem(1, {}).topology)
+        expert_map = route[0].with_epoch(self._epochs.new())
+        moves = moves_between(self.expert_map, expert_map, Topology(num_ranks=len(self._hosts), hosts=self._hosts))
         num_bytes = len(moves) * self._cost.expert_bytes
         self._bucket.take(num_bytes, now)
         rate = self.settings.bytes_per_s
         deadline_s = now + STAGE_GRACE_S + (0.0 if rate is None else STAGE_SLOWNESS * num_bytes / rate)
-        self._migration = Migration(expert_map, plan, moves, num_bytes, now, deadline_s, ticket)
+        self._migration = Migration(expert_map, route[1:], plan, moves, num_bytes, now, deadline_s, ticket)
         assert self._generation is not None
         return [TellRank(*order) for order in self._migration.orders(self._generation, rate)]
 
@@ -369,6 +371,8 @@ class PlacementController:
         actions: list[PlacementAction] = [Committed(migration.expert_map)]
         if migration is self._migration:
             self._migration = None
+            if migration.rest:
+                return [*actions, *self._migrate(migration.rest, None, migration.ticket)]
             self.watchdog.done(self._system.now())
             actions += self._settle(migration.ticket, plan=migration.plan)
         return actions

@@ -23,6 +23,7 @@ class Migration:
     """`ticket`: of the operator who ordered it, if one did."""
 
     expert_map: ExpertMap
+    rest: tuple[ExpertMap, ...]  # of the route, to follow
     plan: PlacementPlan | None
     moves: tuple[Move, ...]
     num_bytes: int

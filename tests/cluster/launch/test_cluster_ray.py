@@ -11,12 +11,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from cluster_rig import Leavings, idle_percent, rank_pids, real, submit, until
 
 from switchgear.cluster import Cluster
+from switchgear.launcher.ray_planner import RayPlanner
 from switchgear.loop_thread import LoopThread
+from switchgear.placement.events import PlanRequest
+from switchgear.placement.planner_process import PlannerLost
+from switchgear.placement.problem import PlacementProblem
+from switchgear.placement.topology import Topology
+from switchgear.placement.wiring import cost_of
+from switchgear.placement.worker import answer
+from switchgear_runtime.moe.expert_map import ExpertMap
 
 pytestmark = pytest.mark.ray
 PROMPTS = ["The sun rises in the", "def fibonacci(n):", "Once upon a time", "1 + 1 ="]
@@ -70,6 +79,32 @@ def test_ranks_are_actors_behind_a_token_on_the_loopback_interface(served: Serve
 
 def test_idle_actors_are_idle(served: Served) -> None:
     assert served.loop.call(idle_percent(served.cluster, 3), 40) < 2.0
+
+
+def test_the_planner_is_an_actor_that_is_replaced_when_it_dies(served: Served) -> None:
+    """Before any death of ranks: it must not need one."""
+    spec = served.cluster.spec
+    request = PlanRequest(
+        request_id=1,
+        policy="incremental",
+        windows_WLE=np.random.default_rng(0).integers(1, 9999, (2, spec.num_moe_layers, spec.num_experts)),
+        current=ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, 2),
+        problem=PlacementProblem(
+            topology=Topology.even(2), slots_per_rank=spec.num_experts, cost=cost_of(spec, served.cluster.engine)
+        ),
+    )
+    planner = served.cluster.placement._planner
+    assert isinstance(planner, RayPlanner)
+    expected = answer(request).plan
+    assert served.loop.call(planner.ask(request), 60).plan == expected
+    pids = [child.pid for child in psutil.Process().children(recursive=True) if "PlannerActor" in child.name()]
+    assert len(pids) == 1
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(PlannerLost):
+        served.loop.call(planner.ask(request), 60)
+    assert served.loop.call(planner.ask(request), 60).plan == expected
+    served.loop.call(planner.restart(), 60)
+    assert served.loop.call(planner.ask(request), 60).plan == expected
 
 
 def test_joins_a_running_ray_that_wants_its_token(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
