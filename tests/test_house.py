@@ -73,6 +73,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "moe.forced_routing",
     "moe.load_window",
     "moe.routing_trace",
+    "moe.token_log",
     "moe.rehome",
     "comm.rendezvous",
     "comm.shm",

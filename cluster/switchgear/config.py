@@ -142,12 +142,13 @@ def split_settings(values: Mapping[str, Any]) -> tuple[ServeConfig, EngineConfig
 def resolve_model(engine: EngineConfig) -> EngineConfig:
     """Paths become absolute, since ranks have other working directories; the bundled model when `model` is empty."""
     path = Path(engine.model).expanduser().resolve() if engine.model else bundled_model()
-    cache, forced = engine.weight_cache_dir, engine.forced_routing
+    cache, forced, log = engine.weight_cache_dir, engine.forced_routing, engine.routing_log
     return replace(
         engine,
         model=str(path),
         weight_cache_dir=str(Path(cache).expanduser().resolve()) if cache else cache,
         forced_routing=str(Path(forced).expanduser().resolve()) if forced else None,
+        routing_log=str(Path(log).expanduser().resolve()) if log else None,
     )
 
 

@@ -74,6 +74,11 @@ class EngineConfig:
         "An experiment: file of `switchgear record` that draws each token's experts in place of the router, by the "
         "request's seed and the token's position. The text becomes nonsense. Needs --no-enable-prefix-caching.",
     )
+    routing_log: str | None = setting(
+        None,
+        "An experiment: folder in which each rank writes the experts of every token, as `switchgear record --tokens` "
+        "does. Steps then run op by op, slower.",
+    )
     num_threads: int = setting(1, "Compute threads per rank.")
     bind_cpus: bool = setting(
         True, "Give each rank CPUs of its own, where the host has enough free ones for all ranks' threads."

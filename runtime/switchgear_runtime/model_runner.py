@@ -43,6 +43,7 @@ from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.lent_experts import LentExperts
 from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.moe.replica_choice import ReplicaChoice
+from switchgear_runtime.moe.token_log import TokenLog
 
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
@@ -82,6 +83,9 @@ class ModelRunner:
         torch.set_num_threads(config.num_threads)  # torch only copies and adds here; the kernels have their own threads
         ops.set_num_threads(config.num_threads)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
+        if config.routing_log is not None:
+            self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
+            native = False  # native steps count, and keep no token's ids
         self.kv_cache = KVCache(spec, num_blocks=self.num_kv_blocks, block_size=config.block_size, dtype=self.dtype)
         self._store = WeightStore(
             checkpoint, self.dtype, quantization=config.quantization, weight_cache=config.weight_cache_dir, rank=rank

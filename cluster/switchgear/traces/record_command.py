@@ -31,18 +31,23 @@ class RecordCommand:
         parser.add_argument("--requests", type=int, default=32, help="requests of a window (default: 32)")
         parser.add_argument("--traffic-seed", type=int, default=0, help="of the drift and the requests (default: 0)")
         parser.add_argument(
+            "--tokens", action="store_true", help="keep each token's experts, not only counts; slower, larger files"
+        )
+        parser.add_argument(
             "--prompts",
             type=Path,
             metavar="DIR",
             help="text files to cut prompts from, one per domain (default: built-in prompts of ten domains)",
         )
         add_flags(parser, ServeConfig, skip=FRONT_DOOR)
-        add_flags(parser, EngineConfig)
+        add_flags(parser, EngineConfig, skip=frozenset({"routing_log"}))
 
     def run(self, arguments: argparse.Namespace) -> int:
         for name in ("windows", "requests", "window_s"):
             if getattr(arguments, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be 1 or more")
+        if arguments.url and arguments.tokens:
+            raise ConfigError("--tokens needs ranks of its own; a server gives counts")
         if arguments.output.is_dir() or not arguments.output.absolute().parent.is_dir():
             raise ConfigError(f"{arguments.output} must be a file in a folder that exists")
         trace = _of_server(arguments) if arguments.url else _of_traffic(arguments)
@@ -66,6 +71,7 @@ def _of_traffic(arguments: argparse.Namespace) -> RoutingTrace:
         traffic.windows(arguments.windows),
         description=f"drifting traffic, seed {arguments.traffic_seed}, {arguments.requests} requests a window, "
         f"domains {', '.join(prompts)}",
+        tokens=arguments.tokens,
         progress=lambda done: _show(done, arguments.windows),
         **given,
     )

@@ -7,6 +7,7 @@ traffic and model give the same counts by layer, expert and tenant again. Which 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ from switchgear.config import split_settings
 from switchgear.server.delta_stream import DeltaStream
 from switchgear.server.frontend import Run
 from switchgear.traces.traffic import TrafficRequest
+from switchgear.traces.windowed_log import WindowedLog
 from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.moe.load_window import LoadWindow
 from switchgear_runtime.moe.routing_trace import RoutingTrace
@@ -31,29 +33,37 @@ def record_traffic(
     windows: Iterable[list[TrafficRequest]],
     *,
     description: str = "",
+    tokens: bool = False,
     progress: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> RoutingTrace:
-    """A window per list of requests, which run together. `settings`: as the CLI's flags (see config.settings)."""
+    """A window per list of requests, which run together. `settings`: as the CLI's flags (see config.settings).
+    `tokens`: keep each token's experts too, for which ranks on this host run their steps op by op."""
     given: dict[str, Any] = {"enable_prefix_caching": False, **settings}  # tokens found in a cache are routed nowhere
-    serve, engine = split_settings(given)
-    return asyncio.run(_record(Cluster(serve, engine), windows, description, progress))
+    with tempfile.TemporaryDirectory(prefix="switchgear-routing-") as folder:
+        serve, engine = split_settings({**given, "routing_log": folder} if tokens else given)
+        return asyncio.run(_record(Cluster(serve, engine), windows, description, progress))
 
 
 async def _record(
     cluster: Cluster, windows: Iterable[list[TrafficRequest]], description: str, progress: Callable[[int], None] | None
 ) -> RoutingTrace:
     recorder = _Recorder(cluster)
+    log = WindowedLog(cluster.engine.routing_log, cluster.config.ranks, cluster.spec)
     recorded: list[LoadWindow] = []
     try:
         await cluster.start()
         for requests in windows:
             recorded.append(await recorder.window(requests))
+            log.end_window()
             if progress is not None:
                 progress(len(recorded))
+        tokens = log.tokens()
     finally:
         await cluster.stop(0)
-    return RoutingTrace.of(recorded, top_k=cluster.spec.moe.top_k, model=cluster.model_name, description=description)
+    return RoutingTrace.of(
+        recorded, top_k=cluster.spec.moe.top_k, model=cluster.model_name, description=description, tokens=tokens
+    )
 
 
 class _Recorder:

@@ -67,22 +67,29 @@ class ForcedRouting:
         """Of a batch's tokens, sequence by sequence; `seeds_Q` are the requests'."""
         seeds_T = np.repeat(np.array(seeds_Q, np.uint64), num_tokens_Q)
         windows_T = (seeds_T % np.uint64(len(self._trace))).astype(np.int64)
-        rows_T = (_mixed(seeds_T ^ _mixed(np.array(positions_T, np.uint64))) % np.uint64(NUM_ROWS)).astype(np.int64)
+        mixed_T = _mixed(seeds_T ^ _mixed(np.array(positions_T, np.uint64)))
         ids = np.empty((self._trace.header.num_layers, len(seeds_T), self._top_k), np.int32)
         for window in np.unique(windows_T).tolist():
             here = windows_T == window
-            ids[:, here] = self.table(window)[:, rows_T[here]]
+            table_LMK = self.table(window)
+            ids[:, here] = table_LMK[:, (mixed_T[here] % np.uint64(table_LMK.shape[1])).astype(np.int64)]
         return ids
 
     def table(self, window: int) -> NDArray[np.uint16]:
-        """[L, M, K]: of each layer, rows of K different experts that hold every expert as often as it is due."""
+        """[L, M, K]: of each layer, rows of K different experts that hold every expert as often as it is due. Where the
+        trace has the window's tokens, they are the rows; a row is one token in all layers."""
         if window not in self._tables:
             while len(self._tables) >= _TABLES_MAX:
                 del self._tables[next(iter(self._tables))]
-            routed_LE = self._trace.windows[window].routed_LE
-            rows = [draw(counts_E, self._top_k, [window, layer]) for layer, counts_E in enumerate(routed_LE)]
-            self._tables[window] = np.stack(rows)
+            self._tables[window] = self._make(window)
         return self._tables[window]
+
+    def _make(self, window: int) -> NDArray[np.uint16]:
+        tokens = self._trace.tokens
+        if tokens is not None and self._trace.header.top_k == self._top_k and len(tokens.of_window(window)):
+            return np.ascontiguousarray(tokens.of_window(window).transpose(1, 0, 2))
+        routed_LE = self._trace.windows[window].routed_LE
+        return np.stack([draw(counts_E, self._top_k, [window, layer]) for layer, counts_E in enumerate(routed_LE)])
 
 
 def draw(counts_E: Int64, top_k: int, key: Sequence[int]) -> NDArray[np.uint16]:

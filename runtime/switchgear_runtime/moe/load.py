@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchgear_runtime.moe.load_window import OTHER_TENANTS
+from switchgear_runtime.moe.token_log import TokenLog
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -39,6 +40,7 @@ class ExpertLoad:
         self._num_rows = 1  # in use since the last take
         self._num_step_rows = 1  # in use by the step that runs
         self._taken: dict[str, Int64] = {}
+        self.token_log: TokenLog | None = None  # who keeps the ids of each token, not only their counts
 
     def begin_step(self, tenants_Q: Sequence[str], num_tokens_Q: Sequence[int]) -> None:
         """Whose tokens the step has, sequence by sequence. What a broken step left is dropped."""
@@ -65,6 +67,8 @@ class ExpertLoad:
             ids = topk_ids_TK[begin:end].reshape(-1)
             self.step_routed_NLE[row, layer] += np.bincount(ids, minlength=self.step_rows_LE.shape[1])
         assert end == len(topk_ids_TK)
+        if self.token_log is not None:
+            self.token_log.record(layer, topk_ids_TK)
 
     def record_rows(self, layer: int, experts: Int32, rows_per_slot_S: Int64) -> None:
         """`experts`: logical expert of each slot. Slots without an expert have no rows."""
@@ -76,11 +80,15 @@ class ExpertLoad:
         self._routed_NLE[used] += self.step_routed_NLE[used]
         self._rows_LE += self.step_rows_LE
         self._num_rows = max(self._num_rows, self._num_step_rows)
+        if self.token_log is not None:
+            self.token_log.commit()
         self.discard()
 
     def discard(self) -> None:
         self.step_routed_NLE[: self._num_step_rows].fill(0)
         self.step_rows_LE.fill(0)
+        if self.token_log is not None:
+            self.token_log.discard()
 
     def take_routed(self) -> list[int]:
         """Tokens per (layer, logical expert), of this rank's sequences, since the last take, flattened [L * E]."""

@@ -2,7 +2,7 @@
 
 The file (docs/TRACE_FORMAT.md) is a NumPy .npz: a JSON header and arrays of counts, compressed, without pickle.
 
-Letters: W windows, S source ranks, N tenants, L MoE layers, E logical experts.
+Letters: W windows, S source ranks, N tenants, L MoE layers, E logical experts, T tokens, K top-k.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ VERSION = 1
 BYTES_MAX = 4 << 30  # of a file's arrays, unpacked
 _COUNT_MAX = (1 << 32) - 1
 _ARRAYS = ("begin_step_W", "end_step_W", "seconds_W", "routed_WSLE", "routed_WNLE")
+_TOKEN_ARRAYS = ("num_tokens_WS", "topk_ids_TLK")
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +43,38 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenRoutes:
+    """Each token's experts, the router's best first: of the first window's first source, of its second, and so on."""
+
+    num_tokens_WS: NDArray[np.int64]
+    topk_ids_TLK: NDArray[np.uint16] = field(repr=False)
+
+    def of_window(self, window: int) -> NDArray[np.uint16]:
+        """[tokens of the window, L, K]."""
+        ends_W = np.cumsum(self.num_tokens_WS.sum(axis=1))
+        end = int(ends_W[window])
+        return self.topk_ids_TLK[end - int(self.num_tokens_WS[window].sum()) : end]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RoutingTrace:
-    """Windows of one model on one cluster, in the order of time; all have the header's sources and tenants."""
+    """Windows of one model on one cluster, in the order of time; all have the header's sources and tenants. `tokens`:
+    where a recording kept more than counts."""
 
     header: TraceHeader
     windows: tuple[LoadWindow, ...] = field(repr=False)
+    tokens: TokenRoutes | None = None
 
     @classmethod
-    def of(cls, windows: Sequence[LoadWindow], *, top_k: int, model: str = "", description: str = "") -> RoutingTrace:
+    def of(
+        cls,
+        windows: Sequence[LoadWindow],
+        *,
+        top_k: int,
+        model: str = "",
+        description: str = "",
+        tokens: TokenRoutes | None = None,
+    ) -> RoutingTrace:
         if not windows:
             raise ConfigError("a routing trace needs at least one window")
         num_sources = max(window.routed_SLE.shape[0] for window in windows)
@@ -64,7 +89,33 @@ class RoutingTrace:
             tenants=list(tenants),
             description=description,
         )
-        return cls(header=header, windows=tuple(_widened(window, num_sources, tenants) for window in windows))
+        widened = tuple(_widened(window, num_sources, tenants) for window in windows)
+        trace = cls(header=header, windows=widened, tokens=tokens)
+        trace.check_tokens("tokens")
+        return trace
+
+    def check_tokens(self, name: str) -> None:
+        """ConfigError unless the tokens' experts are those that the windows count."""
+        if self.tokens is None:
+            return
+        num_tokens_WS, ids_TLK = self.tokens.num_tokens_WS, self.tokens.topk_ids_TLK
+        header = self.header
+        expected = (int(num_tokens_WS.sum()), header.num_layers, header.top_k)
+        if num_tokens_WS.shape != (len(self), header.num_sources) or ids_TLK.shape != expected:
+            raise ConfigError(
+                f"{name}: tokens {list(ids_TLK.shape)} in {list(num_tokens_WS.shape)}; not {list(expected)}"
+            )
+        if ids_TLK.max(initial=0) >= header.num_experts or not (np.diff(np.sort(ids_TLK, axis=2), axis=2) > 0).all():
+            raise ConfigError(f"{name}: a token has an expert beyond {header.num_experts - 1}, or one twice")
+        ends = np.cumsum(num_tokens_WS)
+        for index, (end, size) in enumerate(zip(ends.tolist(), num_tokens_WS.reshape(-1).tolist(), strict=True)):
+            window, source = divmod(index, header.num_sources)
+            for layer, counts_E in enumerate(self.windows[window].routed_SLE[source]):
+                ids = ids_TLK[end - size : end, layer].reshape(-1)
+                if not np.array_equal(np.bincount(ids, minlength=header.num_experts), counts_E):
+                    raise ConfigError(
+                        f"{name}: window {window}, source {source}, layer {layer}: tokens and counts differ"
+                    )
 
     @property
     def routed_WLE(self) -> NDArray[np.int64]:
@@ -83,13 +134,16 @@ class RoutingTrace:
 
     def save(self, path: str | Path) -> None:
         """Whole or not at all. The same windows give the same bytes."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "begin_step_W": np.array([window.begin_step for window in self.windows], np.int64),
             "end_step_W": np.array([window.end_step for window in self.windows], np.int64),
             "seconds_W": np.array([window.seconds for window in self.windows], np.float64),
             "routed_WSLE": _uint32(np.stack([window.routed_SLE for window in self.windows])),
             "routed_WNLE": _uint32(np.stack([window.routed_NLE for window in self.windows])),
         }
+        if self.tokens is not None:
+            arrays["num_tokens_WS"] = self.tokens.num_tokens_WS.astype("<i8")
+            arrays["topk_ids_TLK"] = self.tokens.topk_ids_TLK.astype("<u2")
         header = np.frombuffer(msgspec.json.encode(self.header), np.uint8)
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
@@ -110,6 +164,7 @@ class RoutingTrace:
                         f"this is {FORMAT!r} version {VERSION}"
                     )
                 arrays = {name: file[name] for name in _ARRAYS}
+                tokens = TokenRoutes(**{name: file[name] for name in _TOKEN_ARRAYS}) if "topk_ids_TLK" in file else None
         except OSError as error:
             raise ConfigError(f"routing trace {path} cannot be read: {error.strerror or error}") from None
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
@@ -126,7 +181,9 @@ class RoutingTrace:
             )
             for i in range(len(arrays["begin_step_W"]))
         )
-        return cls(header=header, windows=windows)
+        trace = cls(header=header, windows=windows, tokens=tokens)
+        trace.check_tokens(f"routing trace {path}")
+        return trace
 
 
 def _widened(window: LoadWindow, num_sources: int, tenants: tuple[str, ...]) -> LoadWindow:

@@ -61,9 +61,12 @@ def test_a_recording_counts_every_token(tmp_path: Path) -> None:
         "--log-level",
         "warning",
     ]
-    for ranks, path in enumerate(paths, 1):
-        assert main(["record", str(path), *flags, "--ranks", str(ranks)]) == 0
+    assert main(["record", str(paths[0]), *flags, "--ranks", "1"]) == 0
+    assert main(["record", str(paths[1]), *flags, "--ranks", "2", "--tokens"]) == 0
     one, two = map(RoutingTrace.load, paths)
+    assert one.tokens is None
+    assert two.tokens is not None  # `load` has compared them with the counts
+    assert two.tokens.num_tokens_WS.sum() * 16 == two.routed_WLE.sum()
     assert (one.header.num_sources, two.header.num_sources, one.header.top_k) == (1, 2, 4)
     assert np.array_equal(one.routed_WLE, two.routed_WLE)  # the same bits wherever the experts are
     tokenizer = Tokenizer.load(bundled_model())
@@ -82,5 +85,10 @@ def test_a_recording_counts_every_token(tmp_path: Path) -> None:
 
 
 def test_bad_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["record", str(tmp_path / "x.npz"), "--windows", "0"]) == 2
-    assert "--windows 0 must be 1 or more" in capsys.readouterr().err
+    for output, arguments, what in (
+        ("x.npz", ["--windows", "0"], "--windows 0 must be 1 or more"),
+        ("x.npz", ["--url", "http://127.0.0.1:1", "--tokens"], "--tokens needs ranks of its own"),
+        ("no/x.npz", [], "must be a file in a folder that exists"),
+    ):
+        assert main(["record", str(tmp_path / output), *arguments]) == 2
+        assert what in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.moe.forced_routing import NUM_ORDERS, NUM_ROWS, ForcedRouting, draw
 from switchgear_runtime.moe.load_window import LoadWindow
-from switchgear_runtime.moe.routing_trace import RoutingTrace
+from switchgear_runtime.moe.routing_trace import RoutingTrace, TokenRoutes
 
 
 def make_trace(routed_WLE: np.ndarray, top_k: int) -> RoutingTrace:
@@ -99,3 +99,19 @@ def test_a_trace_of_another_model_is_refused() -> None:
     trace = make_trace(np.ones((1, 2, 9), np.int64), 2)
     with pytest.raises(ConfigError, match=r"\(2, 9\).*\(3, 9\)"):
         ForcedRouting(trace, num_layers=3, num_experts=9, top_k=2)
+
+
+def test_recorded_tokens_are_drawn_whole() -> None:
+    """A row is one token in all layers: in this trace a token's experts in layer 1 follow from those in layer 0."""
+    rng = np.random.default_rng(5)
+    first_TK = np.argsort(rng.random((40, 9)), axis=1)[:, :2]
+    ids_TLK = np.stack([first_TK, (first_TK + 1) % 9], axis=1).astype(np.uint16)
+    counts_LE = np.stack([np.bincount(ids_TLK[:, layer].reshape(-1), minlength=9) for layer in range(2)])
+    window = LoadWindow(begin_step=0, end_step=1, routed_SLE=counts_LE[None])
+    tokens = TokenRoutes(num_tokens_WS=np.array([[40]]), topk_ids_TLK=ids_TLK)
+    trace = RoutingTrace.of([window], top_k=2, tokens=tokens)
+    drawn_LTK = ForcedRouting(trace, num_layers=2, num_experts=9, top_k=2).ids_LTK([3], [200], range(200))
+    assert np.array_equal(drawn_LTK[1], (drawn_LTK[0] + 1) % 9)
+    assert len(np.unique(drawn_LTK[0], axis=0)) > 20
+    # another top-k than was recorded: drawn from the counts
+    assert ForcedRouting(trace, num_layers=2, num_experts=9, top_k=3).ids_LTK([3], [4], range(4)).shape == (2, 4, 3)

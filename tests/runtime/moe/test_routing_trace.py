@@ -11,7 +11,7 @@ import pytest
 
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.moe.load_window import LoadWindow
-from switchgear_runtime.moe.routing_trace import RoutingTrace
+from switchgear_runtime.moe.routing_trace import RoutingTrace, TokenRoutes
 
 
 def random_window(rng: np.random.Generator, num_layers: int, num_experts: int, begin_step: int) -> LoadWindow:
@@ -113,3 +113,56 @@ def test_counts_beyond_the_format_are_refused(tmp_path: Path) -> None:
     window = LoadWindow(begin_step=0, end_step=1, routed_SLE=np.full((1, 1, 1), 1 << 32))
     with pytest.raises(ConfigError, match="shorter"):
         RoutingTrace.of([window], top_k=1).save(tmp_path / "trace.npz")
+
+
+def token_trace(seed: int) -> RoutingTrace:
+    """Two layers, 5 experts, top-2; three windows of two sources, some without a token."""
+    rng = np.random.default_rng(seed)
+    num_tokens_WS = rng.integers(0, 4, (3, 2))
+    ids_TLK = np.argsort(rng.random((int(num_tokens_WS.sum()), 2, 5)), axis=2)[:, :, :2].astype(np.uint16)
+    windows, end = [], 0
+    for i in range(3):
+        routed_SLE = np.zeros((2, 2, 5), np.int64)
+        for source in range(2):
+            begin, end = end, end + int(num_tokens_WS[i, source])
+            for layer in range(2):
+                routed_SLE[source, layer] = np.bincount(ids_TLK[begin:end, layer].reshape(-1), minlength=5)
+        windows.append(LoadWindow(begin_step=i, end_step=i + 1, routed_SLE=routed_SLE))
+    tokens = TokenRoutes(num_tokens_WS=num_tokens_WS, topk_ids_TLK=ids_TLK)
+    return RoutingTrace.of(windows, top_k=2, tokens=tokens)
+
+
+def test_each_tokens_experts_come_back(tmp_path: Path) -> None:
+    for _ in range(20):
+        seed = random.SystemRandom().randrange(1 << 30)
+        trace = token_trace(seed)
+        trace.save(tmp_path / "trace.npz")
+        loaded = RoutingTrace.load(tmp_path / "trace.npz")
+        assert trace.tokens is not None
+        assert loaded.tokens is not None
+        assert np.array_equal(loaded.tokens.topk_ids_TLK, trace.tokens.topk_ids_TLK), f"seed {seed}"
+        for window in range(3):
+            ids_TLK = loaded.tokens.of_window(window)
+            assert len(ids_TLK) == trace.tokens.num_tokens_WS[window].sum()
+            counts = [np.bincount(ids_TLK[:, layer].reshape(-1), minlength=5) for layer in range(2)]
+            assert np.array_equal(counts, loaded.windows[window].routed_LE), f"seed {seed}"
+
+
+def test_tokens_that_are_not_the_counted_ones_are_refused() -> None:
+    trace = token_trace(11)
+    assert trace.tokens is not None
+    sizes, ids_TLK = trace.tokens.num_tokens_WS, trace.tokens.topk_ids_TLK
+    other = ids_TLK.copy()
+    other[0, 0] = (ids_TLK[0, 0] + 1) % 5
+    twice = ids_TLK.copy()
+    twice[0, 0] = 3
+    for changed_sizes, changed_ids, what in (
+        (sizes, other, "tokens and counts differ"),
+        (sizes, twice, "or one twice"),
+        (sizes, ids_TLK + np.uint16(5), "beyond 4"),
+        (sizes, ids_TLK[1:], "not "),
+        (sizes[:2], ids_TLK, "not "),
+    ):
+        tokens = TokenRoutes(num_tokens_WS=changed_sizes, topk_ids_TLK=changed_ids)
+        with pytest.raises(ConfigError, match=what):
+            RoutingTrace.of(trace.windows, top_k=2, tokens=tokens)
