@@ -1,4 +1,4 @@
-"""The `switchgear` command: serve, run, run-batch, plan, record, replay, placement, top, bench, collect-env.
+"""The `switchgear` command: serve, run, run-batch, plan, record, replay, placement, scale, top, bench, collect-env.
 
 A subcommand is an object with `help`, `add_arguments` and `run`; ours are in commands.py and plan_command.py, other
 packages add theirs by the entry-point group `switchgear.commands`. Whatever takes long to import waits until a
@@ -17,6 +17,7 @@ from typing import Protocol
 from switchgear.commands import COLLECT_ENV, RUN, RUN_BATCH, SERVE
 from switchgear.placement_command import PLACEMENT
 from switchgear.plan_command import PLAN
+from switchgear.scale_command import SCALE
 from switchgear.top_command import TOP
 from switchgear.traces.record_command import RECORD
 from switchgear.traces.replay_command import REPLAY
@@ -45,7 +46,7 @@ def _commands() -> dict[str, Command]:
         "record": RECORD,
         "replay": REPLAY,
     }
-    ours |= {"placement": PLACEMENT, "top": TOP}
+    ours |= {"placement": PLACEMENT, "scale": SCALE, "top": TOP}
     theirs: dict[str, Command] = {entry.name: entry.load() for entry in entry_points(group="switchgear.commands")}
     return {**ours, **theirs, "collect-env": COLLECT_ENV}
 

@@ -84,3 +84,12 @@ class ExpertLoad:
     routed_by_tenant: dict[str, list[list[int]]] = field(default_factory=dict)
     step: int = 0
     top_k: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ScaleReply:
+    """What serves after an order to scale. `num_carried`: sequences that changed their rank for it, or for deaths."""
+
+    ranks: int
+    generation: int
+    num_carried: int

@@ -17,6 +17,7 @@ from switchgear.cluster import Cluster
 from switchgear.config import ServeConfig, split_settings
 from switchgear.server.app import create_app
 from switchgear.server.connections import http_config
+from switchgear.server.scale_route import ScaleRoute
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.env import admin_key_of_environment, api_key_of_environment
 from switchgear_runtime.errors import ConfigError, RankFailed
@@ -59,6 +60,7 @@ async def _serve(serve: ServeConfig, engine: EngineConfig, on_ready: Callable[[s
             api_key=serve.api_key,
             admin_key=serve.admin_key,
             placement=cluster.placement,
+            admin_routes=ScaleRoute(cluster.core, cluster.scale).routes(),
             why_not_ready=lambda: cluster.not_ready_reason,
         )
         http = _HttpServer(

@@ -14,7 +14,7 @@ from switchgear.cluster import Cluster
 from switchgear_runtime.errors import RankFailed, RequestError
 
 pytestmark = pytest.mark.ranks
-NUM_TOKENS = 300
+NUM_TOKENS = 200
 EIGHT = [*PROMPTS, *(f"{prompt} again" for prompt in PROMPTS)]
 
 
@@ -44,7 +44,7 @@ def test_growing_and_shrinking_change_no_token() -> None:
             num_carried = cluster.core.num_carried
             await collector.all_finished(len(EIGHT), 60)
             assert collector.token_ids == whole, num_ranks
-            assert await whole_tokens(cluster) == whole, num_ranks
+        assert await whole_tokens(cluster) == whole
         assert cluster.controller.descriptor.generation == 4
         assert not cluster.controller._budget.setbacks
 
