@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchgear.placement.policy import WINDOWS_MAX, CostModel, PlacementPolicy, PlacementProblem
-from switchgear.placement.score import equal_split, step_time_s
+from switchgear.placement.score import equal_split, rank_rows, step_time_s
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.expert_map import ExpertMap
@@ -50,11 +50,11 @@ def replay(
         plan = policy.plan(routed_WLE[max(0, window - WINDOWS_MAX) : window], current, problem)
         plan_s = time.perf_counter() - start_s
         current = plan.expert_map
-        rows_LRE = equal_split(routed_WLE[window], current)
+        rows_LP = equal_split(routed_WLE[window], current)
         replayed.append(
             ReplayedWindow(
-                step_s=step_time_s(rows_LRE, problem),
-                imbalance=imbalance(rows_LRE.sum(axis=2)),
+                step_s=step_time_s(rows_LP, problem),
+                imbalance=imbalance(rank_rows(rows_LP, problem.topology.num_ranks)),
                 moved_bytes=plan.moved_bytes,
                 plan_s=plan_s,
             )

@@ -116,7 +116,7 @@ class NativeDecoder:
         `lent_L`: where experts may be lent; each then has a slot."""
         num_layers = len(slots)
         placements = (c.Placement * num_layers)()
-        kept: list[object] = [slots, slot_tables_LE, quotas_L, lent_L]
+        kept: list[object] = [slots, list(slot_tables_LE), quotas_L, lent_L]  # views: they keep their memory alive
         for index, (experts, quotas, lent) in enumerate(zip(slots, quotas_L, lent_L, strict=True)):
             w13, w2 = (
                 np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
