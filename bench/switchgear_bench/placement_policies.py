@@ -9,7 +9,7 @@ Letters: L MoE layers, E logical experts, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,15 @@ class EplbMatched:
         return planned(self.name, wanted_LRE, current, load_LE.astype(np.float64), problem)
 
 
+class EplbWithoutReplicas:
+    """EPLB packs each expert once: in decode a replica is weights to read."""
+
+    name = "eplb, no replicas"
+
+    def plan(self, windows_WLE: Int64, current: ExpertMap, problem: PlacementProblem) -> PlacementPlan:
+        return Eplb().plan(windows_WLE, current, replace(problem, replica_budget_per_layer=0))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
     """`budgeted`: gets half of EPLB's mean bytes a window, at most. `every`: windows from one plan to the next."""
@@ -80,6 +89,7 @@ def contenders() -> list[Contender]:
         ),
         Contender(name="eplb, packs matched", policy=EplbMatched(), published=as_published),
         Contender(name="eplb, every 8th window", policy=Eplb(), every=8, published=as_published),
+        Contender(name="eplb, no replicas", policy=EplbWithoutReplicas()),
         Contender(name="static", policy=POLICIES["static"]()),
         Contender(name="incremental", policy=POLICIES["incremental"](), budgeted=True),
         Contender(name="adaptive", policy=POLICIES["adaptive"](), budgeted=True),

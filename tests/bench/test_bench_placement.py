@@ -67,3 +67,10 @@ def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     result = json.loads(output.read_text(encoding="utf-8"))
     assert {row["part"] for row in result["rows"]} == {"given window", "next window"}
     assert "commit" in result["header"]
+
+def test_committed_rows_keep_the_promise() -> None:
+    rows = json.loads((ROOT / "bench" / "results" / "placement.json").read_text(encoding="utf-8"))["rows"]
+    assert not check(rows)
+    cases = [row for row in rows if row["part"] == "next window" and row["policy"] == "adaptive"]
+    assert len(cases) == 6
+    assert all(row["num_windows"] >= 200 for row in cases)
