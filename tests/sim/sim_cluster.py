@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sim_follow import FollowingPlacement
 from sim_network import SimNetwork
 from sim_placement import SimPeers, SimPlacement
 from sim_system import SimSystem
@@ -122,7 +123,8 @@ class ComputingRunner:
 class SimCluster:
     """Methods without underscore are for the scenario's thread."""
 
-    def __init__(self, system: SimSystem, world_size: int, config: EngineConfig) -> None:
+    def __init__(self, system: SimSystem, world_size: int, config: EngineConfig, *, follow: bool = False) -> None:
+        """`follow`: placement by the real controller, instead of maps at random."""
         self.system = system
         self.world_size = world_size
         self.config = config
@@ -141,7 +143,16 @@ class SimCluster:
         self._changed = system.condition()
         self._lives: dict[int, Life] = {}
         self._num_lives = 0
-        self.placement = SimPlacement(system, self._spec.num_moe_layers, self._spec.num_experts, world_size)
+        shape = (self._spec.num_moe_layers, self._spec.num_experts, world_size)
+        self.placement = SimPlacement(system, *shape)
+        if follow:
+            self.placement = FollowingPlacement(
+                system,
+                *shape,
+                send=self._send,
+                later=lambda delay_s, act: self._network.after(delay_s, "placement", lambda: self._todo.put(act)),
+                wake=lambda: self._perform(self.controller.on_submit()),
+            )
         self._current: Call | None = None
         self.controller = Controller(
             num_ranks=world_size,
@@ -329,10 +340,13 @@ class SimCluster:
                 case Ready():
                     self.num_generations += 1
                     self.core.set_ready(range(action.descriptor.world_size), generation=action.descriptor.generation)
+                    self.placement.ready(action.descriptor)
                 case NotReady(planned=True):
                     self.num_planned += 1
+                    self.placement.over(action.reason)
                 case NotReady():
                     self.core.set_ready(None)
+                    self.placement.over(action.reason)
                 case FailRank():
                     self.core.lose_rank(action.rank, action.reason)
                 case Vacate():

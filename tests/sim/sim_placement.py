@@ -14,6 +14,7 @@ import numpy as np
 from sim_system import SimSystem
 
 from switchgear_runtime.errors import PeerLost, TransportAborted
+from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, DropMap, MapRefused, MapStaged, StageMap, StepFrame, ToRank
 from switchgear_runtime.migration.pace import Pace
 from switchgear_runtime.model_runner import ModelRunner
@@ -63,6 +64,12 @@ class SimPlacement:
             self._proposed.clear()
         descriptor = msgspec.structs.replace(message.descriptor, epoch=self._current.epoch)
         return BeginGeneration(descriptor, self._current.to_json())
+
+    def ready(self, descriptor: GenerationDescriptor) -> None:
+        """Every rank has stepped."""
+
+    def over(self, reason: str) -> None:
+        """The generation is not whole any more."""
 
     def propose(self, ranks: list[int], send: Send) -> None:
         if self._generation is None:

@@ -39,6 +39,7 @@ class Scenario:
     kill: int = 0
     hang: int = 0
     scale: int = 0
+    follow: bool = False  # placement by the real controller
 
 
 TRAFFIC = Scenario()
@@ -48,6 +49,10 @@ STRIKES = Scenario(num_actions=40, stage=3, stage_some=1, drop=1, strike=2, hang
 FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
 DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
 SCALING = Scenario(num_actions=60, submit=12, pause=12, idle=1, abort=0, scale=4)
+FOLLOW = Scenario(num_actions=50, submit=14, idle=4, stage=2, drop=1, follow=True)
+FOLLOW_FAULTS = Scenario(
+    num_actions=50, submit=12, idle=4, stage=3, drop=1, strike=2, kill=1, hang=1, scale=1, follow=True
+)
 SCALING_FAULTS = Scenario(num_actions=60, submit=10, pause=8, idle=1, stage=3, drop=1, kill=2, hang=1, scale=4)
 
 
@@ -82,7 +87,7 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
         enable_prefix_caching=rng.random() < 0.8,
         step_timeout_s=STEP_TIMEOUT_S,
     )
-    cluster = SimCluster(system, world_size, config)
+    cluster = SimCluster(system, world_size, config, follow=scenario.follow)
     common = [rng.randrange(1, VOCAB_SIZE) for _ in range(40)]
 
     def main() -> None:
@@ -204,6 +209,20 @@ def test_ranks_die_in_the_middle_of_a_migration(model: tuple[Path, Alone], seed:
     assert cluster.num_generations > 1
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_experts_follow_the_load(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, FOLLOW, 3)
+    check(cluster, model[1])
+    assert not cluster.faults
+    assert cluster.placement.flipped_epochs
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_follow_the_load_while_ranks_and_planners_die(model: tuple[Path, Alone], seed: int) -> None:
+    cluster, _ = play(model[0], seed, FOLLOW_FAULTS, 3)
+    check(cluster, model[1])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_and_hung_ranks(model: tuple[Path, Alone], seed: int) -> None:
     cluster, _ = play(model[0], seed, FAULTS, 3)
@@ -251,7 +270,9 @@ def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(100, 140))
 @pytest.mark.parametrize(
-    "scenario", [MIGRATIONS, STRIKES, FAULTS, SCALING_FAULTS], ids=["migrations", "strikes", "faults", "scaling"]
+    "scenario",
+    [MIGRATIONS, STRIKES, FAULTS, SCALING_FAULTS, FOLLOW_FAULTS],
+    ids=["migrations", "strikes", "faults", "scaling", "follow"],
 )
 def test_many_seeds(model: tuple[Path, Alone], scenario: Scenario, world_size: int, seed: int) -> None:
     cluster, _ = play(model[0], seed, scenario, world_size)

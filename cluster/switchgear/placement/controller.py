@@ -131,7 +131,7 @@ class PlacementController:
         return self.watchdog.alarm(self._system.now())
 
     def next_deadline(self) -> float | None:
-        times = [self._observer.due_s]
+        times = [None if self._generation is None else self._observer.due_s]
         if self._planning is not None:
             times.append(self._planning.deadline_s)
         if self._migration is not None:

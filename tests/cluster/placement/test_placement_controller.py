@@ -127,6 +127,17 @@ def test_the_end_of_a_generation_ends_the_migration_and_the_old_map_gets_a_later
     assert rig.controller.epoch == 2
 
 
+def test_between_generations_nothing_is_due() -> None:
+    rig = Rig()
+    rig.planner_hangs = True
+    rig.begin()
+    rig.window(HOT)
+    rig.frame(0, HOT)
+    assert rig.controller.next_deadline() is not None
+    rig.perform(rig.controller.on_generation_over("rank 1 was killed"))
+    assert rig.controller.next_deadline() is None  # or the service would tick at once, again and again
+
+
 def test_committed_maps_live_on_over_generations() -> None:
     rig = Rig()
     rig.begin()
