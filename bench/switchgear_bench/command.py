@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
+from switchgear_bench.balance_command import BALANCE
 from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
 from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.live_placement_command import LIVE_PLACEMENT
@@ -30,6 +31,7 @@ class Benchmark(Protocol):
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "balance": BALANCE,
     "expert-parallel": EXPERT_PARALLEL,
     "kernels": KERNELS_BENCH,
     "migration": MIGRATION,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchgear_bench import (
+    balance_command,
     expert_parallel_command,
     kernels_command,
     placement_command,
@@ -65,6 +66,11 @@ def _profile(result: Result) -> str:
     return f"{step_profile_command.markdown(result['rows'])}\n\n{machine_line(result['header'])}"
 
 
+def _balance(result: Result) -> str:
+    step = balance_command.step_line(result["step"])
+    return f"{balance_command.markdown(result['rows'])}\n\n{step} {machine_line(result['header'])}"
+
+
 def _transport(result: Result) -> str:
     versions = "; ".join(f"{name}: {version.split(',')[0]}" for name, version in result["header"]["versions"].items())
     return f"{transport_command.markdown(result['rows'])}\n\n{machine_line(result['header'])} {versions}."
@@ -119,6 +125,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "serve": ("serve.json", _serve),
     "expert-parallel": ("expert-parallel.json", _expert_parallel),
     "profile": ("profile.json", _profile),
+    "balance": ("balance.json", _balance),
     "kernels": ("kernels.json", _kernels),
     "transport": ("transport.json", _transport),
     "placement": ("placement.json", _placement),

@@ -179,21 +179,22 @@ void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, bool l
   const Split* best = &work.static_split;
   out.static_cost = best->cost();
   const bool is_lp = layout.choice == SG_CHOICE_LP;
-  if (layout.has_replicas()) {  // without replicas all of these are the static split
+  const int64_t lending = lends ? layout.lending : 0;
+  if (layout.has_replicas()) {  // without replicas this is the static split
     order_experts(layout, work);
     pour(layout, work, work.water);
     if (is_lp) level(layout, work.water, true);
     best = lower(best, &work.water);
-    if (is_lp) {
-      place_whole(layout, work, work.whole);
-      spread(layout, work.whole, 0, work.spread);
-      best = lower(best, &work.spread);
-    }
   }
-  if (lends && layout.lending > 0) {
-    spread(layout, *best, layout.lending, work.lent);
-    if (is_lp) level(layout, work.lent, layout.expert_rows == 0);
-    best = lower(best, &work.lent);
+  const auto improve = [&](const Split& start, Split& found) {
+    spread(layout, start, lending, found);
+    if (is_lp && lending > 0) level(layout, found, layout.expert_rows == 0);
+    best = lower(best, &found);
+  };
+  if (lending > 0) improve(*best, work.lent);
+  if (is_lp && layout.has_replicas()) {
+    place_whole(layout, work, work.whole);
+    improve(work.whole, work.spread);
   }
   out.cost = best->cost();
   out.is_static = out.static_cost - out.cost <= layout.expert_rows;

@@ -90,16 +90,18 @@ class Planner:
         totals_E = counts_RE.sum(0).tolist()
         static = self._static(counts_RE)
         water = self._water(totals_E)
-        if self.balance.choice == "waterfill":
-            best = min(static, water, key=Instances.cost)
-        else:
+        is_lp, lending = self.balance.choice == "lp", self.lending if lends else 0
+        if is_lp:
             self._level(water, every=True)
-            best = min(static, water, self._spread(self._whole(totals_E), 0), key=Instances.cost)
-        if self.lending and lends:
-            lent = self._spread(best, self.lending)
-            if self.balance.choice == "lp":
-                self._level(lent, every=self.balance.expert_rows == 0)
-            best = min(best, lent, key=Instances.cost)
+        best = min(static, water, key=Instances.cost)
+        starts = [best] if lending else []
+        if is_lp and len(self.empty.rows) > self.num_experts:
+            starts.append(self._whole(totals_E))
+        for start in starts:
+            found = self._spread(start, lending)
+            if is_lp and lending:
+                self._level(found, every=self.balance.expert_rows == 0)
+            best = min(best, found, key=Instances.cost)
         return best if static.cost() - best.cost() > self.balance.expert_rows else None
 
     def quotas(self, counts_RE: Int64, plan: Instances | None, source: int) -> list[list[tuple[int, int]]]:
