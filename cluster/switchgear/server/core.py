@@ -302,7 +302,7 @@ class ServerCore:
 
     def _answered(self, sequence: LiveSequence) -> None:
         assert sequence.rank is not None
-        self.ranks[sequence.rank].num_unanswered_bytes -= sequence.num_unanswered_bytes
+        self.ranks.answered(sequence.rank, sequence.sequence_id, sequence.num_unanswered_bytes)
         sequence.num_unanswered_bytes = 0
 
     def _abort(self, request_id: str) -> None:

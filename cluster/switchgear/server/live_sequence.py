@@ -20,7 +20,9 @@ from switchgear_runtime.messages import PromptLogprobs, Submit, TokenOutput, Wir
 if TYPE_CHECKING:
     from switchgear.server.request import Request
 
-DEATHS_MAX = 4  # of ranks that held a sequence, in a row without a token of it
+# Of ranks that held a sequence, in a row without a token of it. From the first number on it is a suspect, and runs where
+# no other suspect does; at the second it ends.
+DEATHS_OF_A_SUSPECT, DEATHS_MAX = 2, 4
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -94,6 +96,11 @@ class LiveSequence:
             tenant=self.tenant,
             cache_salt=self.cache_salt,
         )
+
+    @property
+    def is_suspect(self) -> bool:
+        """Of killing ranks."""
+        return self.num_deaths >= DEATHS_OF_A_SUSPECT
 
     @property
     def num_tokens(self) -> int:

@@ -109,6 +109,11 @@ class _CoreCollector:
             even = sum(rows) / len(rows) / max(rows) if any(rows) else 1.0
             balance.add_metric([self._model_name, str(layer)], even)
         yield balance
+        carried = CounterMetricFamily(
+            PREFIX + "sequences_carried", "Sequences that went on with another rank.", labels=["model_name"]
+        )
+        carried.add_metric([self._model_name], core.num_carried)
+        yield carried
         for name, text, value in (
             ("ready", "1 if requests are taken.", int(core.ready)),
             ("ranks_serving", "Ranks that take requests.", core.ranks.num_serving),

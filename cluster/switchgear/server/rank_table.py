@@ -27,6 +27,7 @@ class RankState:
     num_sequences: int = 0
     num_tokens: int = 0
     num_unanswered_bytes: int = 0  # of the sequences that were sent and have no token yet
+    suspect: int | None = None  # of them, the one that may be what kills ranks
     stats: RankStats = _NO_STATS
     parked: bool = False
 
@@ -75,9 +76,12 @@ class RankTable:
         """The ranks have one config."""
         return max((state.block_size for state in self._states.values()), default=16)
 
-    def choose(self) -> int | None:
-        """The least loaded serving rank by KV cache and queue; ties to the lowest rank. None: no rank has room."""
+    def choose(self, *, for_suspect: bool = False) -> int | None:
+        """The least loaded serving rank by KV cache and queue; ties to the lowest rank. None: no rank has room. One
+        suspect a rank, so that the guilty one soon dies without the others."""
         fit = [state for state in self._states.values() if state.serving and self._has_room(state)]
+        if for_suspect:
+            fit = [state for state in fit if state.suspect is None]
         return min(fit, key=self._load).rank if fit else None
 
     def add(self, rank: int, num_tokens: int) -> None:
@@ -87,6 +91,13 @@ class RankTable:
     def remove(self, rank: int, num_tokens: int) -> None:
         self[rank].num_sequences -= 1
         self[rank].num_tokens -= num_tokens
+
+    def answered(self, rank: int, sequence_id: int, num_bytes: int) -> None:
+        """A sequence has its first token from this rank, or is its no more."""
+        state = self[rank]
+        state.num_unanswered_bytes -= num_bytes
+        if state.suspect == sequence_id:
+            state.suspect = None
 
     def _has_room(self, state: RankState) -> bool:
         few = state.num_sequences < WINDOW * self._max_num_seqs

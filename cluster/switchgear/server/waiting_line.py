@@ -24,6 +24,7 @@ class WaitingLine:
     def __init__(self, ranks: RankTable) -> None:
         self._ranks = ranks
         self._line: OrderedDict[int, LiveSequence] = OrderedDict()  # leaders, by sequence id; a dict scans its gaps
+        self._suspects: OrderedDict[int, LiveSequence] = OrderedDict()  # likewise; they go first, one a rank
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -38,25 +39,35 @@ class WaitingLine:
         """Each with its followers, where it was in the order of arrival: before those who never had a rank."""
         for sequence in sequences:
             self.add(sequence)
+            if sequence.is_suspect:
+                self._suspects[sequence.sequence_id] = self._line.pop(sequence.sequence_id)
         self._line = OrderedDict(sorted(self._line.items()))
 
     def remove(self, sequence: LiveSequence) -> None:
         """One that ended while it waited."""
         self._line.pop(sequence.sequence_id, None)
+        self._suspects.pop(sequence.sequence_id, None)
         self._num_waiting -= 1
 
     def feed(self) -> Iterator[LiveSequence]:
         """What shall start now, on its `rank`. Followers get a place on the same rank, and start when they may."""
+        while self._suspects and (rank := self._ranks.choose(for_suspect=True)) is not None:
+            _, leader = self._suspects.popitem(last=False)
+            self._ranks[rank].suspect = leader.sequence_id
+            yield self._place(leader, rank)
         num_fed = num_bytes = 0
         while self._line and num_fed < FEED_SEQUENCES_MAX and num_bytes < FEED_BYTES_MAX:
             rank = self._ranks.choose()
             if rank is None:
                 return
             _, leader = self._line.popitem(last=False)
-            for sequence in (leader, *leader.followers):
-                sequence.rank = rank
-                self._ranks.add(rank, sequence.num_tokens)
-                self._num_waiting -= 1
             num_fed += 1
             num_bytes += leader.num_submit_bytes
-            yield leader
+            yield self._place(leader, rank)
+
+    def _place(self, leader: LiveSequence, rank: int) -> LiveSequence:
+        for sequence in (leader, *leader.followers):
+            sequence.rank = rank
+            self._ranks.add(rank, sequence.num_tokens)
+            self._num_waiting -= 1
+        return leader

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
-from ranks_by_hand import STATS, Hand, deal
+import dataclasses
+import random
 
+import pytest
+from ranks_by_hand import FACTS, STATS, Hand, deal
+from toy_server import ToyRank, toy_tokens
+
+from switchgear.server.core import ServerCore
+from switchgear.server.events import SequenceEvent
 from switchgear.server.live_sequence import DEATHS_MAX
 from switchgear_runtime.errors import RankFailed
 from switchgear_runtime.messages import PromptLogprobs, StepFrame, TokenOutput
 from switchgear_runtime.sampling_params import SamplingParams
+from switchgear_runtime.system import RealSystem
 
 LONG = list(range(100, 140))
 
@@ -126,6 +133,47 @@ def test_prompt_logprobs_of_two_lives_make_one_list() -> None:
     score(1, [-1.0, -2.0, -3.0])
     hand.play(0, [20])
     assert [one.logprob for one in hand.events[0].prompt_logprobs or ()] == [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sequence_that_kills_every_rank_takes_none_of_the_others_along(seed: int, num_ranks: int) -> None:
+    """Toy ranks that die in the step in which they hold it."""
+    draw = random.Random(seed)
+    ranks = [ToyRank(rank) for rank in range(num_ranks)]
+    facts = dataclasses.replace(FACTS, max_num_seqs=draw.randint(2, 6))
+    core = ServerCore(
+        system=RealSystem(seed=seed),
+        tokenizer=None,
+        facts=facts,
+        send=lambda rank, message: ranks[rank].receive(message),
+    )
+    core.set_ready(range(num_ranks))
+    events: list[SequenceEvent] = []
+    num_prompts, poison = 30, draw.randrange(30)
+    prompts = [[1000 + i] * draw.choice([1, 40]) for i in range(num_prompts)]
+    params = SamplingParams(n=draw.choice([1, 2]), max_tokens=6, seed=3)
+    core.submit(prompts, params, sink=events.append)
+    num_deaths = 0
+    for _ in range(500):
+        for rank in ranks:
+            if any(submit.prompt_token_ids[0] == 1000 + poison for submit, _ in rank.held.values()):
+                rank.held.clear()
+                core.set_ready(None)
+                core.lose_rank(rank.rank, "killed")
+                core.set_ready(range(num_ranks))
+                num_deaths += 1
+            else:
+                core.on_message(rank.rank, rank.step())
+    assert core.num_live == 0, f"seed {seed}"
+    failed = {event.prompt_index for event in events if event.finish is not None and event.finish.reason == "error"}
+    assert failed == {poison}, f"seed {seed}"
+    assert num_deaths <= DEATHS_MAX * params.n
+    assert sum(event.finish is not None for event in events) == num_prompts * params.n
+    for index, prompt in enumerate(prompts):
+        got = [i for event in events if (event.prompt_index, event.index) == (index, 0) for i in event.token_ids]
+        assert got == ([] if index == poison else toy_tokens(prompt, 3, 6)), f"seed {seed}"
+    assert all(state.suspect is None for state in core.ranks.states())
 
 
 @pytest.mark.parametrize("num_choices", [1, 3])
