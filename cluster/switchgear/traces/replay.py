@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchgear.placement.policy import WINDOWS_MAX, CostModel, PlacementPolicy, PlacementProblem
-from switchgear.placement.score import equal_split, rank_rows, step_time_s
+from switchgear.placement.score import balanced_split, equal_split, rank_rows, step_time_s
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.expert_map import ExpertMap
 
 Int64 = NDArray[np.int64]
+COUNTED = ("waterfill", "lp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,21 +41,25 @@ def replay(
     policy: PlacementPolicy,
     problem: PlacementProblem,
     *,
+    replica_choice: str = "lp",
     progress: Callable[[int], None] | None = None,
 ) -> list[ReplayedWindow]:
-    """One less than there are windows: before the second, the policy plans for the first time."""
-    current = ExpertMap.contiguous(routed_WLE.shape[1], routed_WLE.shape[2], problem.topology.num_ranks)
+    """One less than there are windows: before the second, the policy plans for the first time. `replica_choice`: the
+    setting; what knows the counts is taken to balance perfectly, the others to split an expert's rows equally."""
+    split = balanced_split if replica_choice in COUNTED else equal_split
+    num_ranks = problem.topology.num_ranks
+    current = ExpertMap.contiguous(routed_WLE.shape[1], routed_WLE.shape[2], num_ranks)
     replayed = []
     for window in range(1, len(routed_WLE)):
         start_s = time.perf_counter()
         plan = policy.plan(routed_WLE[max(0, window - WINDOWS_MAX) : window], current, problem)
         plan_s = time.perf_counter() - start_s
         current = plan.expert_map
-        rows_LP = equal_split(routed_WLE[window], current)
+        rows_LP = split(routed_WLE[window], current)
         replayed.append(
             ReplayedWindow(
                 step_s=step_time_s(rows_LP, problem),
-                imbalance=imbalance(rank_rows(rows_LP, problem.topology.num_ranks)),
+                imbalance=imbalance(rank_rows(rows_LP, num_ranks)),
                 moved_bytes=plan.moved_bytes,
                 plan_s=plan_s,
             )

@@ -53,6 +53,7 @@ class ReplayCommand:
 
 
 def _offline(arguments: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -82,23 +83,29 @@ def _offline(arguments: argparse.Namespace, given: dict[str, Any]) -> dict[str, 
     )
     table = Table(
         title=f"{arguments.trace.name}: {len(routed_WLE) - 1} windows on {serve.ranks} ranks of "
-        f"{problem.slots_per_rank} slots a layer; each scored on the plan of those before it",
+        f"{problem.slots_per_rank} slots a layer",
+        caption="each scored on the plan of those before it; the step is its experts alone, the plan the slowest",
         title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
     )
-    for column in ("policy", "step, mean", "p99", "max/mean", "worst", "moved", "plan, slowest"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    for column in ("policy", "us a step", "p99", "max/mean", "worst", "moved", "plan, ms"):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     rows = []
     for name in names:
-        row = {"policy": name, **summary(replay(routed_WLE, POLICIES[name](), problem))}
+        replayed = replay(routed_WLE, POLICIES[name](), problem, replica_choice=engine.replica_choice)
+        row = {"policy": name, **summary(replayed)}
         rows.append(row)
         table.add_row(
             name,
-            f"{row['step_s_mean'] * 1e6:.1f} us",
-            f"{row['step_s_p99'] * 1e6:.1f} us",
+            f"{row['step_s_mean'] * 1e6:.1f}",
+            f"{row['step_s_p99'] * 1e6:.1f}",
             f"{row['imbalance_mean']:.3f}",
             f"{row['imbalance_max']:.3f}",
             format_bytes(int(row["moved_bytes"])),
-            f"{row['plan_s_max'] * 1e3:.1f} ms",
+            f"{row['plan_s_max'] * 1e3:.1f}",
         )
     Console().print(table)
     return {
@@ -107,6 +114,7 @@ def _offline(arguments: argparse.Namespace, given: dict[str, Any]) -> dict[str, 
         "slots_per_rank": problem.slots_per_rank,
         "byte_budget": problem.byte_budget,
         "num_steps": problem.num_steps,
+        "replica_choice": engine.replica_choice,
         "policies": rows,
     }
 

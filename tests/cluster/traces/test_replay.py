@@ -93,8 +93,9 @@ def test_live_ranks_get_the_load_and_one_rank_gives_the_same_tokens(tmp_path: Pa
     flags = ["--requests", "24", "--output-tokens", "8", "--json"]
     ours = ["--live", "--ranks", "1", "--launcher", "local", "--log-level", "warning"]
     assert main(["replay", str(trace), *ours, *flags, str(tmp_path / "one.json")]) == 0
-    served = ["--forced-routing", str(trace), "--no-enable-prefix-caching", "--ranks", "2", "--log-level", "warning"]
-    process, url = start_server(*served)
+    forced = ["--forced-routing", str(trace), "--no-enable-prefix-caching"]
+    plain = ["--placement", "off", "--lending", "0"]
+    process, url = start_server(*forced, *plain, "--ranks", "2", "--log-level", "warning")
     try:
         assert main(["replay", str(trace), "--url", url, *flags, str(tmp_path / "two.json")]) == 0
     finally:
