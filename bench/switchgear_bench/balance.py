@@ -145,7 +145,8 @@ def eplb_held(before_E: Float64, num_ranks: int) -> Int32:
     for held_S in held_RS:
         _, first = np.unique(held_S, return_index=True)
         held_S[np.setdiff1d(np.arange(slots), first)] = -1
-    return held_RS
+    held: Int32 = held_RS
+    return held
 
 
 def simulate(
