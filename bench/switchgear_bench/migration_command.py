@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ class MigrationCommand:
             "--source", default="auto", choices=("auto", "peer", "checkpoint"), help="of the experts (default: auto)"
         )
         parser.add_argument("--seed", type=int, default=1)
-        parser.add_argument("--out", type=Path, help="JSON file (default: print only)")
+        parser.add_argument(
+            "--output", type=Path, help="write the row as JSON to this file; rows of other models and ranks stay"
+        )
 
     def run(self, arguments: argparse.Namespace) -> int:
         from switchgear.config import bundled_model
@@ -56,21 +59,28 @@ class MigrationCommand:
             )
         )
         row["model"] = Path(model).name
-        report = {
-            "benchmark": "migration",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **machine.describe(),
-            "rows": [row],
-        }
-        text = json.dumps(report, indent=1) + "\n"
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(text, encoding="utf-8")
+        if arguments.output is not None:
+            header = machine.describe() | {"when": datetime.now(UTC).isoformat(timespec="seconds")}
+            rows = [*_kept(arguments.output, row), row]
+            text = json.dumps({"header": header, "rows": rows}, indent=1)
+            arguments.output.write_text(text + "\n", encoding="utf-8")
         sys.stdout.write(_table(row))
         return 0
 
 
-def _table(row: dict[str, Any]) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table a row."""
+    return "\n\n".join(_table(row).strip() for row in rows)
+
+
+def _kept(path: Path, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if (row["model"], row["ranks"]) != (measured["model"], measured["ranks"])]
+
+
+def _table(row: Mapping[str, Any]) -> str:
     lines = [
         f"{row['model']}, {row['ranks']} ranks, {row['steps_per_arm']} steps an arm, {row['num_flips']} flips, "
         f"{row['experts_per_s']:.0f} experts/s ({row['moved_bytes_per_s'] / 1e6:.1f} MB/s) from {row['source']}",

@@ -12,6 +12,8 @@ from switchgear_bench import (
     balance_command,
     expert_parallel_command,
     kernels_command,
+    live_placement_command,
+    migration_command,
     placement_command,
     serve_rows,
     step_profile_command,
@@ -82,6 +84,14 @@ def _placement(result: Result) -> str:
     return f"{placement_command.markdown(result['rows'])}\n\n{machine_line(header)}{trace}"
 
 
+def _migration(result: Result) -> str:
+    return f"{migration_command.markdown(result['rows'])}\n\n{machine_line(result['header'])}"
+
+
+def _live_placement(result: Result) -> str:
+    return f"{live_placement_command.markdown(result['rows'])}\n\n{machine_line(result['header'])}"
+
+
 def _startup(result: Result) -> str:
     lines = [
         "| launcher | ranks | weight cache | first token s | ready s | loading a rank s | PSS MB | allowed MB | of allowed |",
@@ -129,6 +139,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "kernels": ("kernels.json", _kernels),
     "transport": ("transport.json", _transport),
     "placement": ("placement.json", _placement),
+    "migration": ("migration.json", _migration),
+    "live-placement": ("live-placement.json", _live_placement),
     "startup": ("startup.json", _startup),
     "perplexity": ("perplexity-tiny-moe.json", _perplexity),
 }
