@@ -68,6 +68,7 @@ def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert {row["part"] for row in result["rows"]} == {"given window", "next window"}
     assert "commit" in result["header"]
 
+
 def test_committed_rows_keep_the_promise() -> None:
     rows = json.loads((ROOT / "bench" / "results" / "placement.json").read_text(encoding="utf-8"))["rows"]
     assert not check(rows)
