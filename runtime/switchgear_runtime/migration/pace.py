@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from switchgear_runtime.system import System
 
+WAIT_S_MIN = 0.01  # shorter debts are let grow: every wait is a wake-up that the step may have to make way for
 BURST_S = 0.05  # what was not used for so long is lost, or a pause would be followed by a flood
 
 
@@ -30,7 +31,7 @@ class Pace:
             now_s = self._system.now()
             self._due_s = max(self._due_s, now_s - BURST_S) + num_bytes / self._bytes_per_s
             delay_s = self._due_s - now_s
-        if delay_s > 0:
+        if delay_s >= WAIT_S_MIN:
             with self._condition:
                 self._condition.wait_for(lambda: self._cancelled, delay_s)
         if self._cancelled:

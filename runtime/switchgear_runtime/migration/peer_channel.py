@@ -246,7 +246,7 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 def _receive_into(connection: socket.socket, out: memoryview) -> None:
     """All of it; EOFError when the peer closes before."""
     while out:
-        num_bytes = connection.recv_into(out)
+        num_bytes = connection.recv_into(out, 0, socket.MSG_WAITALL)  # one wake-up for all of it
         if not num_bytes:
             raise EOFError
         out = out[num_bytes:]

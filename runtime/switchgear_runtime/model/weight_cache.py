@@ -26,10 +26,11 @@ from torch import Tensor
 
 from switchgear_runtime.env import user_cache_folder
 from switchgear_runtime.model.blob_file import BlobFile, Layout, Pace
+from switchgear_runtime.model.blob_pool import BlobPool
 from switchgear_runtime.model.cache_folder import LOCK, SUFFIX, CacheFolder, CacheUnusable
 from switchgear_runtime.model.checkpoint import Checkpoint
 
-SHARED_BYTES_MIN = 64 << 20  # below that, packing takes no time worth a file
+SHARED_BYTES_MIN = 16 << 20  # below that, neither packing nor moving an expert to another rank is worth a file
 LOCK_TIMEOUT_S = 10.0  # for the folder, which is held for milliseconds
 FILL_TIMEOUT_S = 60.0  # for a blob that another process packs
 _POLL_S_MAX = 0.01
@@ -81,6 +82,7 @@ class WeightCache:
         self._scratch: mmap.mmap | None = None
         self._patience_s = FILL_TIMEOUT_S
         self._writes = file is not None
+        self.pool = BlobPool()  # of private memory
         self._seen: set[int] = set()  # published when we looked, maybe not durable
         self.path = path
         self.num_filled = self.num_mapped = self.num_private = 0  # blobs written, taken from the file, kept in memory
@@ -220,7 +222,7 @@ class WeightCache:
     def _private(self, index: int, fill: Fill, pace: Pace | None) -> Tensor:
         self.num_private += 1
         length = self._lengths[index]
-        blob = private_blob(length)
+        blob = self.pool.take(length)
         fill(blob)
         if pace is not None:
             pace(length)
@@ -233,11 +235,6 @@ class WeightCache:
             log.warning("%s cannot be synced (%s) and is removed", self.path, error.strerror)
             assert self.path is not None
             self.path.unlink(missing_ok=True)
-
-
-def private_blob(num_bytes: int) -> Tensor:
-    """uint8, on pages of its own, with arbitrary contents."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8, count=num_bytes)
 
 
 def weight_cache_folder(setting: str | None) -> Path | None:

@@ -20,7 +20,6 @@ from switchgear_runtime.model.weight_cache import (
     SHARED_BYTES_MIN,
     WeightCache,
     WeightCacheKey,
-    private_blob,
     weight_cache_folder,
 )
 from switchgear_runtime.packing import pack_version
@@ -100,7 +99,7 @@ class WeightStore:
     def empty_expert(self, layer: int, expert: int) -> ExpertWeights:
         """Memory of its own for an expert whose packed weights come from elsewhere; arbitrary contents."""
         matrices = [self.matrices[name] for name in expert_matrix_names(layer, expert)]
-        gate_up, down = (_weight(matrix, private_blob(matrix.num_bytes)) for matrix in matrices)
+        gate_up, down = (_weight(matrix, self.cache.pool.take(matrix.num_bytes)) for matrix in matrices)
         return gate_up, down
 
     def _fill(self, matrix: Matrix, out: Tensor) -> None:

@@ -278,7 +278,7 @@ def test_epochs_flip_when_all_have_staged_and_no_token_changes(lab: tuple[Path, 
     run = cluster.stop()
     assert not run.faults
     assert_served(lab, run, wanted)
-    assert [run.epochs[rank] for rank in range(3)] == [[0, 1, 3]] * 3
+    assert [[epoch for epoch in run.epochs[rank] if epoch] for rank in range(3)] == [[1, 3]] * 3
     staged = {(message.rank, message.epoch) for message in run.staged}
     assert staged == {(rank, epoch) for rank in range(3) for epoch in (1, 2, 3)} - {(2, 2)}
     assert all((message.moved_bytes > 0) == (message.num_experts > 0) for message in run.staged)
