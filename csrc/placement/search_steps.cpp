@@ -8,7 +8,7 @@ namespace sg::placement {
 
 namespace {
 
-constexpr int kSettleSweepsFirst = 100, kSettleSweeps = 3;
+constexpr int kSettleSweepsFirst = 100, kSettleSweepsScenarios = 30, kSettleSweeps = 3;
 constexpr int kHotRanksTried = 4;
 constexpr std::ptrdiff_t kColdRanksTried = 16;
 constexpr double kProgress = 1e-7;
@@ -154,7 +154,7 @@ void Layer::take(const Action& action, int32_t step, Path* path) {
 
 Path Layer::search() {
   Path path;
-  settle(kSettleSweepsFirst);
+  settle(problem_.num_scenarios == 1 ? kSettleSweepsFirst : kSettleSweepsScenarios);
   path.moves.push_back(static_cast<int32_t>(moves_));
   path.level_max.push_back(expected_max());
   int64_t num_near = 0;

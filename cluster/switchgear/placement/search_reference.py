@@ -17,6 +17,7 @@ from switchgear.placement.layer_reference import (
     EMPTY,
     SETTLE_SWEEPS,
     SETTLE_SWEEPS_FIRST,
+    SETTLE_SWEEPS_SCENARIOS,
     Edit,
     Layer,
     LayerProblem,
@@ -182,7 +183,7 @@ def _leveled(high: float, low: float, share: float) -> float:
 def search(problem: LayerProblem) -> Path:
     """From `held_P` on."""
     layer, path, num_near = SearchedLayer(problem), Path(), 0
-    layer.settle(SETTLE_SWEEPS_FIRST)
+    layer.settle(SETTLE_SWEEPS_FIRST if len(problem.weight_K) == 1 else SETTLE_SWEEPS_SCENARIOS)
     path.moves.append(layer.moves)
     path.level_max.append(layer.expected_max())
     for step in range(1, problem.steps_max + 1):
