@@ -141,7 +141,7 @@ def eplb_held(before_E: Float64, num_ranks: int) -> Int32:
     """With one redundant slot a rank. A second replica on a rank is left out, as our maps have it."""
     load_LE = np.round(before_E * 1e9).astype(np.int64)[None]
     slots = NUM_EXPERTS // num_ranks + 1
-    held_RS = planner.eplb(load_LE, num_ranks * slots, 1, 1, num_ranks)[0].reshape(num_ranks, slots).copy()
+    held_RS: Int32 = planner.eplb(load_LE, num_ranks * slots, 1, 1, num_ranks)[0].reshape(num_ranks, slots).copy()
     for held_S in held_RS:
         _, first = np.unique(held_S, return_index=True)
         held_S[np.setdiff1d(np.arange(slots), first)] = -1

@@ -19,12 +19,13 @@ struct Import {
   int64_t rank = -1, rows = 0;
 };
 
-// Who reads the expert already, else who holds it, else who borrows it; there the least slack that takes all, else the
-// most. A part must be worth its read; a whole instance only moves the read.
+// Who reads the expert already, else who holds it, else who borrows it; there the least slack that takes all (with none
+// lost to a place that was a rank's last), else the most. A part must be worth its read; a whole instance only moves
+// the read.
 Import find_importer(const Layout& layout, const Split& split, int64_t target, int64_t lending, int32_t i, int64_t need,
                      Work& work) {
   Import best;
-  std::array<int64_t, 2> best_key{};
+  std::array<int64_t, 3> best_key{};
   const int64_t have = split.rows[static_cast<size_t>(i)];
   const int32_t* at_R = work.at_ER.data() + split.experts[static_cast<size_t>(i)] * layout.num_ranks;
   for (int64_t rank = 0; rank < layout.num_ranks; ++rank) {
@@ -36,7 +37,9 @@ Import find_importer(const Layout& layout, const Split& split, int64_t target, i
     const int64_t wanted = std::min(std::max(need, charge + 1), have), rows = std::min(wanted, slack);
     if (rows < 1 || (rows <= charge && rows < have)) continue;
     const bool takes_all = slack >= wanted;
-    const std::array<int64_t, 2> key = {2 * kind + !takes_all, takes_all ? slack : -slack};
+    const bool is_last = kind == 2 && work.lent_R[static_cast<size_t>(rank)] + 1 >= lending;
+    const std::array<int64_t, 3> key = {2 * kind + !takes_all, takes_all && is_last ? slack - wanted : 0,
+                                        takes_all ? slack : -slack};
     if (best.rank < 0 || key < best_key) {
       best = {rank, rows};
       best_key = key;
@@ -76,7 +79,7 @@ bool export_rank(const Layout& layout, int64_t rank, int64_t target, int64_t len
   return split.costs_R[own] <= target;
 }
 
-bool export_all(const Layout& layout, int64_t target, int64_t lending, Split& split, Work& work) {
+bool export_all(const Layout& layout, int64_t target, int64_t lending, bool lightest_first, Split& split, Work& work) {
   const int64_t num_held = layout.empty.size();
   work.lent_R.assign(static_cast<size_t>(layout.num_ranks), 0);
   work.over.clear();
@@ -85,7 +88,7 @@ bool export_all(const Layout& layout, int64_t target, int64_t lending, Split& sp
   }
   std::sort(work.over.begin(), work.over.end(), [&](int32_t a, int32_t b) {
     const int64_t cost_a = split.costs_R[static_cast<size_t>(a)], cost_b = split.costs_R[static_cast<size_t>(b)];
-    return cost_a != cost_b ? cost_a > cost_b : a < b;
+    return cost_a != cost_b ? (cost_a < cost_b) == lightest_first : a < b;
   });
   bool done = true;
   for (size_t o = 0; done && o < work.over.size(); ++o) {
@@ -110,8 +113,13 @@ void spread(const Layout& layout, const Split& split, int64_t lending, Split& be
   best = split;
   int64_t target = low;
   while (low < high) {
-    trial = split;
-    if (export_all(layout, target, lending, trial, work)) {
+    bool done = false;
+    for (const bool lightest_first : {true, false}) {
+      trial = split;
+      done = export_all(layout, target, lending, lightest_first, trial, work);
+      if (done) break;
+    }
+    if (done) {
       std::swap(best, trial);
       high = target;
     } else {

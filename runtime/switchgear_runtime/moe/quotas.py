@@ -188,11 +188,13 @@ class Planner:
     # --- a target for all ranks -----------------------------------------------------------------------------------
 
     def _spread(self, state: Instances, lending: int) -> Instances:
-        """The lowest target found under which each rank over it can export what is over."""
+        """The lowest target found under which each rank over it can export what is over. The lightest first: the
+        heaviest have experts with rows for any place that is left. Where that fails, the heaviest first."""
         low, high = -(-sum(state.costs_R) // self.num_ranks), state.cost()
         best, target = self._copy(state), low
         while low < high:
-            found = self._export(state, target, lending)
+            found = self._export(state, target, lending, lightest_first=True)
+            found = found or self._export(state, target, lending, lightest_first=False)
             if found is None:
                 low = target + 1
             else:
@@ -202,14 +204,15 @@ class Planner:
             target = (low + high) // 2
         return best
 
-    def _export(self, state: Instances, target: int, lending: int) -> Instances | None:
-        """Ranks over the target, heaviest first, give rows to ranks under it, each time of the expert that has most:
+    def _export(self, state: Instances, target: int, lending: int, *, lightest_first: bool) -> Instances | None:
+        """Ranks over the target give rows to ranks under it, each time of the expert that has most:
         a few rows that were left of one would take a place where another's many could go."""
         state = self._copy(state)
         at_ER = {(state.experts[i], state.ranks[i]): i for i in range(len(state.rows))}
         lent_R = [0] * self.num_ranks
         over = [rank for rank in range(self.num_ranks) if state.costs_R[rank] > target]
-        for rank in sorted(over, key=lambda rank: (-state.costs_R[rank], rank)):
+        sign = 1 if lightest_first else -1
+        for rank in sorted(over, key=lambda rank: (sign * state.costs_R[rank], rank)):
             mine = [i for i in range(len(state.rows)) if state.ranks[i] == rank and state.rows[i]]
             while state.costs_R[rank] > target and mine:
                 i = max(mine, key=lambda i: (state.rows[i], -i))
@@ -242,9 +245,9 @@ class Planner:
         need: int,
     ) -> tuple[int, int] | None:
         """(rank, rows): who reads the expert already, else who holds it, else who borrows it; there the least slack
-        that takes all, else the most. A part must be worth its read; a whole instance only moves the read."""
+        that takes all (with none lost to a place that was a rank's last), else the most. A part must be worth its read; a whole instance only moves the read."""
         best: tuple[int, int] | None = None
-        best_key: tuple[int, int, int] | None = None
+        best_key: tuple[int, int, int, int] | None = None
         for rank in range(self.num_ranks):
             j = at_ER.get((state.experts[i], rank))
             if j == i or (j is None and lent_R[rank] >= lending):
@@ -256,7 +259,8 @@ class Planner:
             rows = min(wanted, slack)
             if rows < 1 or (rows <= charge and rows < state.rows[i]):
                 continue
-            key = (kind, 0, slack) if slack >= wanted else (kind, 1, -slack)
+            is_last = kind == 2 and lent_R[rank] + 1 >= lending
+            key = (kind, 0, (slack - wanted) * is_last, slack) if slack >= wanted else (kind, 1, 0, -slack)
             if best_key is None or key < best_key:
                 best, best_key = (rank, rows), key
         return best
