@@ -369,9 +369,10 @@ class SimCluster:
 
     def _start_rank(self, rank: int) -> None:
         self._num_lives += 1
-        life = self._lives[rank] = Life(rank, self._num_lives)
+        life = Life(rank, self._num_lives)
         with self.system.process(life.process):
             self.system.spawn(life.process, lambda: self._live(life))
+        self._lives[rank] = life  # from now on it can be killed; a moment ago this thread was part of its process
 
     def _live(self, life: Life) -> None:
         system, rank = self.system, life.rank

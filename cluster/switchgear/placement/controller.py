@@ -341,7 +341,7 @@ class PlacementController:
             policy=self.settings.planning_policy,
             windows_WLE=np.stack(loads),
             current=self.expert_map,
-            problem=self._problem(num_steps, self.pinned),
+            problem=self._problem(num_steps, {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}),
             previous=self.hindsight.replaced if window_is_new else None,
         )
         deadline_s = self._system.now() + self.settings.plan_timeout_s

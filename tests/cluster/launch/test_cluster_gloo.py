@@ -37,5 +37,10 @@ def test_same_bits_through_a_death_and_a_hang() -> None:
             assert set(listening) == {"127.0.0.1"}
 
         assert await answers(cluster) == alone
+        collector = submit(cluster, PROMPTS, max_tokens=100, ignore_eos=True)
+        await collector.until(lambda: len(collector.token_ids) == len(PROMPTS))
+        await asyncio.wait_for(cluster.scale(2), 60)
+        await collector.all_finished(len(PROMPTS), 60)
+        assert collector.token_ids == whole.token_ids
 
     play(real("local", ranks=3, transport="gloo", step_timeout_s=STEP_TIMEOUT_S), scenario)

@@ -11,6 +11,8 @@ import pytest
 from cluster_rig import PROMPTS, play, rank_pids, real, scripted, submit, until
 
 from switchgear.cluster import Cluster
+from switchgear.compatibility import check_scale
+from switchgear.config import split_settings
 from switchgear_runtime.errors import RankFailed, RequestError
 
 pytestmark = pytest.mark.ranks
@@ -82,6 +84,15 @@ def test_orders_that_cannot_be_carried_out_name_the_reason() -> None:
         assert finish.reason == "length"
 
     play(scripted("ok"), scenario)
+
+
+def test_what_can_never_be_is_refused_before_anything_starts() -> None:
+    config, engine = split_settings({"launcher": "mpi", "ranks": 2})
+    with pytest.raises(RequestError, match="launcher='mpi' are one MPI job"):
+        check_scale(config, engine, 3)
+    config, engine = split_settings({"launcher": "local", "ranks": 1, "transport": "loopback"})
+    with pytest.raises(RequestError, match="transport='loopback' joins ranks inside one process"):
+        check_scale(config, engine, 2)
 
 
 def test_a_newcomer_of_other_bits_is_refused_and_the_others_go_on() -> None:

@@ -242,6 +242,16 @@ def test_pins_are_checked_and_handed_to_the_planner() -> None:
     assert rig.requests[0].problem.pinned == {(0, 3): (0, 1)}
 
 
+def test_pins_to_ranks_that_left_wait_until_these_are_back() -> None:
+    rig = Rig(num_ranks=3)
+    rig.begin()
+    rig.controller.pin({(0, 3): (0, 1), (0, 2): (2, 0)})
+    for num_ranks, pins in ((2, {(0, 3): (0, 1)}), (3, {(0, 3): (0, 1), (0, 2): (2, 0)})):
+        rig.begin(num_ranks)
+        rig.perform(rig.controller.rebalance(num_ranks, dry=True))
+        assert rig.requests[-1].problem.pinned == pins
+
+
 def test_moves_stay_within_the_byte_budget() -> None:
     settings = PlacementSettings(policy="incremental", window_s=10, bytes_per_s=100)  # an expert has 1000 bytes
     rig = Rig(num_ranks=4, num_layers=3, num_experts=16, settings=settings)
