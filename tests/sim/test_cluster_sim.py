@@ -50,9 +50,7 @@ FAULTS = Scenario(num_actions=40, stage=2, kill=2, hang=1)
 DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
 SCALING = Scenario(num_actions=60, submit=12, pause=12, idle=1, abort=0, scale=4)
 FOLLOW = Scenario(num_actions=50, submit=14, idle=4, stage=2, drop=1, follow=True)
-FOLLOW_FAULTS = Scenario(
-    num_actions=50, submit=12, idle=4, stage=3, drop=1, strike=2, kill=2, scale=1, follow=True
-)
+FOLLOW_FAULTS = Scenario(num_actions=50, submit=12, idle=4, stage=3, drop=1, strike=2, kill=2, scale=1, follow=True)
 SCALING_FAULTS = Scenario(num_actions=60, submit=10, pause=8, idle=1, stage=3, drop=1, kill=2, hang=1, scale=4)
 
 
