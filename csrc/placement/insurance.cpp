@@ -7,7 +7,7 @@ namespace sg::placement {
 
 namespace {
 
-constexpr int kSettleSweepsFirst = 30, kSettleSweeps = 3;
+constexpr int kSettleSweepsFirst = 10, kSettleSweeps = 3;
 constexpr double kStale = 0.8;      // of the largest rows a replica has
 constexpr double kConnected = 0.5;  // of the mean level
 

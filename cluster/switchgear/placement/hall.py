@@ -10,7 +10,10 @@ Letters: E logical experts, R ranks.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+from numpy.typing import NDArray
 
 from switchgear.placement.plan import Bool
 
@@ -26,29 +29,35 @@ def hall_density(present_RE: Bool, top_k: int) -> float:
     1.0
     """
     num_ranks = len(present_RE)
-    masks_E = [sum(1 << rank for rank in np.flatnonzero(column).tolist()) for column in present_RE.T]
-    if num_ranks <= EXACT_RANKS_MAX:
-        within = np.zeros(1 << num_ranks, np.int64)  # experts that lie wholly within each set of ranks
-        np.add.at(within, masks_E, 1)
-        for rank in range(num_ranks):
-            pairs = within.reshape(-1, 2, 1 << rank)
-            pairs[:, 1] += pairs[:, 0]
-        sizes = np.array([max(1, index.bit_count()) for index in range(1 << num_ranks)])
-        return float((np.minimum(within, top_k) / sizes).max())
-    return max(_attack(mask, masks_E, num_ranks, top_k) for mask in set(masks_E))
+    if num_ranks > EXACT_RANKS_MAX:
+        return _attacked(present_RE.astype(np.float32), top_k)
+    masks_E = (present_RE * (1 << np.arange(num_ranks))[:, None]).sum(axis=0)
+    within = np.bincount(masks_E, minlength=1 << num_ranks)  # experts that lie wholly within each set of ranks
+    for rank in range(num_ranks):
+        pairs = within.reshape(-1, 2, 1 << rank)
+        pairs[:, 1] += pairs[:, 0]
+    return float((np.minimum(within, top_k) / _sizes(num_ranks)).max())
 
 
-def _attack(ranks: int, masks_E: list[int], num_ranks: int, top_k: int) -> float:
-    """Grows a set of ranks by the one that adds most experts, then by the one that brings most near."""
+@functools.cache
+def _sizes(num_ranks: int) -> NDArray[np.float64]:
+    """Of all sets of ranks; the empty one, which holds nothing, counts as one."""
+    return np.array([max(1, index.bit_count()) for index in range(1 << num_ranks)], np.float64)
+
+
+def _attacked(present_RE: NDArray[np.float32], top_k: int) -> float:
+    """From each expert's ranks on, adds the rank that completes most experts, or else brings most near it."""
+    sets_AR = np.unique(present_RE.T, axis=0)  # A attacks at once
+    counts_E = present_RE.sum(axis=0)
+    attacks = np.arange(len(sets_AR))
     best = 0.0
     while True:
-        within = sum(mask & ~ranks == 0 for mask in masks_E)
-        best = max(best, min(within, top_k) / ranks.bit_count())
-        if within >= top_k or ranks.bit_count() == num_ranks:
+        missing_AE = counts_E - sets_AR @ present_RE
+        within_A = np.minimum((missing_AE == 0).sum(axis=1), top_k)
+        best = max(best, float((within_A / sets_AR.sum(axis=1)).max()))
+        if (within_A == top_k).all() or sets_AR.all():
             return best
-        gains = []
-        for rank in range(num_ranks):
-            if not ranks >> rank & 1:
-                missing = [(mask & ~ranks & ~(1 << rank)).bit_count() for mask in masks_E if mask & ~ranks]
-                gains.append((missing.count(0), missing.count(1), -rank))
-        ranks |= 1 << -max(gains)[2]
+        one, two = ((missing_AE == distance).astype(np.float32) @ present_RE.T for distance in (1, 2))
+        gain_AR = np.where(sets_AR > 0, -1.0, one * (present_RE.shape[1] + 1) + two)
+        chosen_A = gain_AR.argmax(axis=1)
+        sets_AR[attacks, chosen_A] = 1.0  # a full set stays what it is

@@ -19,7 +19,7 @@ from switchgear.placement.layer_reference import (
     Path,
 )
 
-SETTLE_SWEEPS_FIRST = 30
+SETTLE_SWEEPS_FIRST = 10
 STALE = 0.8  # of the largest rows a replica has
 CONNECTED = 0.5  # of the mean level
 

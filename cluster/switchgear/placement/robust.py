@@ -6,7 +6,7 @@ ranks while other pairs are left, and pairs join two halves of the ranks, for bi
 Slots beyond two for each expert go to the hottest; with fewer, the hottest have two, and the others are spread.
 Load decides among equals. A layer whose layout is as good already stays as it is.
 
-This needs some milliseconds a layer; it is meant to be planned once, and when the number of ranks changes.
+This needs tens of milliseconds a layer where ranks are many; it is meant to be planned once, and when the number of ranks changes.
 
 Letters: L MoE layers, E logical experts, R ranks.
 """
