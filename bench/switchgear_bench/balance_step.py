@@ -29,7 +29,8 @@ def measure(model: str, batch: int, *, num_repeats: int, added_step_us: float) -
         for name, settings in ARMS.items():  # idle ranks wait without polling, so all may live at once
             llms[name] = LLM(model, ranks=2, launcher="local", placement="off", bind_cpus=False, **settings)
         for repeat in range(num_repeats + 1):
-            for name, llm in llms.items():
+            for turn in range(len(ARMS)):  # each arm comes first, in the middle and last
+                name, llm = list(llms.items())[(repeat + turn) % len(ARMS)]
                 start = time.perf_counter()
                 outputs = llm.generate(prompts, params, use_tqdm=False)
                 seconds = time.perf_counter() - start
