@@ -35,6 +35,15 @@ def step_line(step: Mapping[str, Any]) -> str:
     return (
         f"Two ranks, batch {step['batch']}, 12 layers of 64 experts: {step['plan_us']:.1f} us a layer for quotas and slots "
         f"(static slots {step['static_us']:.1f} us), {step['added_step_us']:.0f} us a step with the exchanges."
+    ) + (served_line(step["served"]) if "served" in step else "")
+
+
+def served_line(served: Mapping[str, Any]) -> str:
+    rates, ratios = served["tokens_per_s"], served["ratio_to_static"]
+    return (
+        f" A step of the bench checkpoint takes {served['step_us'] / 1e3:.1f} ms there: {100 * served['added_fraction']:.2f} % "
+        f"of it. Decoding, {rates['static']:.0f} tokens/s with static slots, {ratios['balanced']:.3f} of that balanced; an A/A "
+        f"arm {ratios['static again']:.3f}."
     )
 
 
@@ -66,6 +75,8 @@ class BalanceCommand:
         )
         parser.add_argument("--num-draws", type=int, default=10, help="batches a case (default: 10)")
         parser.add_argument("--seed", type=int, default=1, help="default: 1")
+        parser.add_argument("--model", help="also decode a batch of it on two ranks, balanced and not")
+        parser.add_argument("--num-repeats", type=int, default=5, help="turns of each arm with --model (default: 5)")
         parser.add_argument("--output", type=Path, help="write the rows as JSON to this file")
 
     def run(self, arguments: argparse.Namespace) -> int:
@@ -80,6 +91,12 @@ class BalanceCommand:
             for row in simulate(num_ranks, traffic, rows_per_rank, num_draws=arguments.num_draws, seed=arguments.seed)
         ]
         step = step_cost(BATCH)
+        if arguments.model:
+            from switchgear_bench.balance_step import measure
+
+            step["served"] = measure(
+                arguments.model, BATCH, num_repeats=arguments.num_repeats, added_step_us=step["added_step_us"]
+            )
         print(markdown(rows))
         print(f"\n{step_line(step)}")
         short = misses(rows)

@@ -332,8 +332,11 @@ class ModelRunner:
         self.lends = self.replica_choice.lends and one_host and self.world_size > 1
         if not self.lends or all(layer.lent is not None for layer in self.moe_layers):
             return
-        for decoder_layer, layer in zip(self.spec.moe_layers, self.moe_layers, strict=True):
-            weights = [self._store.lendable(decoder_layer, expert) for expert in range(self.spec.num_experts)]
+        for index, (decoder_layer, layer) in enumerate(zip(self.spec.moe_layers, self.moe_layers, strict=True)):
+            weights = [
+                self.held_expert(index, expert) or self._store.lendable(decoder_layer, expert)
+                for expert in range(self.spec.num_experts)
+            ]
             known = [pair for pair in weights if pair is not None]
             if len(known) < len(weights):
                 self.lends = False

@@ -245,7 +245,8 @@ class Planner:
         need: int,
     ) -> tuple[int, int] | None:
         """(rank, rows): who reads the expert already, else who holds it, else who borrows it; there the least slack
-        that takes all (with none lost to a place that was a rank's last), else the most. A part must be worth its read; a whole instance only moves the read."""
+        that takes all (with none lost to a place that was a rank's last), else the most. A part must be worth its
+        read; a whole instance only moves the read."""
         best: tuple[int, int] | None = None
         best_key: tuple[int, int, int, int] | None = None
         for rank in range(self.num_ranks):
