@@ -68,6 +68,7 @@ def test_five_seconds_of_random_maps(lab: tuple[Path, Alone]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ten_minutes_of_random_maps(lab: tuple[Path, Alone], world_size: int) -> None:
     soak(lab, world_size, 300.0, seed=random.SystemRandom().getrandbits(32))
