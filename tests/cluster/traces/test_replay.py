@@ -29,13 +29,13 @@ def make_problem(num_ranks: int, num_experts: int) -> PlacementProblem:
     )
 
 
-def write_trace(path: Path, seed: int, num_windows: int) -> RoutingTrace:
-    """Of the bundled model's shape; another quarter of the experts is hot in each window."""
+def write_trace(path: Path, seed: int, num_windows: int, *, hot_for: int = 1) -> RoutingTrace:
+    """Of the bundled model's shape; another quarter of the experts is hot after every so many windows."""
     rng = np.random.default_rng(seed)
     windows = []
     for i in range(num_windows):
         routed_SLE = rng.integers(1, 10, (2, 4, 32))
-        routed_SLE[:, :, 8 * (i % 4) : 8 * (i % 4) + 8] *= 8
+        routed_SLE[:, :, 8 * (i // hot_for % 4) : 8 * (i // hot_for % 4) + 8] *= 8
         windows.append(LoadWindow(begin_step=10 * i, end_step=10 * i + 10, routed_SLE=routed_SLE))
     trace = RoutingTrace.of(windows, top_k=4)
     trace.save(path)
@@ -107,6 +107,22 @@ def test_live_ranks_get_the_load_and_one_rank_gives_the_same_tokens(tmp_path: Pa
         assert max(window["distance"] for window in result["windows"]) < 0.06
     assert {window["imbalance"] for window in one["windows"]} == {1.0}
     assert all(1.2 < window["imbalance"] <= 2.0 for window in two["windows"])  # the hot quarter is on one rank
+
+
+@pytest.mark.slow
+def test_migration_under_a_forced_load_changes_no_token(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.npz"
+    write_trace(trace, random.SystemRandom().randrange(1 << 30), 80, hot_for=40)
+    flags = ["--live", "--launcher", "local", "--log-level", "warning", "--lending", "0", "--json"]
+    moving = ["--placement", "adaptive", "--placement-window-s", "1", "--ranks", "2"]
+    results = []
+    for name, more in (("still.json", ["--placement", "off", "--ranks", "1"]), ("moving.json", moving)):
+        assert main(["replay", str(trace), *flags, str(tmp_path / name), *more]) == 0
+        results.append(json.loads((tmp_path / name).read_text()))
+    still, moved = results
+    assert moved["tokens_digest"] == still["tokens_digest"]
+    assert moved["windows"][-1]["epoch"] > 0
+    assert moved["windows"][39]["imbalance"] < moved["windows"][0]["imbalance"]
 
 
 def test_another_load_is_noticed() -> None:
