@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import random
+import signal
 import sys
 import threading
 import time
@@ -48,6 +49,7 @@ from switchgear_runtime.migration.peer_channel import PeerChannel
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.rank_worker import set_parent_death_signal
 from switchgear_runtime.system import RealSystem
 
 GENERATION = 1
@@ -292,5 +294,6 @@ def _sampling(max_tokens: int, seed: int) -> WireSampling:
 
 
 if __name__ == "__main__":
+    set_parent_death_signal(signal.SIGKILL)  # a bench that is killed leaves no ranks behind
     run(msgspec.json.decode(sys.stdin.buffer.readline(), type=Job))
     os._exit(0)

@@ -16,7 +16,7 @@ from cluster_rig import SMALL, play, rank_pids, submit, until
 
 from switchgear.actions import Action, SendTo
 from switchgear.cluster import Cluster
-from switchgear.config import ServeConfig, split_settings
+from switchgear.config import split_settings
 from switchgear_runtime.messages import BeginGeneration, FromRank, MapRefused, MapStaged, StageMap, StepFrame
 from switchgear_runtime.moe.expert_map import ExpertMap
 
@@ -31,9 +31,8 @@ class MovingCluster(Cluster):
     """Its server orders maps by hand and remembers what the ranks say."""
 
     def __init__(self, num_ranks: int, **settings: Any) -> None:
-        given = {"ranks": num_ranks, "launcher": "local", **SMALL, "survive": num_ranks - 1, **settings}
-        if "placement" in {field.name for field in msgspec.inspect.type_info(ServeConfig).fields}:
-            given["placement"] = "off"  # nobody else moves experts
+        by_hand = {"placement": "off", "survive": num_ranks - 1}  # nobody else moves experts, and any map fits
+        given = {"ranks": num_ranks, "launcher": "local", **SMALL, **by_hand, **settings}
         super().__init__(*split_settings(given))
         self.num_ranks = num_ranks
         self.rng = np.random.default_rng(11)

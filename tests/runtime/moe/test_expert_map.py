@@ -49,6 +49,7 @@ def test_a_random_map_is_valid_and_its_tables_agree(
         physical = expert_map.physical_to_logical_LP[layer]
         for source in range(num_ranks):
             table_E = expert_map.slot_table(layer, source)
+            assert np.array_equal(expert_map.slot_tables(source)[layer], table_E)
             assert physical[table_E].tolist() == list(range(num_experts))  # a slot of the right expert
             for expert in range(num_experts):
                 owners = [slot // expert_map.slots_per_rank for slot in expert_map.replicas(layer, expert)]
@@ -106,3 +107,11 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
         ExpertMap.load(path)
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         ExpertMap.load(tmp_path / "nothing.json")
+
+
+def test_a_pool_bounds_a_ranks_experts_over_all_layers() -> None:
+    expert_map = ExpertMap.contiguous(3, 5, 2)
+    assert expert_map.pairs_per_rank.tolist() == [9, 6]
+    expert_map.check_pool(9)
+    with pytest.raises(ConfigError, match="rank 0 holds 9 experts over all layers, its pool has 8"):
+        expert_map.check_pool(8)
