@@ -49,6 +49,7 @@ from switchgear_runtime.system import System
 
 WINDOWS_KEPT = 8  # that policies forecast from
 STAGE_GRACE_S = 30.0  # beside what the bytes take, until a migration is dropped
+OFF_PLANS_NOTHING = "placement='off' plans nothing; start with another, or apply a map"
 STAGE_SLOWNESS = 4.0  # times the budgeted rate: a migration slower than that is dropped
 
 
@@ -131,12 +132,10 @@ class PlacementController:
         return self.watchdog.alarm(self._system.now())
 
     def next_deadline(self) -> float | None:
-        times = [None if self._generation is None else self._observer.due_s]
-        if self._planning is not None:
-            times.append(self._planning.deadline_s)
-        if self._migration is not None:
-            times.append(self._migration.deadline_s)
-        return min((time for time in times if time is not None), default=None)
+        if self._generation is None:
+            return None
+        waits = [wait.deadline_s for wait in (self._planning, self._migration) if wait is not None]
+        return min(waits if self._observer.due_s is None else [*waits, self._observer.due_s], default=None)
 
     def next_map(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with."""
@@ -246,7 +245,7 @@ class PlacementController:
         """Act on the deadlines that have passed."""
         now = self._system.now()
         actions: list[PlacementAction] = []
-        planning, migration = self._planning, self._migration
+        planning, migration, due_s = self._planning, self._migration, self._observer.due_s
         if planning is not None and planning.deadline_s <= now:
             self._planning = None
             self.counters.planner_restarts += 1
@@ -258,31 +257,33 @@ class PlacementController:
             actions += self._drop(
                 "dropped", f"the map of epoch {migration.epoch}: {who} within {now - migration.begun_s:.0f} s"
             )
-        due_s = self._observer.due_s
         if due_s is not None and due_s <= now and self._generation is not None:
             actions += self._close_window(now)
         return actions
 
     def _close_window(self, now: float) -> list[PlacementAction]:
-        self.windows.append(self._observer.close(now))
-        num_steps, self._window_steps = max(1, self._window_steps), 0
+        self._end_window(now)
         if not self.settings.plans:
             return []
         self.watchdog.due(now)
         self.hindsight.window_closed()
         if self._planning is not None or self._migration is not None:
             return []
-        return self._ask(num_steps=num_steps, window_is_new=True)
+        return self._ask(window_is_new=True)
+
+    def _end_window(self, now: float) -> None:
+        self.windows.append(self._observer.close(now, max(1, self._window_steps)))
+        self._window_steps = 0
 
     # --- operators' orders; `ticket` comes back in a Settle -----------------------------------------------------------
 
     def rebalance(self, ticket: int, *, dry: bool = False) -> list[PlacementAction]:
         """Plan now, on what the open window has too, and do it unless `dry`. The byte budget holds."""
-        if error := self._why_busy() or self._why_no_plan():
+        if error := self._why_busy() or ("" if self.settings.can_plan else OFF_PLANS_NOTHING):
             return self._settle(ticket, error=error)
         if self._observer.begin_s is not None:
-            self.windows.append(self._observer.close(self._system.now()))
-        return self._ask(num_steps=max(1, self._window_steps), dry=dry, ticket=ticket)
+            self._end_window(self._system.now())
+        return self._ask(dry=dry, ticket=ticket)
 
     def apply(self, ticket: int, expert_map: ExpertMap) -> list[PlacementAction]:
         """Migrate to this map, whatever the load and the budget; the epoch it gets is ours."""
@@ -304,9 +305,6 @@ class PlacementController:
         if self.expert_map is not None:
             self._problem(1, pins).check(self.expert_map)
         self.pinned = dict(pins)
-
-    def _why_no_plan(self) -> str:
-        return "" if self.settings.can_plan else "placement='off' plans nothing; start with another, or apply a map"
 
     def _why_busy(self) -> str:
         if self._generation is None:
@@ -331,21 +329,22 @@ class PlacementController:
         )
 
     def _ask(
-        self, *, num_steps: int, window_is_new: bool = False, dry: bool = False, ticket: int | None = None
+        self, *, window_is_new: bool = False, dry: bool = False, ticket: int | None = None
     ) -> list[PlacementAction]:
         assert self.expert_map is not None
         self._num_requests += 1
         loads = [window.routed_LE for window in self.windows] or [np.zeros(self._shape, np.int64)]
+        pins = {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}
         request = PlanRequest(
             request_id=self._num_requests,
             policy=self.settings.planning_policy,
             windows_WLE=np.stack(loads),
             current=self.expert_map,
-            problem=self._problem(num_steps, {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}),
+            problem=self._problem(self.windows[-1].num_steps if self.windows else 1, pins),
             previous=self.hindsight.replaced if window_is_new else None,
         )
-        deadline_s = self._system.now() + self.settings.plan_timeout_s
-        self._planning = _Planning(request, deadline_s, window_is_new, dry, ticket)
+        until_s = self._system.now() + self.settings.plan_timeout_s
+        self._planning = _Planning(request, until_s, window_is_new, dry, ticket)
         return [AskPlanner(request)]
 
     def _migrate(

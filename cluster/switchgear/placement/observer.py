@@ -25,6 +25,7 @@ class Window:
     end_s: float
     routed_LE: Int64
     rows_RL: Int64
+    num_steps: int  # that it spans
 
     @property
     def imbalance_L(self) -> NDArray[np.float64]:
@@ -74,10 +75,16 @@ class LoadObserver:
                 self.begin_s = now_s
             self._routed_LE += routed_LE
 
-    def close(self, now_s: float) -> Window:
+    def close(self, now_s: float, num_steps: int) -> Window:
         """What was gathered so far; the next window begins with the next load."""
         assert self.begin_s is not None
-        window = Window(begin_s=self.begin_s, end_s=now_s, routed_LE=self._routed_LE, rows_RL=self._rows_RL)
+        window = Window(
+            begin_s=self.begin_s,
+            end_s=now_s,
+            routed_LE=self._routed_LE,
+            rows_RL=self._rows_RL,
+            num_steps=num_steps,
+        )
         self._clear()
         return window
 

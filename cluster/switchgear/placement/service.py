@@ -56,6 +56,7 @@ class PlacementService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._broken = False
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -74,14 +75,12 @@ class PlacementService:
         """Everything a rank says may come here."""
         match message:
             case StepFrame():
-                actions = self.controller.on_frame(message)
-                if actions or message.expert_load is not None:  # a mere frame of tokens changes no deadline
-                    self._perform(actions)
+                self._guarded(lambda: self.controller.on_frame(message), arm=message.expert_load is not None)
             case MapStaged():
-                self._perform(self.controller.on_staged(message))
+                self._guarded(lambda: self.controller.on_staged(message))
             case MapRefused():
                 log.warning("rank %d refuses the map of epoch %d: %s", message.rank, message.epoch, message.reason)
-                self._perform(self.controller.on_refused(message))
+                self._guarded(lambda: self.controller.on_refused(message))
 
     # --- operators' orders --------------------------------------------------------------------------------------------
 
@@ -102,6 +101,24 @@ class PlacementService:
             return await order
         finally:
             self._orders.pop(ticket, None)
+
+    def _guarded(self, event: Callable[[], list[PlacementAction]], *, arm: bool = True) -> None:
+        """A bug in placement harms no link and no request: it ends placement, with an alarm. `arm`: whether the event
+        may have changed a deadline without wanting anything done."""
+        if self._broken:
+            return
+        try:
+            actions = event()
+            if actions or arm:
+                self._perform(actions)
+        except Exception as error:
+            log.exception("the placement controller broke")
+            self._broken = True
+            reason = f"{type(error).__name__}: {error}"
+            self.controller.watchdog.broke(reason)
+            for order in self._orders.values():
+                if not order.done():
+                    order.set_result(Outcome(error=f"the placement controller broke: {reason}"))
 
     # --- actions ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +151,7 @@ class PlacementService:
                 log.error("the planner died: %s", error)
                 self._perform(self.controller.on_planner_lost(request.request_id, str(error)))
         else:
-            self._perform(self.controller.on_plan(reply))
+            self._guarded(lambda: self.controller.on_plan(reply))
 
     def _arm(self) -> None:
         """One timer, at the controller's next deadline."""
@@ -148,7 +165,7 @@ class PlacementService:
 
     def _on_tick(self) -> None:
         self._timer = None
-        self._perform(self.controller.tick())
+        self._guarded(self.controller.tick)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

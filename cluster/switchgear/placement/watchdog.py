@@ -17,6 +17,7 @@ class Watchdog:
         self._due_s: float | None = None  # of the oldest round without an end
         self._stalled_s = 0.0
         self._failures: list[str] = []  # since the last round that ended well
+        self._broken: str | None = None
         self.num_rounds = 0  # that ended well
 
     def due(self, now_s: float) -> None:
@@ -33,6 +34,10 @@ class Watchdog:
         """The round is still due."""
         self._failures = [*self._failures[-FAILURES_MAX + 1 :], reason]
 
+    def broke(self, reason: str) -> None:
+        """A bug: nothing is decided any more, and experts stay where they are."""
+        self._broken = reason
+
     def pause(self, now_s: float) -> None:
         """No generation is whole: nobody could place anything."""
         self._settle(now_s)
@@ -46,6 +51,8 @@ class Watchdog:
         return self._stalled_s + self._overdue_s(now_s)
 
     def alarm(self, now_s: float) -> str | None:
+        if self._broken is not None:
+            return f"the placement controller broke: {self._broken}"
         last = f"; the last failure: {self._failures[-1]}" if self._failures else ""
         if self._overdue_s(now_s) > 0:
             assert self._due_s is not None

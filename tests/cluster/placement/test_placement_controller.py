@@ -223,7 +223,10 @@ def test_rebalance_plans_at_once_and_a_dry_one_changes_nothing() -> None:
     assert plan is not None
     assert plan.moves
     assert rig.controller.epoch == 0
+    for _ in range(9):
+        rig.frame(0, HOT)
     rig.perform(rig.controller.rebalance(2))
+    assert [request.problem.num_steps for request in rig.requests] == [1, 9]
     assert rig.outcomes[2].epoch == 1
     assert rig.committed
     off = Rig(settings=PlacementSettings(policy="off"))

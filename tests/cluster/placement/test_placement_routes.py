@@ -278,6 +278,22 @@ def test_ready_is_not_green_while_the_planner_dies() -> None:
     run(scenario)
 
 
+def test_a_bug_in_placement_ends_placement_and_nothing_else() -> None:
+    async def scenario(served: Served) -> None:
+        def broken() -> None:
+            raise ZeroDivisionError("a bug")
+
+        served.controller.tick = broken  # type: ignore[method-assign,assignment]
+        served.load(HOT)  # raises nothing: a link's reader calls it
+        ready = (await served.http.get("/ready", headers=USER)).json()
+        assert ready["status"] == "degraded"
+        assert "ZeroDivisionError: a bug" in ready["placement"]
+        served.load(HOT)
+        del served.controller.tick  # type: ignore[method-assign]
+
+    run(scenario)
+
+
 def test_an_open_order_ends_when_the_cluster_stops() -> None:
     async def scenario(served: Served) -> None:
         served.service._send = lambda *_: None  # ranks that never stage
