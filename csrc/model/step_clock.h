@@ -1,4 +1,5 @@
-// Where a step's time goes: `StepClock` adds what passed since its last mark to a phase. Switched off, a mark is a test.
+// Where a step's time goes: `StepClock` adds what passed since its last mark to a phase. Switched off, a mark is a
+// test.
 #pragma once
 
 #include <chrono>
