@@ -89,7 +89,8 @@ def main() -> None:
 
     console.print(f"Starting Ray and {NUM_RANKS} rank actors ...")
     admin_key = secrets.token_hex(16)
-    with server(NUM_RANKS, "--admin-key", admin_key, "--placement-window-s", str(demo_placement.WINDOW_S)) as url:
+    options = ["--admin-key", admin_key, *demo_placement.OPTIONS]
+    with server(NUM_RANKS, *options) as url:
         console.print(f"Serving the bundled model at {url}. Sending {len(prompts)} prompts in one batch.")
         client = Client(url)
         start_s = time.perf_counter()

@@ -21,6 +21,8 @@ from switchgear_runtime.moe.expert_map import ExpertMap
 KIND = "dictionary"
 COPIES = 4  # of each prompt in a batch
 WINDOW_S = 3.0  # of the demo's server; by default it is longer
+# Lending levels a batch by itself, step for step; without it one sees what the placement does.
+OPTIONS = ("--placement-window-s", str(WINDOW_S), "--lending", "0")
 FOLLOW_TIMEOUT_S = 60.0
 LOAD_REPORT_S = 0.3  # ranks report what their experts did when they park, moments after the last token
 BAR_CHARS = 40
