@@ -13,7 +13,7 @@ namespace {
 
 using namespace sg::placement;
 
-constexpr int kSplitSweeps = 200;
+constexpr int kSplitSweeps = 400;
 
 template <typename Work>
 int for_each_layer(int64_t num_layers, int64_t num_threads, const Work& work) {

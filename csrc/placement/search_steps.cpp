@@ -8,7 +8,7 @@ namespace sg::placement {
 
 namespace {
 
-constexpr int kSettleSweepsFirst = 100, kSettleSweepsScenarios = 15, kSettleSweeps = 3;
+constexpr int kSettleSweepsFirst = 400, kSettleSweepsScenarios = 15, kSettleSweeps = 3;
 constexpr int kHotRanksTried = 4;
 constexpr std::ptrdiff_t kColdRanksTried = 16;
 constexpr double kProgress = 1e-7;

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 EMPTY = -1
-SETTLE_SWEEPS_FIRST, SETTLE_SWEEPS_SCENARIOS, SETTLE_SWEEPS = 100, 15, 3  # the first is all but exact
+SETTLE_SWEEPS_FIRST, SETTLE_SWEEPS_SCENARIOS, SETTLE_SWEEPS = 400, 15, 3  # the first is all but exact
 SETTLED = 1e-10  # of the mean level: no share changed by more
 
 

@@ -158,8 +158,8 @@ def test_adaptive_without_budget_is_never_worse_than_eplb_on_its_window() -> Non
         equal, eplb_map = legal_eplb(load_E, ranks, slots)
         theirs = best_split_by_subsets(load_E, presence(eplb_map)[0])
         where = f"seed {seed}, run {run}"
-        assert ours <= theirs * (1 + 1e-6), where
-        assert ours <= equal * (1 + 1e-6), where
+        assert ours <= theirs * (1 + 1e-5), where
+        assert ours <= equal * (1 + 1e-5), where
         ratios.append((ours / theirs, ours / equal))
     of_best, of_equal = np.array(ratios).T
     print(f"ours over EPLB, 400 instances: optimal shares mean {of_best.mean():.4f} least {of_best.min():.4f}; "
