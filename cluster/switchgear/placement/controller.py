@@ -84,7 +84,7 @@ class PlacementController:
         self.last_reason = "no window of load has closed yet"
         self._system = system
         self._cost = cost
-        self._shape = (num_layers, num_experts)
+        self.shape = (num_layers, num_experts)
         self._epochs = Epochs(num_layers, num_experts, initial)
         self._observer = LoadObserver(num_layers, num_experts, settings.window_s)
         self._bucket = ByteBucket(settings.bytes_per_s, settings.window_s, system.now())
@@ -293,8 +293,8 @@ class PlacementController:
         if same_place(expert_map, self.expert_map):
             return self._settle(ticket)
         try:
-            self.settings.check_map(expert_map, *self._shape, num_ranks=len(self._hosts))
-            pool_slots = self.settings.pool_slots(*self._shape, len(self._hosts))
+            self.settings.check_map(expert_map, *self.shape, num_ranks=len(self._hosts))
+            pool_slots = self.settings.pool_slots(*self.shape, len(self._hosts))
             route = route_to(expert_map, self.expert_map, pool_slots)
         except ConfigError as refusal:
             return self._settle(ticket, error=str(refusal))
@@ -319,8 +319,8 @@ class PlacementController:
         num_ranks, settings = len(self._hosts), self.settings
         return PlacementProblem(
             topology=Topology(num_ranks=num_ranks, hosts=self._hosts),
-            slots_per_rank=settings.columns(*self._shape, num_ranks),
-            pool_slots=settings.pool_slots(*self._shape, num_ranks),
+            slots_per_rank=settings.columns(*self.shape, num_ranks),
+            pool_slots=settings.pool_slots(*self.shape, num_ranks),
             cost=self._cost,
             byte_budget=self.byte_budget,
             replica_budget_per_layer=settings.replicas_per_layer,
@@ -333,7 +333,7 @@ class PlacementController:
     ) -> list[PlacementAction]:
         assert self.expert_map is not None
         self._num_requests += 1
-        loads = [window.routed_LE for window in self.windows] or [np.zeros(self._shape, np.int64)]
+        loads = [window.routed_LE for window in self.windows] or [np.zeros(self.shape, np.int64)]
         pins = {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}
         request = PlanRequest(
             request_id=self._num_requests,
