@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from placement_rig import Rig, skewed
+from placement_rig import COST, Rig, skewed
 
 from switchgear.placement.controller import STAGE_GRACE_S
 from switchgear.placement.events import PlanReply, PlanRequest
+from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.settings import PlacementSettings
-from switchgear_runtime.errors import ConfigError
+from switchgear.placement.topology import Topology
+from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.messages import DropMap, StageMap
 from switchgear_runtime.moe.expert_map import ExpertMap
 
@@ -226,7 +228,7 @@ def test_rebalance_plans_at_once_and_a_dry_one_changes_nothing() -> None:
     for _ in range(9):
         rig.frame(0, HOT)
     rig.perform(rig.controller.rebalance(2))
-    assert [request.problem.num_steps for request in rig.requests] == [1, 9]
+    assert [request.problem.num_steps for request in rig.requests] == [1, 10]
     assert rig.outcomes[2].epoch == 1
     assert rig.committed
     off = Rig(settings=PlacementSettings(policy="off"))
@@ -243,6 +245,57 @@ def test_pins_are_checked_and_handed_to_the_planner() -> None:
         rig.controller.pin({(0, 4): (0,)})
     rig.perform(rig.controller.rebalance(1, dry=True))
     assert rig.requests[0].problem.pinned == {(0, 3): (0, 1)}
+
+
+def test_dry_plans_leave_the_windows_as_they_are() -> None:
+    rig = Rig(settings=PlacementSettings(policy="static", window_s=10))
+    rig.begin()
+    rig.window(HOT)
+    for order in range(20):
+        rig.frame(0, HOT)
+        rig.wait(0.1)
+        rig.perform(rig.controller.rebalance(order, dry=True))
+    assert len(rig.controller.windows) == 1
+    assert rig.requests[-1].windows_WLE[-1].tolist() == [[20 * count for count in HOT]]
+    rig.wait(10)
+    assert [window.num_steps for window in rig.controller.windows] == [1, 20]
+    rig.begin()  # its steps are its own
+    rig.window(HOT)
+    assert rig.controller.windows[-1].num_steps == 1
+
+
+def test_pins_wait_for_the_first_generation() -> None:
+    for initial in (None, swapped()):
+        rig = Rig(initial=initial)
+        with pytest.raises(RequestError, match="no generation"):
+            rig.controller.pin({(7, 99): ()})
+        assert not rig.controller.pinned
+        rig.begin()
+        with pytest.raises(ConfigError, match="pinned layer 7"):
+            rig.controller.pin({(7, 99): ()})
+        rig.window(HOT)
+        assert rig.committed if initial is None else rig.requests
+
+
+def test_pins_have_to_fit_slots_and_pools() -> None:
+    def problem(pins: dict[tuple[int, int], tuple[int, ...]], slots: int, pool: int | None) -> PlacementProblem:
+        return PlacementProblem(
+            topology=Topology.even(2), slots_per_rank=slots, pool_slots=pool, cost=COST, pinned=pins
+        )
+
+    current = ExpertMap.contiguous(2, 4, 2)
+    to_first = {(layer, expert): (0,) for layer in range(2) for expert in range(3)}
+    to_both = {(0, expert): (0, 1) for expert in range(3)}
+    problem(to_first, 3, 6).check(current)
+    problem(to_both, 4, 6).check(current)
+    for pins, slots, pool, told in (
+        (to_first, 2, None, "3 experts of layer 0 are pinned to rank 0"),
+        (to_first, 3, 5, "6 experts are pinned to rank 0"),
+        (to_both, 3, None, "the pins of layer 0"),
+        (to_both, 4, 5, "no slot in the pools"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            problem(pins, slots, pool).check(current)
 
 
 def test_pins_to_ranks_that_left_wait_until_these_are_back() -> None:
