@@ -129,7 +129,8 @@ class PlacementController:
 
     def next_map(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with."""
-        return self._epochs.next_generation(num_ranks)
+        columns = self.settings.columns(*self.shape, num_ranks)
+        return self._epochs.next_generation(num_ranks, columns, self.settings.pool_slots(*self.shape, num_ranks))
 
     # --- generations ------------------------------------------------------------------------------------------------
 
@@ -202,6 +203,8 @@ class PlacementController:
         if planning.window_is_new:
             self.hindsight.judge(reply)
         if planning.dry or same_place(reply.plan.expert_map, planning.request.current):
+            if planning.window_is_new and (reason := planning.request.over_pool):
+                return self._round_failed(planning, reason)
             self._round_done(planning)
             return self._settle(planning.ticket, plan=reply.plan)
         if planning.window_is_new and self.hindsight.hold_windows > 0:

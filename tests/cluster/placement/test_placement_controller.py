@@ -13,6 +13,7 @@ from switchgear.placement.events import PlanReply, PlanRequest
 from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.topology import Topology
+from switchgear.placement.trim import trim
 from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.messages import DropMap, StageMap
 from switchgear_runtime.moe.expert_map import ExpertMap
@@ -322,6 +323,52 @@ def test_moves_stay_within_the_byte_budget() -> None:
     assert rig.committed
     rates = [message.bytes_per_s for _, message in rig.told if isinstance(message, StageMap)]
     assert all(rate is not None and 1 <= rate <= 100 for rate in rates)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranks_that_join_leave_every_rank_within_its_smaller_pool(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    before, after = int(rng.integers(1, 4)), int(rng.integers(4, 9))
+    shape = num_layers, num_experts = 3, int(rng.integers(8, 30))
+    full = ExpertMap.random(rng, *shape, before, num_redundant=int(rng.integers(num_experts * before)), epoch=3)
+    rig = Rig(before, *shape, initial=full, settings=PlacementSettings(policy="incremental", window_s=10))
+    rig.begin()
+    grown = rig.begin(after)
+    grown.validate()
+    settings = rig.settings
+    grown.check_pool(settings.pool_slots(*shape, after))
+    widest = int((grown.physical_to_logical_LP.reshape(num_layers, after, -1) >= 0).sum(axis=2).max())
+    assert widest <= settings.columns(*shape, after), f"seed {seed}"
+    assert grown.epoch > full.epoch
+    rig.window(skewed(*shape, [0, 1]))
+    assert rig.controller.alarm() is None, f"seed {seed}"
+    assert rig.controller.watchdog.num_rounds == 1, f"seed {seed}: {rig.controller.last_reason}"
+
+
+def test_trim_moves_what_is_nobody_elses() -> None:
+    def made(rows: list[list[int]]) -> ExpertMap:
+        return ExpertMap.of(np.array(rows), num_ranks=2, num_experts=4, epoch=6)
+
+    assert trim(made([[0, 1, 2, 3, 3, -1, -1, -1]]), 4, 2) == made([[0, 1, -1, -1, 3, 2, -1, -1]])
+    assert trim(made([[0, 1, 3, -1, 2, 3, -1, -1]]), 4, 3) == made([[0, 1, 3, -1, 2, 3, -1, -1]])
+
+
+class ContentRig(Rig):
+    """Its planner likes the map in force."""
+
+    def plan(self, request: PlanRequest) -> PlanReply:
+        reply = super().plan(request)
+        assert reply.plan is not None
+        return replace(reply, plan=replace(reply.plan, expert_map=request.current, moves=()))
+
+
+def test_to_stay_above_a_pool_is_a_failed_round() -> None:
+    full = ExpertMap.of(np.array([[0, 1, 2, 3, 0, -1, -1, -1, 1, -1, -1, -1]]), num_ranks=3, num_experts=4, epoch=0)
+    rig = ContentRig(3, initial=full)  # pools of 3
+    rig.begin()
+    for _ in range(3):
+        rig.window(HOT)
+    assert "rank 0 holds 4 experts, its pool has 3 slots" in str(rig.controller.alarm())
 
 
 class ChasingRig(Rig):
