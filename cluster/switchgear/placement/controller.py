@@ -69,7 +69,7 @@ class PlacementController:
         self.settings = settings
         self.counters = Counters()
         self.hindsight = Hindsight()
-        self.watchdog = Watchdog(settings.patience_s)
+        self.watchdog = Watchdog(settings.patience_s, settings.window_s)
         self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
         self.pinned: dict[tuple[int, int], tuple[int, ...]] = {}
         self.last_reason = "no window of load has closed yet"
@@ -125,7 +125,11 @@ class PlacementController:
         if self._generation is None:
             return None
         waits = [wait.deadline_s for wait in (self._planning, self._migration) if wait is not None]
-        return min(waits if self._observer.due_s is None else [*waits, self._observer.due_s], default=None)
+        if self._observer.due_s is not None:
+            waits.append(self._observer.due_s)
+        elif not waits and self.watchdog.retry_at_s is not None:
+            waits.append(self.watchdog.retry_at_s)
+        return min(waits, default=None)
 
     def next_map(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with."""
@@ -229,7 +233,7 @@ class PlacementController:
     def _round_failed(self, planning: Planning, reason: str) -> list[PlacementAction]:
         self.last_reason = reason
         if planning.window_is_new:
-            self.watchdog.failed(reason)
+            self.watchdog.failed(self._system.now(), reason)
         return self._settle(planning.ticket, error=reason)
 
     # --- time -------------------------------------------------------------------------------------------------------
@@ -252,7 +256,12 @@ class PlacementController:
             )
         if due_s is not None and due_s <= now and self._generation is not None:
             actions += self._close_window(now)
-        return actions
+        return [*actions, *self._retry(now)]
+
+    def _retry(self, now: float) -> list[PlacementAction]:
+        """The round that failed, on the same windows, unless load is coming that will close another."""
+        retry_at_s, is_busy = self.watchdog.retry_at_s, self.state != "observing" or self._observer.due_s is not None
+        return [] if retry_at_s is None or retry_at_s > now or is_busy else self._ask(window_is_new=True)
 
     def _close_window(self, now: float) -> list[PlacementAction]:
         self.windows.append(self._observer.close(now))
@@ -381,7 +390,7 @@ class PlacementController:
         self.counters.migrations[how] += 1
         self.last_reason = reason
         if migration.plan is not None:
-            self.watchdog.failed(reason)
+            self.watchdog.failed(self._system.now(), reason)
         return self._settle(migration.ticket, error=reason)
 
     def _settle(

@@ -345,6 +345,67 @@ def test_ranks_that_join_leave_every_rank_within_its_smaller_pool(seed: int) -> 
     assert rig.controller.watchdog.num_rounds == 1, f"seed {seed}: {rig.controller.last_reason}"
 
 
+class FailingRig(Rig):
+    """Its planner fails this many times."""
+
+    failures = 1
+
+    def plan(self, request: PlanRequest) -> PlanReply:
+        self.failures -= 1
+        if self.failures >= 0:
+            return PlanReply(request_id=request.request_id, plan=None, error="out of luck")
+        return super().plan(request)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_round_that_failed_is_tried_again_on_an_idle_cluster(failures: int) -> None:
+    rig = FailingRig()
+    rig.failures = failures
+    rig.begin()
+    rig.window(HOT)
+    for attempt in range(1, failures + 1):
+        assert len(rig.requests) == attempt
+        deadline_s = rig.controller.next_deadline()
+        assert deadline_s == rig.system.time + 10
+        rig.wait(9.9)
+        assert len(rig.requests) == attempt
+        rig.wait(0.2)
+    assert [one.epoch for one in rig.committed] == [1]
+    assert rig.controller.next_deadline() is None
+    rig.wait(1000)
+    assert rig.controller.alarm() is None
+
+
+def test_a_migration_that_was_refused_is_tried_again_on_an_idle_cluster() -> None:
+    rig = Rig()
+    rig.obedient = False
+    rig.begin()
+    rig.window(HOT)
+    rig.refused(1, 1)
+    rig.obedient = True
+    rig.wait(10)
+    assert [one.epoch for one in rig.committed] == [2]
+    rig.wait(1000)
+    assert rig.controller.alarm() is None
+
+
+def test_load_that_comes_back_replaces_the_retry_and_a_lasting_failure_stays_an_alarm() -> None:
+    rig = FailingRig()
+    rig.failures = 10**6
+    rig.begin()
+    rig.window(HOT)
+    rig.frame(0, HOT)
+    rig.frame(0, HOT)
+    rig.wait(10)
+    assert len(rig.requests) == 2
+    for _ in range(5):
+        rig.wait(10.1)
+    assert len(rig.requests) == 7
+    assert "out of luck" in str(rig.controller.alarm())
+    rig.perform(rig.controller.on_generation_over("the end"))
+    assert rig.controller.next_deadline() is None
+
+
 def test_trim_moves_what_is_nobody_elses() -> None:
     def made(rows: list[list[int]]) -> ExpertMap:
         return ExpertMap.of(np.array(rows), num_ranks=2, num_experts=4, epoch=6)
