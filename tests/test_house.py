@@ -66,6 +66,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "inbox",
     "ops",
     "rank_worker",
+    "parent_death",
     "model.footprint",
     "model.spec",
     "moe.expert_map",

@@ -49,7 +49,7 @@ from switchgear_runtime.migration.peer_channel import PeerChannel
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
-from switchgear_runtime.rank_worker import set_parent_death_signal
+from switchgear_runtime.parent_death import set_parent_death_signal
 from switchgear_runtime.system import RealSystem
 
 GENERATION = 1

@@ -7,7 +7,6 @@ loses its link ends at once: nobody could use it, and nobody else would end it.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -30,11 +29,11 @@ from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.link import RankLink
 from switchgear_runtime.link_store import LinkStore
 from switchgear_runtime.messages import Fault, StoreValue, ToRank
+from switchgear_runtime.parent_death import set_parent_death_signal
 from switchgear_runtime.system import RealSystem
 
 CONFIG_BYTES_MAX = 1 << 20
 EXIT_FAILED, EXIT_LINK_LOST, EXIT_SIGTERM = 1, 3, 128 + signal.SIGTERM
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -217,13 +216,6 @@ def configure_logging(rank: int, level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
     )
-
-
-def set_parent_death_signal(number: signal.Signals) -> None:
-    """What the kernel sends when the thread that started this process ends. Call on the main thread, whose attribute
-    it is."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _bind_to_parent(worker: RankWorker) -> None:

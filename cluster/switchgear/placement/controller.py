@@ -13,7 +13,6 @@ alarm for when no decision comes in watchdog.py.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,12 +36,13 @@ from switchgear.placement.hindsight import Hindsight
 from switchgear.placement.migration import Migration
 from switchgear.placement.observer import LoadObserver, Window
 from switchgear.placement.plan import PlacementPlan, moves_between
+from switchgear.placement.planning import Planning
 from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.route import route_to
 from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.topology import Topology
 from switchgear.placement.watchdog import Watchdog
-from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.messages import DropMap, MapRefused, MapStaged, StepFrame
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.system import System
@@ -51,15 +51,6 @@ WINDOWS_KEPT = 8  # that policies forecast from
 STAGE_GRACE_S = 30.0  # beside what the bytes take, until a migration is dropped
 OFF_PLANS_NOTHING = "placement='off' plans nothing; start with another, or apply a map"
 STAGE_SLOWNESS = 4.0  # times the budgeted rate: a migration slower than that is dropped
-
-
-@dataclass(slots=True)
-class _Planning:
-    request: PlanRequest
-    deadline_s: float
-    window_is_new: bool  # it answers a round of the watchdog
-    dry: bool = False
-    ticket: int | None = None
 
 
 class PlacementController:
@@ -78,24 +69,23 @@ class PlacementController:
         self.settings = settings
         self.counters = Counters()
         self.hindsight = Hindsight()
-        self.watchdog = Watchdog(settings.patience_s)
+        self.watchdog = Watchdog(settings.patience_s, settings.window_s)
         self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
         self.pinned: dict[tuple[int, int], tuple[int, ...]] = {}
         self.last_reason = "no window of load has closed yet"
         self._system = system
         self._cost = cost
-        self._shape = (num_layers, num_experts)
+        self.shape = (num_layers, num_experts)
         self._epochs = Epochs(num_layers, num_experts, initial)
         self._observer = LoadObserver(num_layers, num_experts, settings.window_s)
         self._bucket = ByteBucket(settings.bytes_per_s, settings.window_s, system.now())
         self._generation: int | None = None  # None: no generation is whole
         self._hosts: tuple[str, ...] = ()
-        self._planning: _Planning | None = None
+        self._planning: Planning | None = None
         self._migration: Migration | None = None
         self._dropped: dict[int, Migration] = {}  # of this generation: they may flip all the same
         self._num_requests = 0
         self._step = 0  # the latest of this generation
-        self._window_steps = 0
 
     # --- what others ask --------------------------------------------------------------------------------------------
 
@@ -135,11 +125,16 @@ class PlacementController:
         if self._generation is None:
             return None
         waits = [wait.deadline_s for wait in (self._planning, self._migration) if wait is not None]
-        return min(waits if self._observer.due_s is None else [*waits, self._observer.due_s], default=None)
+        if self._observer.due_s is not None:
+            waits.append(self._observer.due_s)
+        elif not waits and self.watchdog.retry_at_s is not None:
+            waits.append(self.watchdog.retry_at_s)
+        return min(waits, default=None)
 
     def next_map(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with."""
-        return self._epochs.next_generation(num_ranks)
+        columns = self.settings.columns(*self.shape, num_ranks)
+        return self._epochs.next_generation(num_ranks, columns, self.settings.pool_slots(*self.shape, num_ranks))
 
     # --- generations ------------------------------------------------------------------------------------------------
 
@@ -172,7 +167,7 @@ class PlacementController:
             return []
         if frame.step > self._step:
             self.counters.steps += frame.step - self._step
-            self._window_steps += frame.step - self._step
+            self._observer.add_steps(frame.step - self._step)
             self._step = frame.step
         if frame.expert_load is not None or frame.expert_rows is not None:
             self._observer.add(self._system.now(), frame.rank, frame.expert_load, frame.expert_rows)
@@ -212,6 +207,8 @@ class PlacementController:
         if planning.window_is_new:
             self.hindsight.judge(reply)
         if planning.dry or same_place(reply.plan.expert_map, planning.request.current):
+            if planning.window_is_new and (reason := planning.request.over_pool):
+                return self._round_failed(planning, reason)
             self._round_done(planning)
             return self._settle(planning.ticket, plan=reply.plan)
         if planning.window_is_new and self.hindsight.hold_windows > 0:
@@ -229,14 +226,14 @@ class PlacementController:
         self.counters.planner_restarts += 1
         return self._round_failed(planning, f"the planner died: {reason}")
 
-    def _round_done(self, planning: _Planning) -> None:
+    def _round_done(self, planning: Planning) -> None:
         if planning.window_is_new:
             self.watchdog.done(self._system.now())
 
-    def _round_failed(self, planning: _Planning, reason: str) -> list[PlacementAction]:
+    def _round_failed(self, planning: Planning, reason: str) -> list[PlacementAction]:
         self.last_reason = reason
         if planning.window_is_new:
-            self.watchdog.failed(reason)
+            self.watchdog.failed(self._system.now(), reason)
         return self._settle(planning.ticket, error=reason)
 
     # --- time -------------------------------------------------------------------------------------------------------
@@ -259,10 +256,15 @@ class PlacementController:
             )
         if due_s is not None and due_s <= now and self._generation is not None:
             actions += self._close_window(now)
-        return actions
+        return [*actions, *self._retry(now)]
+
+    def _retry(self, now: float) -> list[PlacementAction]:
+        """The round that failed, on the same windows, unless load is coming that will close another."""
+        retry_at_s, is_busy = self.watchdog.retry_at_s, self.state != "observing" or self._observer.due_s is not None
+        return [] if retry_at_s is None or retry_at_s > now or is_busy else self._ask(window_is_new=True)
 
     def _close_window(self, now: float) -> list[PlacementAction]:
-        self._end_window(now)
+        self.windows.append(self._observer.close(now))
         if not self.settings.plans:
             return []
         self.watchdog.due(now)
@@ -271,18 +273,12 @@ class PlacementController:
             return []
         return self._ask(window_is_new=True)
 
-    def _end_window(self, now: float) -> None:
-        self.windows.append(self._observer.close(now, max(1, self._window_steps)))
-        self._window_steps = 0
-
     # --- operators' orders; `ticket` comes back in a Settle -----------------------------------------------------------
 
     def rebalance(self, ticket: int, *, dry: bool = False) -> list[PlacementAction]:
-        """Plan now, on what the open window has too, and do it unless `dry`. The byte budget holds."""
+        """Plan now, on what the open window has too (it stays open), and do it unless `dry`. The byte budget holds."""
         if error := self._why_busy() or ("" if self.settings.can_plan else OFF_PLANS_NOTHING):
             return self._settle(ticket, error=error)
-        if self._observer.begin_s is not None:
-            self._end_window(self._system.now())
         return self._ask(dry=dry, ticket=ticket)
 
     def apply(self, ticket: int, expert_map: ExpertMap) -> list[PlacementAction]:
@@ -293,8 +289,8 @@ class PlacementController:
         if same_place(expert_map, self.expert_map):
             return self._settle(ticket)
         try:
-            self.settings.check_map(expert_map, *self._shape, num_ranks=len(self._hosts))
-            pool_slots = self.settings.pool_slots(*self._shape, len(self._hosts))
+            self.settings.check_map(expert_map, *self.shape, num_ranks=len(self._hosts))
+            pool_slots = self.settings.pool_slots(*self.shape, len(self._hosts))
             route = route_to(expert_map, self.expert_map, pool_slots)
         except ConfigError as refusal:
             return self._settle(ticket, error=str(refusal))
@@ -302,8 +298,11 @@ class PlacementController:
 
     def pin(self, pins: dict[tuple[int, int], tuple[int, ...]]) -> None:
         """Replace all pins: plans from now on put these experts exactly there. ConfigError if none could."""
-        if self.expert_map is not None:
-            self._problem(1, pins).check(self.expert_map)
+        if self.expert_map is None or not self._hosts:
+            raise RequestError(
+                "no generation of ranks was whole yet, to check pins against; retry in a moment", status=409
+            )
+        self._problem(1, pins).check(self.expert_map)
         self.pinned = dict(pins)
 
     def _why_busy(self) -> str:
@@ -319,8 +318,8 @@ class PlacementController:
         num_ranks, settings = len(self._hosts), self.settings
         return PlacementProblem(
             topology=Topology(num_ranks=num_ranks, hosts=self._hosts),
-            slots_per_rank=settings.columns(*self._shape, num_ranks),
-            pool_slots=settings.pool_slots(*self._shape, num_ranks),
+            slots_per_rank=settings.columns(*self.shape, num_ranks),
+            pool_slots=settings.pool_slots(*self.shape, num_ranks),
             cost=self._cost,
             byte_budget=self.byte_budget,
             replica_budget_per_layer=settings.replicas_per_layer,
@@ -333,18 +332,19 @@ class PlacementController:
     ) -> list[PlacementAction]:
         assert self.expert_map is not None
         self._num_requests += 1
-        loads = [window.routed_LE for window in self.windows] or [np.zeros(self._shape, np.int64)]
+        now, open_window = self._system.now(), self._observer.peek(self._system.now())
+        windows = [*self.windows, *([] if open_window is None else [open_window])][-WINDOWS_KEPT:]
+        loads = [window.routed_LE for window in windows] or [np.zeros(self.shape, np.int64)]
         pins = {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}
         request = PlanRequest(
             request_id=self._num_requests,
             policy=self.settings.planning_policy,
             windows_WLE=np.stack(loads),
             current=self.expert_map,
-            problem=self._problem(self.windows[-1].num_steps if self.windows else 1, pins),
+            problem=self._problem(windows[-1].num_steps if windows else 1, pins),
             previous=self.hindsight.replaced if window_is_new else None,
         )
-        until_s = self._system.now() + self.settings.plan_timeout_s
-        self._planning = _Planning(request, until_s, window_is_new, dry, ticket)
+        self._planning = Planning(request, now + self.settings.plan_timeout_s, window_is_new, dry, ticket)
         return [AskPlanner(request)]
 
     def _migrate(
@@ -390,7 +390,7 @@ class PlacementController:
         self.counters.migrations[how] += 1
         self.last_reason = reason
         if migration.plan is not None:
-            self.watchdog.failed(reason)
+            self.watchdog.failed(self._system.now(), reason)
         return self._settle(migration.ticket, error=reason)
 
     def _settle(

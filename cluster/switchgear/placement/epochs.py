@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from switchgear.placement.plan import presence
+from switchgear.placement.trim import trim
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.rehome import rehome
 
@@ -22,16 +23,16 @@ class Epochs:
         self._latest += 1
         return self._latest
 
-    def next_generation(self, num_ranks: int) -> ExpertMap:
+    def next_generation(self, num_ranks: int, columns: int, pool_slots: int) -> ExpertMap:
         """What the next generation begins with. If a proposal came to nothing, some ranks may have flipped to it just
         before they lost each other: the old map then goes on under a number later than both. Ranks keep their numbers
-        when there are more or fewer of them."""
+        when there are more or fewer of them, and give up replicas that the pools then have no slots for."""
         current = self.current
         if current is None:
             current = ExpertMap.contiguous(*self._shape, num_ranks)
         elif current.num_ranks != num_ranks:
             stay = [rank if rank < current.num_ranks else None for rank in range(num_ranks)]
-            current = rehome(current, stay, epoch=self.new())
+            current = trim(rehome(current, stay, epoch=self.new()), columns, pool_slots)
         elif current.epoch < self._latest:
             current = current.with_epoch(self.new())
         self.current = current

@@ -30,6 +30,14 @@ class PlanRequest:
     problem: PlacementProblem
     previous: ExpertMap | None = None
 
+    @property
+    def over_pool(self) -> str:
+        """Why the current map cannot simply stay: a rank holds more than its pool has slots; empty if none does."""
+        held_R, pool_slots = self.current.pairs_per_rank, self.problem.pool_slots
+        if pool_slots is None or held_R.max() <= pool_slots:
+            return ""
+        return f"rank {int(held_R.argmax())} holds {held_R.max()} experts, its pool has {pool_slots} slots; no plan frees any"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PlanReply:

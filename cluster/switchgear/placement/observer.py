@@ -51,6 +51,7 @@ class LoadObserver:
         self._num_ranks = 0
         self._routed_LE = np.zeros(self._shape, np.int64)
         self._rows_RL = np.zeros((0, num_layers), np.int64)
+        self._num_steps = 0
         self.begin_s: float | None = None  # None: nothing was routed since the last window
 
     def begin(self, num_ranks: int) -> None:
@@ -75,20 +76,30 @@ class LoadObserver:
                 self.begin_s = now_s
             self._routed_LE += routed_LE
 
-    def close(self, now_s: float, num_steps: int) -> Window:
-        """What was gathered so far; the next window begins with the next load."""
-        assert self.begin_s is not None
-        window = Window(
+    def add_steps(self, count: int) -> None:
+        self._num_steps += count
+
+    def peek(self, now_s: float) -> Window | None:
+        """A copy of the open window, which stays open; None: nothing was routed since the last one."""
+        if self.begin_s is None:
+            return None
+        return Window(
             begin_s=self.begin_s,
             end_s=now_s,
-            routed_LE=self._routed_LE,
-            rows_RL=self._rows_RL,
-            num_steps=num_steps,
+            routed_LE=self._routed_LE.copy(),
+            rows_RL=self._rows_RL.copy(),
+            num_steps=max(1, self._num_steps),
         )
+
+    def close(self, now_s: float) -> Window:
+        """What was gathered so far; the next window begins with the next load."""
+        window = self.peek(now_s)
+        assert window is not None
         self._clear()
         return window
 
     def _clear(self) -> None:
         self._routed_LE = np.zeros(self._shape, np.int64)
         self._rows_RL = np.zeros((self._num_ranks, self._shape[0]), np.int64)
+        self._num_steps = 0
         self.begin_s = None

@@ -54,6 +54,37 @@ class PlacementProblem:
                 raise ConfigError(f"placement: pinned layer {layer}, expert {expert}: there is none such")
             if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= rank < num_ranks for rank in ranks):
                 raise ConfigError(f"placement: pinned layer {layer}, expert {expert}: ranks {ranks} of {num_ranks}")
+        self._check_room_for_pins(current)
+
+    def _check_room_for_pins(self, current: ExpertMap) -> None:
+        """For the pinned experts on their ranks, and beside them for each other expert once."""
+        num_ranks, num_experts = self.topology.num_ranks, current.num_experts
+        pinned_LR = np.zeros((current.num_layers, num_ranks), np.int64)
+        replicas_L = np.zeros(current.num_layers, np.int64)  # beyond the first
+        for (layer, _), ranks in self.pinned.items():
+            pinned_LR[layer, list(ranks)] += 1
+            replicas_L[layer] += len(ranks) - 1
+        for layer, rank in np.argwhere(pinned_LR > self.slots_per_rank)[:1].tolist():
+            raise ConfigError(
+                f"placement: {pinned_LR[layer, rank]} experts of layer {layer} are pinned to rank {rank}, which has "
+                f"slots_per_rank={self.slots_per_rank}; pin fewer there"
+            )
+        if replicas_L.max(initial=0) > self.slots_per_rank * num_ranks - num_experts:
+            raise ConfigError(
+                f"placement: the pins of layer {int(replicas_L.argmax())} leave other experts of it no slot; pin fewer"
+            )
+        if self.pool_slots is None:
+            return
+        pinned_R = pinned_LR.sum(axis=0)
+        if pinned_R.max() > self.pool_slots:
+            raise ConfigError(
+                f"placement: {pinned_R.max()} experts are pinned to rank {int(pinned_R.argmax())}, whose pool has "
+                f"{self.pool_slots} slots; pin fewer there, or raise survive"
+            )
+        if replicas_L.sum() > self.pool_slots * num_ranks - num_experts * current.num_layers:
+            raise ConfigError(
+                "placement: the pins leave other experts no slot in the pools; pin fewer, or raise survive"
+            )
 
 
 def checked_windows(windows_WLE: Int64, current: ExpertMap) -> Int64:

@@ -66,10 +66,10 @@ class PlacementService:
 
     def on_ready(self, descriptor: GenerationDescriptor) -> None:
         hosts = descriptor.hosts or ("",) * descriptor.world_size
-        self._perform(self.controller.on_generation(descriptor.generation, hosts))
+        self._guarded(lambda: self.controller.on_generation(descriptor.generation, hosts))
 
     def on_not_ready(self, reason: str) -> None:
-        self._perform(self.controller.on_generation_over(reason))
+        self._guarded(lambda: self.controller.on_generation_over(reason))
 
     def on_message(self, message: FromRank) -> None:
         """Everything a rank says may come here."""
@@ -93,6 +93,8 @@ class PlacementService:
 
     async def _order(self, give: Callable[[int], list[PlacementAction]]) -> Outcome:
         """The controller settles every ticket, each of its states having a deadline."""
+        if self._broken:
+            return Outcome(error=self.controller.alarm() or "the placement controller broke")
         ticket = next(self._tickets)
         order: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._orders[ticket] = order
@@ -149,7 +151,8 @@ class PlacementService:
         except PlannerLost as error:
             if not self._closed:
                 log.error("the planner died: %s", error)
-                self._perform(self.controller.on_planner_lost(request.request_id, str(error)))
+                reason = str(error)
+                self._guarded(lambda: self.controller.on_planner_lost(request.request_id, reason))
         else:
             self._guarded(lambda: self.controller.on_plan(reply))
 

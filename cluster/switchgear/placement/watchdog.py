@@ -1,7 +1,8 @@
 """Is the placement controller alive: `Watchdog` knows when a decision was due and says when it is overdue.
 
 A *round* is due at the end of each window of load: plan, and either keep the map or commit another. A balancer that
-silently stopped looks just like one that is content, so readiness must show the difference.
+silently stopped looks just like one that is content, so readiness must show the difference. A round that failed is tried
+again, even when no load brings another window: else one failure would be an alarm for ever on an idle cluster.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ FAILURES_MAX = 3  # in a row, until the alarm
 
 
 class Watchdog:
-    """`patience_s`: how long a round may take. Times are the caller's."""
+    """`patience_s`: how long a round may take; `retry_s`: from a failure until the next attempt. Times are the
+    caller's."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, retry_s: float) -> None:
         self._patience_s = patience_s
+        self._retry_s = retry_s
         self._due_s: float | None = None  # of the oldest round without an end
         self._stalled_s = 0.0
+        self.retry_at_s: float | None = None  # None: no round has failed and is still due
         self._failures: list[str] = []  # since the last round that ended well
         self._broken: str | None = None
         self.num_rounds = 0  # that ended well
@@ -30,8 +34,10 @@ class Watchdog:
         self._failures.clear()
         self.num_rounds += 1
 
-    def failed(self, reason: str) -> None:
+    def failed(self, now_s: float, reason: str) -> None:
         """The round is still due."""
+        if self._due_s is not None:
+            self.retry_at_s = now_s + self._retry_s
         self._failures = [*self._failures[-FAILURES_MAX + 1 :], reason]
 
     def broke(self, reason: str) -> None:
@@ -67,3 +73,4 @@ class Watchdog:
     def _settle(self, now_s: float) -> None:
         self._stalled_s += self._overdue_s(now_s)
         self._due_s = None
+        self.retry_at_s = None

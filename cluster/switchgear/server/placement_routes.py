@@ -65,7 +65,9 @@ class PlacementRoutes:
         body = await self._frontend.read(request)
         await check_json(body)
         try:
-            expert_map = ExpertMap.from_json(msgspec.json.decode(body))
+            value = msgspec.json.decode(body)
+            _check_shape(value, self._placement.controller.shape)
+            expert_map = ExpertMap.from_json(value)
         except (ConfigError, msgspec.DecodeError) as error:
             raise RequestError(str(error)) from None
         return _reply(await self._placement.apply(expert_map))
@@ -83,6 +85,16 @@ class PlacementRoutes:
 
     def _status(self) -> Response:
         return _json(status_of(self._placement.controller))
+
+
+def _check_shape(value: Any, shape: tuple[int, int]) -> None:
+    """Before a map of another model's size is built."""
+    match value:
+        case {"num_experts": int(num_experts), "physical_to_logical": list(rows)} if (len(rows), num_experts) != shape:
+            raise RequestError(
+                f"expert map is for (layers, experts) = {(len(rows), num_experts)}; this cluster's model has {shape}",
+                status=409,
+            )
 
 
 def _reply(outcome: Outcome, *, dry: bool = False) -> Response:

@@ -154,18 +154,17 @@ class Stager:
         return StageOutcome(job=job, reason=f"rank {self._rank}: {reason}")
 
     def _check(self, job: StageJob, expert_map: ExpertMap) -> None:
-        """Its own experts and those it computes with meanwhile have to fit; other ranks check theirs."""
+        """Its own experts and those it computes with meanwhile have to fit; other ranks check theirs. A rank that is
+        above its pool already, because ranks joined, may stage what adds nothing."""
         current = job.current()
         if expert_map.num_ranks != current.num_ranks or expert_map.num_layers != current.num_layers:
             raise ConfigError(
                 f"expert map: it is for {expert_map.num_ranks} ranks and {expert_map.num_layers} layers; this "
                 f"generation has {current.num_ranks} and {current.num_layers}"
             )
-        num_pairs = sum(
-            len(_held(expert_map, layer, self._rank) | _held(current, layer, self._rank))
-            for layer in range(expert_map.num_layers)
-        )
-        if num_pairs > self._runner.pool_slots:
+        held = [_held(current, layer, self._rank) for layer in range(current.num_layers)]
+        num_pairs = sum(len(_held(expert_map, layer, self._rank) | on_layer) for layer, on_layer in enumerate(held))
+        if num_pairs > max(self._runner.pool_slots, sum(map(len, held))):
             raise ConfigError(
                 f"expert map: {num_pairs} experts would be held while they are staged, the slot pool has "
                 f"{self._runner.pool_slots}; move fewer at a time, or raise survive"

@@ -119,6 +119,13 @@ class ExpertMap:
             raise ConfigError(
                 f"expert map: shape {physical.shape} is not [layers, a multiple of {self.num_ranks} ranks' slots]"
             )
+        if (
+            self.num_experts > physical.shape[1]
+        ):  # before anything is as large as this number, which may be a stranger's
+            raise ConfigError(
+                f"expert map: num_experts={self.num_experts}, but a layer has only {physical.shape[1]} slots: some expert "
+                "has no slot"
+            )
         if physical.size and (physical.min() < EMPTY or physical.max() >= self.num_experts):
             raise ConfigError(f"expert map: an expert id is outside 0..{self.num_experts - 1}")
         is_held = physical != EMPTY

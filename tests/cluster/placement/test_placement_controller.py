@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from placement_rig import Rig, skewed
+from placement_rig import COST, Rig, skewed
 
 from switchgear.placement.controller import STAGE_GRACE_S
 from switchgear.placement.events import PlanReply, PlanRequest
+from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.settings import PlacementSettings
-from switchgear_runtime.errors import ConfigError
+from switchgear.placement.topology import Topology
+from switchgear.placement.trim import trim
+from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.messages import DropMap, StageMap
 from switchgear_runtime.moe.expert_map import ExpertMap
 
@@ -226,7 +229,7 @@ def test_rebalance_plans_at_once_and_a_dry_one_changes_nothing() -> None:
     for _ in range(9):
         rig.frame(0, HOT)
     rig.perform(rig.controller.rebalance(2))
-    assert [request.problem.num_steps for request in rig.requests] == [1, 9]
+    assert [request.problem.num_steps for request in rig.requests] == [1, 10]
     assert rig.outcomes[2].epoch == 1
     assert rig.committed
     off = Rig(settings=PlacementSettings(policy="off"))
@@ -243,6 +246,57 @@ def test_pins_are_checked_and_handed_to_the_planner() -> None:
         rig.controller.pin({(0, 4): (0,)})
     rig.perform(rig.controller.rebalance(1, dry=True))
     assert rig.requests[0].problem.pinned == {(0, 3): (0, 1)}
+
+
+def test_dry_plans_leave_the_windows_as_they_are() -> None:
+    rig = Rig(settings=PlacementSettings(policy="static", window_s=10))
+    rig.begin()
+    rig.window(HOT)
+    for order in range(20):
+        rig.frame(0, HOT)
+        rig.wait(0.1)
+        rig.perform(rig.controller.rebalance(order, dry=True))
+    assert len(rig.controller.windows) == 1
+    assert rig.requests[-1].windows_WLE[-1].tolist() == [[20 * count for count in HOT]]
+    rig.wait(10)
+    assert [window.num_steps for window in rig.controller.windows] == [1, 20]
+    rig.begin()  # its steps are its own
+    rig.window(HOT)
+    assert rig.controller.windows[-1].num_steps == 1
+
+
+def test_pins_wait_for_the_first_generation() -> None:
+    for initial in (None, swapped()):
+        rig = Rig(initial=initial)
+        with pytest.raises(RequestError, match="no generation"):
+            rig.controller.pin({(7, 99): ()})
+        assert not rig.controller.pinned
+        rig.begin()
+        with pytest.raises(ConfigError, match="pinned layer 7"):
+            rig.controller.pin({(7, 99): ()})
+        rig.window(HOT)
+        assert rig.committed if initial is None else rig.requests
+
+
+def test_pins_have_to_fit_slots_and_pools() -> None:
+    def problem(pins: dict[tuple[int, int], tuple[int, ...]], slots: int, pool: int | None) -> PlacementProblem:
+        return PlacementProblem(
+            topology=Topology.even(2), slots_per_rank=slots, pool_slots=pool, cost=COST, pinned=pins
+        )
+
+    current = ExpertMap.contiguous(2, 4, 2)
+    to_first = {(layer, expert): (0,) for layer in range(2) for expert in range(3)}
+    to_both = {(0, expert): (0, 1) for expert in range(3)}
+    problem(to_first, 3, 6).check(current)
+    problem(to_both, 4, 6).check(current)
+    for pins, slots, pool, told in (
+        (to_first, 2, None, "3 experts of layer 0 are pinned to rank 0"),
+        (to_first, 3, 5, "6 experts are pinned to rank 0"),
+        (to_both, 3, None, "the pins of layer 0"),
+        (to_both, 4, 5, "no slot in the pools"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            problem(pins, slots, pool).check(current)
 
 
 def test_pins_to_ranks_that_left_wait_until_these_are_back() -> None:
@@ -269,6 +323,113 @@ def test_moves_stay_within_the_byte_budget() -> None:
     assert rig.committed
     rates = [message.bytes_per_s for _, message in rig.told if isinstance(message, StageMap)]
     assert all(rate is not None and 1 <= rate <= 100 for rate in rates)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranks_that_join_leave_every_rank_within_its_smaller_pool(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    before, after = int(rng.integers(1, 4)), int(rng.integers(4, 9))
+    shape = num_layers, num_experts = 3, int(rng.integers(8, 30))
+    full = ExpertMap.random(rng, *shape, before, num_redundant=int(rng.integers(num_experts * before)), epoch=3)
+    rig = Rig(before, *shape, initial=full, settings=PlacementSettings(policy="incremental", window_s=10))
+    rig.begin()
+    grown = rig.begin(after)
+    grown.validate()
+    settings = rig.settings
+    grown.check_pool(settings.pool_slots(*shape, after))
+    widest = int((grown.physical_to_logical_LP.reshape(num_layers, after, -1) >= 0).sum(axis=2).max())
+    assert widest <= settings.columns(*shape, after), f"seed {seed}"
+    assert grown.epoch > full.epoch
+    rig.window(skewed(*shape, [0, 1]))
+    assert rig.controller.alarm() is None, f"seed {seed}"
+    assert rig.controller.watchdog.num_rounds == 1, f"seed {seed}: {rig.controller.last_reason}"
+
+
+class FailingRig(Rig):
+    """Its planner fails this many times."""
+
+    failures = 1
+
+    def plan(self, request: PlanRequest) -> PlanReply:
+        self.failures -= 1
+        if self.failures >= 0:
+            return PlanReply(request_id=request.request_id, plan=None, error="out of luck")
+        return super().plan(request)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_round_that_failed_is_tried_again_on_an_idle_cluster(failures: int) -> None:
+    rig = FailingRig()
+    rig.failures = failures
+    rig.begin()
+    rig.window(HOT)
+    for attempt in range(1, failures + 1):
+        assert len(rig.requests) == attempt
+        deadline_s = rig.controller.next_deadline()
+        assert deadline_s == rig.system.time + 10
+        rig.wait(9.9)
+        assert len(rig.requests) == attempt
+        rig.wait(0.2)
+    assert [one.epoch for one in rig.committed] == [1]
+    assert rig.controller.next_deadline() is None
+    rig.wait(1000)
+    assert rig.controller.alarm() is None
+
+
+def test_a_migration_that_was_refused_is_tried_again_on_an_idle_cluster() -> None:
+    rig = Rig()
+    rig.obedient = False
+    rig.begin()
+    rig.window(HOT)
+    rig.refused(1, 1)
+    rig.obedient = True
+    rig.wait(10)
+    assert [one.epoch for one in rig.committed] == [2]
+    rig.wait(1000)
+    assert rig.controller.alarm() is None
+
+
+def test_load_that_comes_back_replaces_the_retry_and_a_lasting_failure_stays_an_alarm() -> None:
+    rig = FailingRig()
+    rig.failures = 10**6
+    rig.begin()
+    rig.window(HOT)
+    rig.frame(0, HOT)
+    rig.frame(0, HOT)
+    rig.wait(10)
+    assert len(rig.requests) == 2
+    for _ in range(5):
+        rig.wait(10.1)
+    assert len(rig.requests) == 7
+    assert "out of luck" in str(rig.controller.alarm())
+    rig.perform(rig.controller.on_generation_over("the end"))
+    assert rig.controller.next_deadline() is None
+
+
+def test_trim_moves_what_is_nobody_elses() -> None:
+    def made(rows: list[list[int]]) -> ExpertMap:
+        return ExpertMap.of(np.array(rows), num_ranks=2, num_experts=4, epoch=6)
+
+    assert trim(made([[0, 1, 2, 3, 3, -1, -1, -1]]), 4, 2) == made([[0, 1, -1, -1, 3, 2, -1, -1]])
+    assert trim(made([[0, 1, 3, -1, 2, 3, -1, -1]]), 4, 3) == made([[0, 1, 3, -1, 2, 3, -1, -1]])
+
+
+class ContentRig(Rig):
+    """Its planner likes the map in force."""
+
+    def plan(self, request: PlanRequest) -> PlanReply:
+        reply = super().plan(request)
+        assert reply.plan is not None
+        return replace(reply, plan=replace(reply.plan, expert_map=request.current, moves=()))
+
+
+def test_to_stay_above_a_pool_is_a_failed_round() -> None:
+    full = ExpertMap.of(np.array([[0, 1, 2, 3, 0, -1, -1, -1, 1, -1, -1, -1]]), num_ranks=3, num_experts=4, epoch=0)
+    rig = ContentRig(3, initial=full)  # pools of 3
+    rig.begin()
+    for _ in range(3):
+        rig.window(HOT)
+    assert "rank 0 holds 4 experts, its pool has 3 slots" in str(rig.controller.alarm())
 
 
 class ChasingRig(Rig):

@@ -203,6 +203,7 @@ def test_show_plan_rebalance_apply() -> None:
         ("/apply", {}, 400, "expected an object of epoch"),
         ("/apply", ExpertMap.contiguous(NUM_LAYERS, NUM_EXPERTS, 3).to_json(), 409, "(3, 2, 6)"),
         ("/apply", {"epoch": 1, "num_ranks": 2, "num_experts": 6, "physical_to_logical": [[0, 0]] * 2}, 400, "no slot"),
+        ("/apply", {"num_experts": 200_000_000, "physical_to_logical": [[0, 0]]}, 409, "(layers, experts) = (1, 200"),
         ("/pin", {"pins": [{"layer": 0, "expert": 6, "ranks": [0]}]}, 400, "expert 6"),
         ("/pin", {"pins": [{"layer": 0, "expert": 1, "ranks": []}]}, 400, "ranks ()"),
         ("/pin", {"pins": [{"layer": 0, "expert": 1, "ranks": [0], "why": 1}]}, 400, "why"),

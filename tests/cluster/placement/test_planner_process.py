@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -138,6 +142,48 @@ def test_a_process_that_hangs_can_be_ended_by_others(loop: asyncio.Runner) -> No
         await planner.close()
 
     loop.run(scenario())
+
+
+HANGING_WORKER = """
+import os, sys, time
+from switchgear.placement import worker
+def hang(request):
+    print(os.getpid(), file=sys.stderr, flush=True)
+    time.sleep(600)
+worker.answer = hang
+worker.main()
+"""
+SERVER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+worker.stdin.write(sys.stdin.buffer.read())
+worker.stdin.flush()
+time.sleep(600)
+"""
+
+
+def test_a_process_in_the_middle_of_a_plan_dies_with_its_server() -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, HANGING_WORKER], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert server.stdin is not None
+    assert server.stderr is not None
+    worker_pid = None
+    try:
+        server.stdin.write(encode_request(make_request()))
+        server.stdin.close()
+        worker_pid = int(server.stderr.readline())
+        server.kill()
+        readable, _, _ = select.select([server.stderr], [], [], 30)  # its end: nobody has the pipe any more
+        assert readable, "the planner outlives its server"
+        assert server.stderr.read() == b""
+        worker_pid = None
+    finally:
+        server.kill()
+        server.wait(30)
+        server.stderr.close()
+        if worker_pid is not None:
+            os.kill(worker_pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

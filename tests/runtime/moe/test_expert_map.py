@@ -81,6 +81,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     ("rows", "num_ranks", "num_experts", "what"),
     [
         ([[0, 1, 1, 2]], 2, 4, "no slot for expert 3"),
+        ([[0, 0]], 1, 200_000_000, "num_experts=200000000, but a layer has only 2 slots"),
         ([[0, 1, 2, 3], [0, 1, 2, 2]], 2, 4, "layer 1 has no slot for expert 3"),
         ([[0, 0, 1, 2]], 2, 3, "rank 0 holds one expert twice"),
         ([[0, 1, 2, 4]], 2, 4, "outside"),
