@@ -142,9 +142,11 @@ def test_a_planner_that_does_not_end_leaves_no_rank_behind() -> None:
 
     async def run() -> None:
         await cluster.start()
+        pids = rank_pids(cluster)
         cluster.placement.close = never
         with pytest.raises(TimeoutError):
             await cluster.stop(0)
+        assert not any(psutil.pid_exists(pid) for pid in pids)
 
     before = Leavings.now()
     asyncio.run(asyncio.wait_for(run(), 30))
