@@ -65,6 +65,13 @@ class Vacate:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """The rank is seen gone and will not come back: nobody need keep a place for it."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scaled:
     """A generation of so many ranks is ready, and who had to leave is gone."""
 
@@ -85,4 +92,17 @@ class GiveUp:
     reason: str
 
 
-Action = StartRank | KillRank | SendTo | Sweep | Ready | NotReady | FailRank | Vacate | Scaled | ScaleFailed | GiveUp
+Action = (
+    StartRank
+    | KillRank
+    | SendTo
+    | Sweep
+    | Ready
+    | NotReady
+    | FailRank
+    | Vacate
+    | Forget
+    | Scaled
+    | ScaleFailed
+    | GiveUp
+)

@@ -20,6 +20,7 @@ from typing import Any
 from switchgear.actions import (
     Action,
     FailRank,
+    Forget,
     GiveUp,
     KillRank,
     NotReady,
@@ -166,9 +167,7 @@ class Cluster:
             host = await self.launcher.open()
             self._address = await self._links.start(host)
             self._perform(self.controller.start())
-            while (
-                not self.ready and self.failure is None
-            ):  # bounded: every state but these two has a deadline in the controller
+            while not self.ready and self.failure is None:  # bounded: every other state has a deadline
                 await self._next_change()
             if self.failure is not None:
                 raise await self._logs.start_error(self.failure, self._load_fault, self.controller.ranks)
@@ -203,12 +202,14 @@ class Cluster:
             await self._all_gone(STOP_TIMEOUT_S)
         if self._timer is not None:
             self._timer.cancel()
-        await self.placement.close()
-        await self.launcher.close(CLOSE_TIMEOUT_S)
-        await self._links.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self.placement.close()
+        finally:
+            await self.launcher.close(CLOSE_TIMEOUT_S)
+            await self._links.close()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def scale(self, num_ranks: int) -> None:
         """Grow or shrink to so many ranks while requests go on; returns once they serve. RequestError says why it
@@ -237,8 +238,7 @@ class Cluster:
                 self._perform(controller.on_parked(rank, message.generation, message.step))
             case Waking():
                 self._perform(controller.on_waking(message))
-            case Hello():
-                self.core.on_message(rank, message)
+            case Hello():  # the core learns of it once the rank is a member
                 self._perform(controller.on_hello(message))
             case Fault():
                 tell_fault(message, controller.descriptor)
@@ -257,10 +257,8 @@ class Cluster:
 
     def _on_exit(self, rank: int, reason: str) -> None:
         self._links.drop(rank)  # its end of file, should that come later, is not to be taken for a replacement's
-        leaving = rank >= self.controller.num_ranks
-        if leaving and not self._closed:
+        if self.controller.is_leaving(rank) and not self._closed:
             log.info("rank %d, which leaves, %s", rank, reason)
-            self.core.ranks.forget(rank)
         elif not self._closed and self.failure is None:
             log.warning("rank %d %s", rank, reason)
             if self.controller.was_ready:  # at the start, the error that is raised tells
@@ -294,6 +292,8 @@ class Cluster:
                 case SendTo():
                     if isinstance(action.message, BeginGeneration) and action.rank == 0:  # the first to be told
                         self._store.enter(action.message.descriptor.channel)
+                        for hello in self.controller.hellos:
+                            self.core.on_message(hello.rank, hello)
                     self._links.send(action.rank, action.message)
                 case StartRank():
                     self._spawn(self._start_rank(action.rank))
@@ -301,9 +301,8 @@ class Cluster:
                     self._spawn(self._kill_rank(action.rank))
                 case Sweep():
                     self._spawn(self._sweep(action.channel))
-                case Ready():
+                case Ready(descriptor):
                     self.not_ready_reason = None
-                    descriptor = action.descriptor
                     self.core.set_ready(
                         range(descriptor.world_size), generation=descriptor.generation, epoch=descriptor.epoch
                     )
@@ -322,6 +321,9 @@ class Cluster:
                     self.core.lose_rank(action.rank, action.reason)
                 case Vacate():
                     self.core.vacate(action.ranks)
+                case Forget():
+                    self.core.ranks.forget(action.rank)
+                    self.launcher.release(action.rank)
                 case Scaled() | ScaleFailed():
                     log.info("scaling: %s", action)
                     if self._scale_order is not None:
@@ -385,12 +387,10 @@ class Cluster:
         await self._changed.wait()
 
     async def _all_gone(self, timeout_s: float) -> None:
-        async def gone() -> None:
-            while not self.controller.all_gone:
-                await self._next_change()
-
         try:
-            await asyncio.wait_for(gone(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                while not self.controller.all_gone:
+                    await self._next_change()
         except TimeoutError:
             log.warning("not every rank stopped within %g s; they are killed", timeout_s)
 

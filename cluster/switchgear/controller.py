@@ -23,6 +23,7 @@ from typing import Literal
 from switchgear.actions import (
     Action,
     FailRank,
+    Forget,
     GiveUp,
     KillRank,
     NotReady,
@@ -33,7 +34,7 @@ from switchgear.actions import (
 )
 from switchgear.restart_budget import RestartBudget
 from switchgear.roster import RankLife, Roster
-from switchgear.scaling import LEAVE_TIMEOUT_S, Scaling
+from switchgear.scaling import Scaling
 from switchgear.store import Store, Term
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.generation import GenerationDescriptor
@@ -103,6 +104,11 @@ class Controller:
         """All that are not seen gone or are to come back, newcomers and leavers included."""
         return list(self._ranks)
 
+    def is_leaving(self, rank_id: int) -> bool:
+        """Its exit is awaited: it gave up what it held, or never held anything."""
+        rank = self._ranks.get(rank_id)
+        return rank is not None and rank.role == "leaver"
+
     @property
     def all_gone(self) -> bool:
         return self._ranks.all_gone
@@ -124,8 +130,8 @@ class Controller:
         return [self._start_rank(rank_id, RankLife(role="newcomer")) for rank_id in newcomers] + self._advance()
 
     def on_hello(self, hello: Hello) -> list[Action]:
-        rank = self._ranks[hello.rank]
-        if self._over or rank.status != "starting":
+        rank = self._ranks.get(hello.rank)
+        if self._over or rank is None or rank.status != "starting":
             return []
         reason = self._ranks.misfit(hello)
         if reason is not None:
@@ -135,9 +141,10 @@ class Controller:
 
     def on_frame(self, rank_id: int, generation: int) -> list[Action]:
         """A StepFrame or Parked: the rank is inside its generation. Cheap to skip for StepFrames once `ready`."""
-        if self._phase != "begun" or generation != self._generation:
+        rank = self._ranks.get(rank_id)
+        if rank is None or self._phase != "begun" or generation != self._generation:
             return []
-        self._ranks[rank_id].entered = True
+        rank.entered = True
         if not all(rank.entered for rank in self._ranks.members):
             return []
         assert self._descriptor is not None
@@ -145,8 +152,9 @@ class Controller:
         return [Ready(self._descriptor), *self._advance()]
 
     def on_parked(self, rank_id: int, generation: int, step: int) -> list[Action]:
-        if generation == self._generation:
-            self._ranks[rank_id].parked_step = step
+        rank = self._ranks.get(rank_id)
+        if rank is not None and generation == self._generation:
+            rank.parked_step = step
         return self.on_frame(rank_id, generation)
 
     def on_waking(self, waking: Waking) -> list[Action]:
@@ -168,8 +176,8 @@ class Controller:
         return self._wake(step)
 
     def on_fault(self, fault: Fault) -> list[Action]:
-        rank = self._ranks[fault.rank]
-        if self._over or rank.status in ("dying", "gone") or rank.role == "leaver":
+        rank = self._ranks.get(fault.rank)
+        if self._over or rank is None or rank.status in ("dying", "gone") or rank.role == "leaver":
             return []
         if rank.status == "starting":
             return self._lose(fault.rank, f"rank {fault.rank} cannot start: {fault.message}")
@@ -216,7 +224,7 @@ class Controller:
         rank.status, rank.deadline_s, rank.hello = "gone", None, None
         if rank.role == "leaver":
             del self._ranks[rank_id]
-            return self._advance()
+            return [Forget(rank_id), *self._advance()]
         if self._over:
             return []
         if was_dying:
@@ -236,16 +244,7 @@ class Controller:
             rank = self._ranks.get(rank_id)
             if self._over or rank is None or rank.deadline_s is None or rank.deadline_s > now:
                 continue
-            if rank.role == "leaver":
-                actions += self._lose(rank_id, f"rank {rank_id} did not leave within {LEAVE_TIMEOUT_S:g} s")
-            elif rank.lost_link is not None:
-                actions += self._lose(
-                    rank_id, f"rank {rank_id} lost its link to the server and was ended: {rank.lost_link}"
-                )
-            else:
-                actions += self._lose(
-                    rank_id, f"rank {rank_id} did not join within {self._start_timeout_s:g} s and was ended"
-                )
+            actions += self._lose(rank_id, f"rank {rank_id} {rank.missed(self._start_timeout_s)}")
         if not self._over and self._deadline_s is not None and self._deadline_s <= now:
             self._deadline_s = None
             if self._phase == "begun":

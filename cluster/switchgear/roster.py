@@ -11,6 +11,8 @@ from typing import Literal
 
 from switchgear_runtime.messages import Hello
 
+LEAVE_TIMEOUT_S = 5.0  # from Stop to the exit of a rank that leaves
+
 Role = Literal["member", "newcomer", "leaver"]
 
 
@@ -26,6 +28,14 @@ class RankLife:
     entered: bool = False  # sent a frame of the current generation
     parked_step: int | None = None
     faulted: bool = False  # left the current generation by a fault, so it is alive
+
+    def missed(self, start_timeout_s: float) -> str:
+        """What did not happen by its deadline; reads on after "rank 2"."""
+        if self.role == "leaver":
+            return f"did not leave within {LEAVE_TIMEOUT_S:g} s"
+        if self.lost_link is not None:
+            return f"lost its link to the server and was ended: {self.lost_link}"
+        return f"did not join within {start_timeout_s:g} s and was ended"
 
 
 class Roster:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from switchgear.actions import Action, KillRank, NotReady, Scaled, ScaleFailed, SendTo, Vacate
-from switchgear.roster import Roster
+from switchgear.actions import Action, Forget, KillRank, NotReady, Scaled, ScaleFailed, SendTo, Vacate
+from switchgear.roster import LEAVE_TIMEOUT_S, Roster
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import EndGeneration, Stop
 from switchgear_runtime.system import System
-
-LEAVE_TIMEOUT_S = 5.0  # from Stop to the exit of a rank that leaves
 
 
 class Scaling:
@@ -56,6 +54,7 @@ class Scaling:
             rank.role = "leaver"
             if rank.status == "gone":
                 del self._roster[rank_id]
+                actions.append(Forget(rank_id))
             elif rank.status != "dying":
                 rank.status, rank.deadline_s = "dying", None
                 actions.append(KillRank(rank_id))
@@ -88,4 +87,5 @@ class Scaling:
             actions.append(KillRank(rank_id))
         elif rank.status == "gone":
             del self._roster[rank_id]
+            actions.append(Forget(rank_id))
         return actions

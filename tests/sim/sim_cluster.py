@@ -20,6 +20,7 @@ from tiny_cluster import make_runner
 from switchgear.actions import (
     Action,
     FailRank,
+    Forget,
     GiveUp,
     KillRank,
     NotReady,
@@ -311,7 +312,6 @@ class SimCluster:
             case Waking():
                 self._perform(controller.on_waking(message))
             case Hello():
-                self.core.on_message(rank, message)
                 self._perform(controller.on_hello(message))
             case Fault():
                 self.faults.append(message)
@@ -324,6 +324,9 @@ class SimCluster:
             match action:
                 case SendTo():
                     message = action.message
+                    if isinstance(message, BeginGeneration) and action.rank == 0:
+                        for hello in self.controller.hellos:
+                            self.core.on_message(hello.rank, hello)
                     self._send(
                         action.rank, self.placement.begin(message) if isinstance(message, BeginGeneration) else message
                     )
@@ -351,6 +354,9 @@ class SimCluster:
                     self.core.lose_rank(action.rank, action.reason)
                 case Vacate():
                     self.core.vacate(action.ranks)
+                case Forget():
+                    assert self.core.ranks[action.rank].num_sequences == 0
+                    self.core.ranks.forget(action.rank)
                 case Scaled() | ScaleFailed():
                     self.scalings.append(action)
                 case GiveUp():

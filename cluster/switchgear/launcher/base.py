@@ -35,6 +35,10 @@ class Launcher(Protocol):
         """Remove what a dead generation's transport may have left on the ranks' host."""
         ...
 
+    def release(self, rank: int) -> None:
+        """Its process is gone and the rank will not come back: give up the place that is kept for it, if any."""
+        ...
+
     async def log_tail(self, rank: int) -> str:
         """The end of what the rank's process wrote, for an error message. Empty if it is not at hand."""
         ...

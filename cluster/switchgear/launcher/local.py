@@ -86,6 +86,9 @@ class LocalLauncher:
     async def sweep(self, channel: str) -> None:
         sweep_channel(channel)
 
+    def release(self, rank: int) -> None:
+        """No place is kept."""
+
     async def log_tail(self, rank: int) -> str:
         child = self._children.get(rank)
         if child is None or child.output.closed:

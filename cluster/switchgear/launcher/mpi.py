@@ -92,6 +92,9 @@ class MpiLauncher:
     async def sweep(self, channel: str) -> None:
         sweep_channel(channel)
 
+    def release(self, rank: int) -> None:
+        """No place is kept."""
+
     async def log_tail(self, rank: int) -> str:  # noqa: ARG002 (mpiexec mixes all ranks' output)
         return "" if self._output is None else read_tail(self._output)
 

@@ -32,6 +32,7 @@ from switchgear.launcher.ray_protocol import (
     OpenFailed,
     Plan,
     ReadLog,
+    ReleasePlace,
     StartActor,
     SweepChannel,
 )
@@ -123,6 +124,10 @@ class RayLauncher:
 
     async def sweep(self, channel: str) -> None:
         await self._call(SweepChannel(next(self._ids), channel))
+
+    def release(self, rank: int) -> None:
+        if self._process is not None and self._process.returncode is None and not self._closing:
+            self._write(ReleasePlace(next(self._ids), rank))  # nobody waits for it
 
     async def log_tail(self, rank: int) -> str:
         return (await self._call(ReadLog(next(self._ids), rank))).result

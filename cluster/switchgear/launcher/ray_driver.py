@@ -39,6 +39,7 @@ from switchgear.launcher.ray_protocol import (
     OpenFailed,
     Plan,
     ReadLog,
+    ReleasePlace,
     StartActor,
     SweepChannel,
 )
@@ -169,6 +170,8 @@ class RayDriver:
                 await self._kill(command.rank)
             case SweepChannel():
                 await self._sweep(command.channel)
+            case ReleasePlace():
+                self._give_back(command.rank)
             case ReadLog():
                 return Done(command.id, result=self._log_tail(command.rank))
             case Plan():
@@ -231,7 +234,7 @@ class RayDriver:
         return {f"node:{node['NodeManagerAddress']}": 0.001 for node in nodes if node["NodeID"] in node_ids}
 
     def _give_back(self, rank: int) -> None:
-        """The bundle of a rank that came later and was asked to leave."""
+        """The bundle of a rank that came later and is gone for good: it left, or never came up."""
         group = self._more_groups.pop(rank, None)
         if group is not None:
             ray.util.remove_placement_group(group)
@@ -248,8 +251,6 @@ class RayDriver:
             assert state.process is not None
             reason = f"died: its process {state.process.pid} is gone (killed, or crashed)"
         await self._end_process(state)
-        if reason == STOPPED:
-            self._give_back(state.rank)
         self.emit(Exited(state.rank, reason))
 
     async def _kill(self, rank: int) -> None:

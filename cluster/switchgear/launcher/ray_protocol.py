@@ -37,6 +37,13 @@ class SweepChannel(msgspec.Struct, tag="sweep", frozen=True):
     channel: str
 
 
+class ReleasePlace(msgspec.Struct, tag="release", frozen=True):
+    """The rank will not come back: its bundle, if it came later than the first ones, is free for others."""
+
+    id: int
+    rank: int
+
+
 class ReadLog(msgspec.Struct, tag="log", frozen=True):
     id: int
     rank: int
@@ -53,7 +60,7 @@ class EndPlanner(msgspec.Struct, tag="end_planner", frozen=True):
     id: int
 
 
-Command = StartActor | KillActor | SweepChannel | ReadLog | Plan | EndPlanner
+Command = StartActor | KillActor | SweepChannel | ReleasePlace | ReadLog | Plan | EndPlanner
 
 
 class Opened(msgspec.Struct, tag="opened", frozen=True):

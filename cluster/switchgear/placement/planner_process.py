@@ -79,7 +79,10 @@ class PlannerProcess:
         process = self._process
         self._kill()
         if process is not None:
-            await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+            try:
+                await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+            except TimeoutError:
+                log.error("planner process %d is still there %g s after SIGKILL", process.pid, END_TIMEOUT_S)
         if self._output is not None:
             self._output.close()
 

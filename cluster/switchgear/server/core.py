@@ -190,7 +190,7 @@ class ServerCore:
                 self._release(sequence)  # each is refused for itself
                 self._finish(sequence, "error", error=RequestError(message.message, param="prompt"))
         elif isinstance(message, Parked):
-            self.ranks[rank].parked = True
+            self.ranks.park(rank)
         self._feed()
 
     def lose_rank(self, rank: int, reason: str) -> None:
@@ -198,6 +198,7 @@ class ServerCore:
 
         A sequence that ranks die under again and again, with no token in between, is taken to be what kills them.
         """
+        self.ranks.lose(rank)
         for sequence in self._held_by({rank}):
             sequence.num_deaths += 1
         for suspect in [one for one in self._held_by({rank}) if one.num_deaths >= DEATHS_MAX]:

@@ -52,9 +52,8 @@ class RankTable:
             self[rank].serving = rank in chosen
 
     def forget(self, rank: int) -> None:
-        """A rank that left and will not come back."""
-        state = self._states.pop(rank, None)
-        assert state is None or state.num_sequences == 0
+        """A rank that left, was vacated or lost before that, and will not come back."""
+        self._states.pop(rank, None)
 
     @property
     def num_serving(self) -> int:
@@ -64,12 +63,20 @@ class RankTable:
         state = self[message.rank]
         state.num_kv_tokens = max(1, message.num_kv_blocks * message.block_size)
         state.block_size = message.block_size
-        state.stats = _NO_STATS
+
+    def lose(self, rank: int) -> None:
+        """Its process is dead; another may follow."""
+        self[rank].stats = _NO_STATS
 
     def step(self, frame: StepFrame) -> None:
-        state = self[frame.rank]
-        state.stats = frame.stats
-        state.parked = False
+        state = self._states.get(frame.rank)
+        if state is not None:  # else it was forgotten, and this frame is one of its last
+            state.stats, state.parked = frame.stats, False
+
+    def park(self, rank: int) -> None:
+        state = self._states.get(rank)
+        if state is not None:
+            state.parked = True
 
     @property
     def block_size(self) -> int:

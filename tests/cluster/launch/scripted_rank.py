@@ -1,7 +1,8 @@
 """A rank process without a model: speaks the link's protocol, echoes tokens, and misbehaves as its argument says.
 
 ok: echoes the prompt. bad-frame, huge-frame: sends garbage when it gets a prompt. fault: rank 0 then blames the next one.
-silent: does nothing then. no-hello: fails to load. crash: exits at once. other-bits: rank 1 has another fingerprint.
+silent: does nothing then. no-hello: fails to load. crash: exits at once. other-bits: rank 1 has another fingerprint
+and a smaller KV cache.
 stubborn: does not stop when told to.
 """
 
@@ -55,7 +56,7 @@ class ScriptedRank:
                 fingerprint=f"bits={bits}",
                 num_kv_blocks=64,
                 block_size=16,
-                max_model_len=1024,
+                max_model_len=1024 if bits == "a" else 256,
                 num_layers=1,
                 num_experts=1,
             )

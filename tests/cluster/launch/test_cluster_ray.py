@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 from cluster_rig import Leavings, idle_percent, rank_pids, real, submit, until
 
 from switchgear.cluster import Cluster
+from switchgear.launcher.ray_driver import RayDriver
 from switchgear.launcher.ray_planner import RayPlanner
+from switchgear.launcher.ray_protocol import DriverSettings, ReleasePlace
 from switchgear.loop_thread import LoopThread
 from switchgear.placement.events import PlanRequest
 from switchgear.placement.planner_process import PlannerLost
@@ -157,6 +160,22 @@ def test_actors_come_and_go_while_requests_go_on(served: Served) -> None:
             assert await served.tokens(cluster) == served.whole
 
     served.loop.call(scenario(), 200)
+
+
+def test_the_place_of_a_newcomer_that_failed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its death, which a replacement may follow, but when the server says that none will."""
+    removed: list[object] = []
+    monkeypatch.setattr("ray.util.remove_placement_group", removed.append)
+    settings = DriverSettings(
+        name="x", num_ranks=2, cpus_per_rank=1, one_host=False, address=None, folder=None, timeout_s=1
+    )
+    driver = RayDriver(settings, io.BytesIO())
+    bundles = driver._more_groups = {2: object(), 3: object()}
+    two = bundles[2]
+    for rank in (2, 2, 0):
+        asyncio.run(driver._run(ReleasePlace(1, rank)))
+    assert removed == [two]
+    assert list(driver._more_groups) == [3]
 
 
 OWNER = """

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+from collections.abc import Sequence
 
 import psutil
 import pytest
-from cluster_rig import PROMPTS, play, rank_pids, real, scripted, submit, until
+from cluster_rig import PROMPTS, SCRIPTED_RANK, Leavings, play, rank_pids, real, scripted, submit, until
 
 from switchgear.cluster import Cluster
 from switchgear.compatibility import check_scale
 from switchgear.config import split_settings
+from switchgear.launcher.base import OnExit
+from switchgear.launcher.local import LocalLauncher
 from switchgear_runtime.errors import RankFailed, RequestError
 
 pytestmark = pytest.mark.ranks
@@ -86,6 +90,69 @@ def test_orders_that_cannot_be_carried_out_name_the_reason() -> None:
     play(scripted("ok"), scenario)
 
 
+def test_a_member_that_dies_when_it_was_about_to_leave_gives_up_what_it_holds() -> None:
+    """It is a member still: the generation broke before it could be told to leave."""
+
+    async def scenario(cluster: Cluster) -> None:
+        submit(cluster, [[5, 6]] * 6, max_tokens=4)
+        assert cluster.core.ranks[2].num_sequences == 2
+        pid = rank_pids(cluster)[2]
+        cluster._perform(cluster.controller.on_lost_link(2, "it closed"))
+        scaling = asyncio.create_task(cluster.scale(2))
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(scaling, 10)
+        assert cluster.ready
+        assert [(state.rank, state.num_sequences) for state in cluster.core.ranks.states()] == [(0, 3), (1, 3)]
+
+    play(scripted("silent", ranks=3), scenario)
+
+
+class BookedLauncher(LocalLauncher):
+    """Keeps books of the places that it was told to give up."""
+
+    def __init__(self, on_exit: OnExit, command: Sequence[str]) -> None:
+        super().__init__(on_exit, command)
+        self.released: list[int] = []
+
+    def release(self, rank: int) -> None:
+        self.released.append(rank)
+
+
+def test_the_place_of_a_newcomer_that_failed_is_given_up() -> None:
+    config, engine = split_settings({"ranks": 1, "launcher": "local", "start_timeout_s": 20.0})
+    command = (sys.executable, str(SCRIPTED_RANK), "other-bits")
+    cluster = Cluster(config, engine, launcher=lambda on_exit: BookedLauncher(on_exit, command))
+
+    async def scenario(cluster: Cluster) -> None:
+        assert isinstance(cluster.launcher, BookedLauncher)
+        with pytest.raises(RankFailed, match="may not join"):
+            await asyncio.wait_for(cluster.scale(2), 10)
+        await until(lambda: cluster.controller.ranks == [0], 5)
+        assert cluster.launcher.released == [1]
+
+    play(cluster, scenario)
+
+
+def test_a_planner_that_does_not_end_leaves_no_rank_behind() -> None:
+    cluster = scripted("stubborn")
+
+    async def never() -> None:
+        raise TimeoutError
+
+    async def run() -> None:
+        await cluster.start()
+        pids = rank_pids(cluster)
+        cluster.placement.close = never
+        with pytest.raises(TimeoutError):
+            await cluster.stop(0)
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+    before = Leavings.now()
+    asyncio.run(asyncio.wait_for(run(), 30))
+    before.check()
+
+
 def test_what_can_never_be_is_refused_before_anything_starts() -> None:
     config, engine = split_settings({"launcher": "mpi", "ranks": 2})
     with pytest.raises(RequestError, match="launcher='mpi' are one MPI job"):
@@ -97,11 +164,14 @@ def test_what_can_never_be_is_refused_before_anything_starts() -> None:
 
 def test_a_newcomer_of_other_bits_is_refused_and_the_others_go_on() -> None:
     async def scenario(cluster: Cluster) -> None:
+        before = cluster.core.max_model_len, cluster.core.system_fingerprint
         with pytest.raises(RankFailed, match="rank 1 may not join: it computes with 'bits=b'"):
             await asyncio.wait_for(cluster.scale(3), 10)
         await until(lambda: cluster.controller.ranks == [0], 5)
         assert cluster.ready
         assert cluster.controller.descriptor.generation == 1
+        assert (cluster.core.max_model_len, cluster.core.system_fingerprint) == before
+        assert [state.rank for state in cluster.core.ranks.states()] == [0]
 
     play(scripted("other-bits", ranks=1), scenario)
 

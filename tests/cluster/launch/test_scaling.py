@@ -7,6 +7,7 @@ from controller_rig import Rig, begun, of
 
 from switchgear.actions import (
     FailRank,
+    Forget,
     GiveUp,
     KillRank,
     NotReady,
@@ -17,7 +18,7 @@ from switchgear.actions import (
     StartRank,
     Vacate,
 )
-from switchgear.scaling import LEAVE_TIMEOUT_S
+from switchgear.roster import LEAVE_TIMEOUT_S
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.messages import EndGeneration, Fault, Stop
 
@@ -62,8 +63,8 @@ def test_leavers_are_vacated_before_the_next_generation_and_gone_before_it_is_do
         rig.controller.scale(3)
     assert caught.value.status == 409
     assert rig.controller.on_lost_link(3, "the process closed it") == []
-    assert rig.controller.on_exit(3, "ended with status 0") == []
-    assert rig.controller.on_exit(2, "ended with status 0") == [Scaled(2)]
+    assert rig.controller.on_exit(3, "ended with status 0") == [Forget(3)]
+    assert rig.controller.on_exit(2, "ended with status 0") == [Forget(2), Scaled(2)]
     assert rig.controller.scale(3) == [StartRank(2)]
 
 
@@ -74,7 +75,7 @@ def test_a_leaver_that_stays_is_killed() -> None:
     enter(rig, 1)
     actions = rig.wait(LEAVE_TIMEOUT_S + 0.1)
     assert actions == [KillRank(1)]
-    assert rig.controller.on_exit(1, "was killed by SIGKILL") == [Scaled(1)]
+    assert rig.controller.on_exit(1, "was killed by SIGKILL") == [Forget(1), Scaled(1)]
     assert rig.controller.ready
 
 
@@ -110,7 +111,7 @@ def test_a_newcomer_that_fails_ends_the_order_and_nothing_else(how: str) -> None
     with pytest.raises(RequestError, match="is being scaled"):
         rig.controller.scale(3)  # their ranks are still taken
     for rank in killed:
-        assert rig.controller.on_exit(rank, "was killed by SIGKILL") == []
+        assert rig.controller.on_exit(rank, "was killed by SIGKILL") == [Forget(rank)]
     assert rig.controller.ready
     assert rig.controller.ranks == [0, 1]
     assert rig.controller.scale(3) == [StartRank(2)]
@@ -136,6 +137,7 @@ def test_a_dead_rank_that_was_to_leave_is_not_replaced() -> None:
     actions = rig.controller.on_exit(2, "was killed by SIGKILL")
     assert not of(StartRank, actions)
     assert begun(actions) == [0, 1]
+    assert actions.index(of(FailRank, actions)[0]) < actions.index(Forget(2)), "what it held must have moved by then"
     assert Scaled(2) in enter(rig, 2)
 
 
@@ -147,7 +149,7 @@ def test_a_replacement_that_never_comes_can_be_given_up_by_shrinking() -> None:
     assert of(KillRank, actions) == [KillRank(1)]
     assert begun(actions) == [0]
     assert [type(action) for action in enter(rig, 1)] == [Ready]
-    assert rig.controller.on_exit(1, "was killed by SIGKILL") == [Scaled(1)]
+    assert rig.controller.on_exit(1, "was killed by SIGKILL") == [Forget(1), Scaled(1)]
 
 
 def test_not_before_the_start_nor_after_the_end() -> None:
@@ -162,3 +164,13 @@ def test_not_before_the_start_nor_after_the_end() -> None:
     assert len(of(ScaleFailed, rig.controller.stop())) == 1
     with pytest.raises(RequestError, match="starting or ending"):
         rig.controller.scale(3)
+
+
+def test_the_last_words_of_a_rank_that_was_forgotten_are_ignored() -> None:
+    rig = Rig(2)
+    rig.serve()
+    rig.controller.scale(1)
+    rig.controller.on_exit(1, "ended with status 0")
+    assert rig.hello(1) == []
+    assert rig.fault(1) == []
+    assert rig.controller.on_parked(1, rig.generation, 5) == []

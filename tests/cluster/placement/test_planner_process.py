@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from placement_rig import COST
 
+from switchgear.placement import planner_process
 from switchgear.placement.events import PlanReply, PlanRequest
 from switchgear.placement.planner_process import PlannerLost, PlannerProcess
 from switchgear.placement.planner_protocol import (
@@ -205,3 +206,20 @@ def test_a_process_that_cannot_plan_says_why(loop: asyncio.Runner, command: list
         await planner.close()
 
     loop.run(scenario())
+
+
+def test_a_process_that_stays_after_sigkill_does_not_keep_close_from_its_end(
+    loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planner_process, "END_TIMEOUT_S", 0.05)
+    planner = PlannerProcess(("sleep", "60"))
+
+    async def run() -> None:
+        process = await planner._running()
+        with monkeypatch.context() as patch:
+            patch.setattr(planner, "_kill", lambda: None)
+            await planner.close()
+        assert f"planner process {process.pid} is still there" in caplog.text
+        await planner.close()
+
+    loop.run(run())

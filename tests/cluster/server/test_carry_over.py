@@ -13,7 +13,7 @@ from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
 from switchgear.server.live_sequence import DEATHS_MAX
 from switchgear_runtime.errors import RankFailed
-from switchgear_runtime.messages import PromptLogprobs, StepFrame, TokenOutput
+from switchgear_runtime.messages import Parked, PromptLogprobs, StepFrame, TokenOutput
 from switchgear_runtime.sampling_params import SamplingParams
 from switchgear_runtime.system import RealSystem
 
@@ -198,3 +198,12 @@ def test_what_ranks_die_under_without_a_token_ends_with_an_error(num_choices: in
         assert isinstance(event.finish.error, RankFailed)
         assert "no rank has survived this sequence" in str(event.finish.error)
     assert [(state.num_sequences, state.num_tokens) for state in hand.core.ranks.states()] == [(0, 0), (0, 0)]
+
+
+def test_the_last_frames_of_a_rank_that_was_forgotten_bring_it_not_back() -> None:
+    hand = deal(2)
+    hand.core.vacate([1])
+    hand.core.ranks.forget(1)
+    hand.frame(1)
+    hand.core.on_message(1, Parked(1, 1, 3))
+    assert [state.rank for state in hand.core.ranks.states()] == [0]
