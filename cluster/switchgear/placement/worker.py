@@ -1,8 +1,8 @@
 """The planner as a process of its own: `python -m switchgear.placement.worker`, requests on stdin, answers on stdout.
 
 Apart from the server, so that a plan holds up no token, and one that crashes or hangs takes nothing with it. It has no
-memory: each request brings all that a plan depends on. It ends when stdin does, which is also how the server's death
-reaches it.
+memory: each request brings all that a plan depends on. It ends when stdin does, and the kernel ends it with the server
+even in the middle of a plan.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from switchgear.placement.policy import POLICIES
 from switchgear.placement.score import equal_split, step_time_s
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.rank_worker import set_parent_death_signal
 
 NICENESS = 10  # a plan may wait for a step, not the other way round
 
@@ -61,6 +62,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    set_parent_death_signal(signal.SIGKILL)  # a server already gone has left stdin at its end
     os.nice(NICENESS)
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s planner %(levelname)s: %(message)s")
     replies = os.fdopen(os.dup(1), "wb")
