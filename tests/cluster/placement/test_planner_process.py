@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 from placement_rig import COST
 
@@ -159,3 +161,37 @@ def test_a_process_that_cannot_plan_says_why(loop: asyncio.Runner, command: list
         await planner.close()
 
     loop.run(scenario())
+
+
+HANGS = """
+import sys, time
+from switchgear.placement import worker
+
+def serve(*_):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+worker.serve = serve
+worker.main()
+"""
+OWNER = """
+import subprocess, sys, time
+planner = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE)
+print(planner.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_planner_that_hangs_in_a_plan_dies_with_the_server() -> None:
+    command = [sys.executable, "-c", OWNER, HANGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stderr is not None
+        planner = psutil.Process(int(owner.stdout.readline()))
+        assert owner.stderr.readline() == "ready\n"
+        owner.kill()
+        try:
+            planner.wait(5.0)
+        finally:
+            if planner.is_running() and planner.status() != psutil.STATUS_ZOMBIE:
+                planner.kill()
