@@ -347,15 +347,16 @@ class Cluster:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_tick)
 
     async def _start_rank(self, rank: int) -> None:
-        token = self._links.expect(rank)
         config = RankWorkerConfig(
             rank=rank,
             world_size=self.controller.num_ranks,
             engine=asdict(self.engine),
             host=self._address[0],
             port=self._address[1],
-            token=token.hex(),
+            token=self._links.expect(rank).hex(),
             log_level=self.config.log_level,
+            start_timeout_s=self.config.start_timeout_s,
+            expert_map=self.placement.map_in_force,
         )
         try:
             await self.launcher.start(rank, config)

@@ -43,7 +43,9 @@ EngineMessage = ToRank | StageOutcome
 
 class Engine:
     """`send` hands a message to the link; `open_transport` meets the other ranks of a generation; `open_peers` opens a
-    channel to their experts (default: none, experts come from disk); `at_stager_start` runs in the stager's thread."""
+    channel to their experts (default: none, experts come from disk); `at_stager_start` runs in the stager's thread.
+    `start_timeout_s`: for the others to come to a generation's first step, before which each loads the experts it lacks
+    (default: step_timeout_s)."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Engine:
         open_transport: Callable[[GenerationDescriptor], Transport],
         open_peers: OpenPeers | None = None,
         at_stager_start: Callable[[], None] | None = None,
+        start_timeout_s: float = 0.0,
     ) -> None:
         self.config = config
         self.runner = runner
@@ -82,6 +85,7 @@ class Engine:
             deliver=inbox.put,
             at_stager_start=at_stager_start,
         )
+        self._start_timeout_s = max(start_timeout_s, config.step_timeout_s)
         self._system = system
         self._inbox = inbox
         self._send = send
@@ -173,7 +177,8 @@ class Engine:
             lends=self.runner.lends,
         )
         group.offered_epoch = header.staged_epoch
-        headers = group.transport.all_gather(header.pack(), timeout_s=self.config.step_timeout_s)
+        timeout_s = self.config.step_timeout_s if group.step else self._start_timeout_s
+        headers = group.transport.all_gather(header.pack(), timeout_s=timeout_s)
         decision = decide([StepHeader.unpack(data) for data in headers])
         if decision.epoch != group.expert_map.epoch:
             self.membership.flip(decision.epoch)

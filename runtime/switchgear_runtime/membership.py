@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import ConfigError, StaleTerm, TransportTimeout
@@ -47,6 +47,7 @@ class Group:
     last_epoch: int = 0  # of the maps it has heard of
     staged: StagedMap | None = None  # the latest, of an epoch after the current one
     offered_epoch: int = 0  # the staged epoch in the latest header
+    dropped: set[int] = field(default_factory=set)  # epochs whose outcome may be on its way
     retired: object = None  # the experts of the epoch before, which another rank may still read
 
     @property
@@ -197,7 +198,7 @@ class Membership:
         """What the stager made, in place of an earlier map that waits for its flip; None if it comes too late."""
         group, job, staged = self.group, outcome.job, outcome.staged
         generation = job.message.generation
-        if group is None or group.generation != generation or job.pace.cancelled:
+        if group is None or group.generation != generation or job.pace.cancelled or job.epoch in group.dropped:
             return None
         if staged is None:
             return self._refuse(generation, job.epoch, outcome.reason)
@@ -216,6 +217,7 @@ class Membership:
     def drop(self, message: DropMap) -> None:
         group = self.group
         if group is not None and message.generation == group.generation:
+            group.dropped.add(message.epoch)  # its outcome may lie behind this message, where cancel finds no job
             self._stager.cancel(message.epoch)
             if group.staged is not None and group.staged.epoch == message.epoch:
                 group.staged = None
@@ -230,6 +232,7 @@ class Membership:
         group.retired = [layer.experts for layer in self._runner.moe_layers]
         self._runner.flip(staged)
         group.expert_map, group.map_digest = staged.expert_map, staged.digest
+        group.dropped = {dropped for dropped in group.dropped if dropped > epoch}
 
     def settle(self) -> None:
         """All headers show a later step on the current epoch: nobody computes with the one before any more."""

@@ -32,14 +32,15 @@ from switchgear_runtime.messages import Fault, StoreValue, ToRank
 from switchgear_runtime.parent_death import set_parent_death_signal
 from switchgear_runtime.system import RealSystem
 
-CONFIG_BYTES_MAX = 1 << 20
+CONFIG_BYTES_MAX = 16 << 20  # nearly all of it an expert map, as in a frame
 EXIT_FAILED, EXIT_LINK_LOST, EXIT_SIGTERM = 1, 3, 128 + signal.SIGTERM
 
 log = logging.getLogger(__name__)
 
 
 class RankWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank is told at birth. `engine`: EngineConfig's fields. `token`: hexadecimal, for this process alone."""
+    """What a rank is told at birth. `engine`: EngineConfig's fields. `token`: hexadecimal, for this process alone.
+    `expert_map` (ExpertMap.to_json): the one in force, by which it loads; None: contiguous."""
 
     rank: int
     world_size: int
@@ -49,6 +50,8 @@ class RankWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     host_name: str = ""  # ranks that share it share memory
     connect_timeout_s: float = 10.0
+    start_timeout_s: float = 0.0  # after that, the server ends whoever has not entered a generation; 0: unknown
+    expert_map: dict[str, Any] | None = None
     log_level: str = "info"
     parent_pid: int = 0  # dies with it; 0: somebody else sees to that
 
@@ -117,10 +120,12 @@ class RankWorker:
             from switchgear_runtime.engine import Engine
             from switchgear_runtime.link_store import ChannelStore
             from switchgear_runtime.migration.background import step_back
-            from switchgear_runtime.migration.peer_channel import PeerChannel
+            from switchgear_runtime.migration.peer_channel import PeerChannel, open_peer_channel
             from switchgear_runtime.model.checkpoint import Checkpoint
             from switchgear_runtime.model.spec import load_spec
             from switchgear_runtime.model_runner import ModelRunner
+            from switchgear_runtime.moe.expert_map import ExpertMap
+            from switchgear_runtime.moe.rehome import resized
 
         imported_s = time.monotonic()
         config = self.config
@@ -135,7 +140,12 @@ class RankWorker:
                 log.info("bound to CPUs %s", sorted(self._cpus.cpus))
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
-        runner = ModelRunner(engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size)
+        expert_map = None
+        if config.expert_map is not None:
+            expert_map = resized(ExpertMap.from_json(config.expert_map), config.world_size)
+        runner = ModelRunner(
+            engine_config, spec, checkpoint, rank=config.rank, world_size=config.world_size, expert_map=expert_map
+        )
 
         log.info(
             "imported torch in %.2f s, loaded weights in %.2f s", imported_s - start_s, time.monotonic() - imported_s
@@ -167,12 +177,13 @@ class RankWorker:
         def open_peers(descriptor: GenerationDescriptor) -> PeerChannel | None:
             if descriptor.world_size == 1:
                 return None
-            return PeerChannel(
+            return open_peer_channel(
                 runner,
                 ChannelStore(store, descriptor.channel),
                 rank=config.rank,
                 world_size=descriptor.world_size,
                 address=link.own_address,
+                trusted=engine_config.trusted_network,
                 timeout_s=engine_config.step_timeout_s,
                 system=self._system,
                 at_thread_start=step_back,
@@ -188,6 +199,7 @@ class RankWorker:
             open_transport=meet,
             open_peers=open_peers,
             at_stager_start=step_back,
+            start_timeout_s=config.start_timeout_s / 2,  # the ranks' verdict names the absent, the server's all
         )
 
 

@@ -410,6 +410,7 @@ class SimCluster:
                 rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=self.config.step_timeout_s
             ),
             open_peers=lambda _: SimPeers(system, rank, self._runner_of, self.placement),
+            start_timeout_s=15.0,
         )
         send(life.engine.hello(pid=1000 + life.number))
         life.engine.run()

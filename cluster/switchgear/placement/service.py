@@ -64,6 +64,12 @@ class PlacementService:
         """What a generation that begins now computes with."""
         return self.controller.next_map(num_ranks)
 
+    @property
+    def map_in_force(self) -> dict[str, Any] | None:
+        """For a rank that loads now; the generation it joins most likely begins with it."""
+        expert_map = self.controller.expert_map
+        return None if expert_map is None else expert_map.to_json()
+
     def on_ready(self, descriptor: GenerationDescriptor) -> None:
         hosts = descriptor.hosts or ("",) * descriptor.world_size
         self._guarded(lambda: self.controller.on_generation(descriptor.generation, hosts))

@@ -18,9 +18,14 @@ class Network:
     trusted: bool = False
 
 
+def is_loopback(address: str) -> bool:
+    """Whether what is sent from there stays on this host."""
+    return ipaddress.ip_address(address).is_loopback
+
+
 def check_network(address: str, *, trusted: bool) -> None:
     """ConfigError unless what leaves `address` stays on this host, or the network was declared trusted."""
-    if not trusted and not ipaddress.ip_address(address).is_loopback:
+    if not trusted and not is_loopback(address):
         raise ConfigError(
             f"trusted_network=False, but the ranks would exchange activations over {address}, unencrypted and "
             "unauthenticated; set trusted_network=True (--trusted-network) if only this cluster can reach that "

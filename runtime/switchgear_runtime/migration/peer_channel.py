@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from switchgear_runtime.comm.network import is_loopback
 from switchgear_runtime.comm.store import KeyValueStore
 from switchgear_runtime.errors import PeerLost, TransportAborted, TransportError, TransportTimeout
 from switchgear_runtime.link import (
@@ -41,7 +42,8 @@ MAGIC = b"SGX1"
 PIECE_BYTES = 256 << 10
 _REQUEST = struct.Struct("<II")
 _LOOK_S = 0.2  # for a cancelled job, while a peer's address is awaited
-_HANDSHAKE_S = 5.0
+_HANDSHAKE_S = 5.0  # of a guest, in all
+_ACCEPT_PAUSE_S = 0.5  # when the process has no descriptor left for a guest
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,9 @@ class PeerChannel:
         self._is_closed = False
         self._sockets: set[socket.socket] = set()  # to end whoever waits in one
         self._sources: dict[int, socket.socket] = {}
-        listener = socket.create_server((address, 0), backlog=world_size)
+        self._num_guests = 0
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, 0), family=family, backlog=world_size)
         self._keep(listener)
         host, port = listener.getsockname()[:2]
         store.put(_key(rank), msgspec.msgpack.encode(_Address(host, port, self._token)))
@@ -164,13 +168,23 @@ class PeerChannel:
     # --- the source -------------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connection, _ = listener.accept()
-                connection.settimeout(_HANDSHAKE_S)
+            except OSError as error:
+                if not self._is_closed:
+                    log.warning("rank %d cannot hear who asks for experts: %s", self._rank, error)
+                    self._system.sleep(_ACCEPT_PAUSE_S)
+                continue
+            if self._num_guests >= 2 * self._world_size:  # a peer has one connection; the rest is for strangers
+                _shut(connection)
+                continue
+            try:
                 self._keep(connection)
-            except OSError:
-                return  # closed
+            except ConnectionAbortedError:
+                return
+            with self._lock:
+                self._num_guests += 1
             self._system.spawn(f"experts-{self._rank}-out", lambda connection=connection: self._serve(connection))  # type: ignore[misc]
 
     def _serve(self, connection: socket.socket) -> None:
@@ -192,17 +206,33 @@ class PeerChannel:
         finally:
             with self._lock:
                 self._sockets.discard(connection)
+                self._num_guests -= 1
             _shut(connection)
 
     def _admit(self, connection: socket.socket) -> int | None:
-        magic, rank, nonce = GREETING.unpack(_receive(connection, GREETING.size))
+        deadline_s = self._system.now() + _HANDSHAKE_S
+        magic, rank, nonce = GREETING.unpack(self._hear(connection, GREETING.size, deadline_s))
         mine = self._nonce(NONCE_BYTES)
         connection.sendall(mine + server_proof(self._token, rank, nonce, mine))
-        proof = _receive(connection, PROOF_BYTES)
+        proof = self._hear(connection, PROOF_BYTES, deadline_s)
         if magic != MAGIC or not hmac.compare_digest(proof, rank_proof(self._token, rank, nonce, mine)):
             log.warning("rank %d: a stranger asked for experts and was turned away", self._rank)
             return None
         return int(rank)
+
+    def _hear(self, connection: socket.socket, num_bytes: int, deadline_s: float) -> bytes:
+        """A stranger who sends a byte now and then wins no time by it."""
+        data = b""
+        while len(data) < num_bytes:
+            left_s = deadline_s - self._system.now()
+            if left_s <= 0:
+                raise TimeoutError(f"no proof within {_HANDSHAKE_S:g} s")
+            connection.settimeout(left_s)
+            part = connection.recv(num_bytes - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
 
     def _held(self, moe_layer: int, expert: int) -> tuple[memoryview, memoryview] | None:
         if moe_layer >= len(self._runner.moe_layers):
@@ -222,6 +252,39 @@ class PeerChannel:
 
     def _nonce(self, num_bytes: int) -> bytes:
         return self._system.randbits(8 * num_bytes).to_bytes(num_bytes, "little")
+
+
+def open_peer_channel(
+    runner: ModelRunner,
+    store: KeyValueStore,
+    *,
+    rank: int,
+    world_size: int,
+    address: str,
+    trusted: bool,
+    timeout_s: float,
+    system: System,
+    at_thread_start: Callable[[], None] | None = None,
+) -> PeerChannel | None:
+    """None where experts would leave the host over a network that nobody called trusted, or where nothing can listen:
+    they come from disk then."""
+    if not trusted and not is_loopback(address):
+        log.info("rank %d: experts come from disk; %s is no trusted network (--trusted-network)", rank, address)
+        return None
+    try:
+        return PeerChannel(
+            runner,
+            store,
+            rank=rank,
+            world_size=world_size,
+            address=address,
+            timeout_s=timeout_s,
+            system=system,
+            at_thread_start=at_thread_start,
+        )
+    except OSError as error:
+        log.warning("rank %d: experts come from disk; nothing can listen on %s: %s", rank, address, error)
+        return None
 
 
 def _key(rank: int) -> str:
@@ -246,7 +309,7 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 def _receive_into(connection: socket.socket, out: memoryview) -> None:
     """All of it; EOFError when the peer closes before."""
     while out:
-        num_bytes = connection.recv_into(out, 0, socket.MSG_WAITALL)  # one wake-up for all of it
+        num_bytes = connection.recv_into(out)
         if not num_bytes:
             raise EOFError
         out = out[num_bytes:]

@@ -35,6 +35,14 @@ def rehome(expert_map: ExpertMap, origins: Sequence[int | None], *, epoch: int) 
     return ExpertMap.of(physical_LP, num_ranks=len(origins), num_experts=expert_map.num_experts, epoch=epoch)
 
 
+def resized(expert_map: ExpertMap, num_ranks: int) -> ExpertMap:
+    """The same for more or fewer ranks, who keep their numbers."""
+    if expert_map.num_ranks == num_ranks:
+        return expert_map
+    stay = [rank if rank < expert_map.num_ranks else None for rank in range(num_ranks)]
+    return rehome(expert_map, stay, epoch=expert_map.epoch)
+
+
 def _place_lost(row_RS: Int32, num_experts: int) -> None:
     """Each expert that nobody holds goes to the rank that holds fewest."""
     for expert in np.setdiff1d(np.arange(num_experts), row_RS).tolist():

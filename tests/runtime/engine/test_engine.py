@@ -20,8 +20,9 @@ from tiny_cluster import (
     num_finished,
 )
 
+from switchgear_runtime.engine import EngineMessage
 from switchgear_runtime.generation import GenerationDescriptor
-from switchgear_runtime.messages import Abort, BeginGeneration, EndGeneration, StageMap, Submit, Wake
+from switchgear_runtime.messages import Abort, BeginGeneration, DropMap, EndGeneration, StageMap, Submit, Wake
 from switchgear_runtime.moe.expert_map import ExpertMap
 
 
@@ -283,6 +284,26 @@ def test_epochs_flip_when_all_have_staged_and_no_token_changes(lab: tuple[Path, 
     assert staged == {(rank, epoch) for rank in range(3) for epoch in (1, 2, 3)} - {(2, 2)}
     assert all((message.moved_bytes > 0) == (message.num_experts > 0) for message in run.staged)
     assert sum(message.num_experts for message in run.staged) > 0
+
+
+def test_a_map_that_is_dropped_as_its_outcome_arrives_is_not_staged(lab: tuple[Path, Alone]) -> None:
+    cluster = Cluster(make_config(lab[0]), 1)
+    cluster.pump(all_parked(1))
+    engine = cluster.engines[0]
+    held: list[EngineMessage] = []
+    put = engine.membership._stager._deliver
+    engine.membership._stager._deliver = held.append
+    cluster.stage(ExpertMap.contiguous(2, 8, 1, epoch=1))
+    while not held:
+        time.sleep(0.01)
+    cluster.inboxes[0].put(DropMap(1, 1))  # finds no job any more
+    put(held[0])  # type: ignore[arg-type]
+    engine.membership._stager._deliver = put
+    cluster.stage(ExpertMap.contiguous(2, 8, 1, epoch=2))
+    cluster.pump(lambda run: run.epochs[0][-1:] == [2])
+    run = cluster.stop()
+    assert run.epochs[0] == [0, 2]
+    assert [message.epoch for message in run.staged] == [2]
 
 
 def test_a_rank_without_a_generation_stops_when_told(lab: tuple[Path, Alone]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -14,8 +15,9 @@ from tiny_cluster import make_config, make_runner, make_tiny_checkpoint
 
 from switchgear_runtime.errors import PeerLost, TransportAborted, TransportError, TransportTimeout
 from switchgear_runtime.link import GREETING, NONCE_BYTES, PROOF_BYTES
+from switchgear_runtime.migration import peer_channel
 from switchgear_runtime.migration.pace import Pace, StagingCancelled
-from switchgear_runtime.migration.peer_channel import MAGIC, PeerChannel
+from switchgear_runtime.migration.peer_channel import MAGIC, PeerChannel, open_peer_channel
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.system import RealSystem
 
@@ -55,8 +57,10 @@ def pair(runners: list[ModelRunner]) -> Iterator[Pair]:
         channel.close()
 
 
-def open_channel(runner: ModelRunner, store: DictStore, rank: int, timeout_s: float = 5.0) -> PeerChannel:
-    return PeerChannel(runner, store, rank=rank, world_size=2, address="127.0.0.1", timeout_s=timeout_s, system=SYSTEM)
+def open_channel(
+    runner: ModelRunner, store: DictStore, rank: int, timeout_s: float = 5.0, address: str = "127.0.0.1"
+) -> PeerChannel:
+    return PeerChannel(runner, store, rank=rank, world_size=2, address=address, timeout_s=timeout_s, system=SYSTEM)
 
 
 def fetch(pair: Pair, expert: int, pace: Pace | None = None) -> list[bytes]:
@@ -131,3 +135,100 @@ def test_strangers_get_nothing_and_impostors_are_found_out(pair: Pair) -> None:
     store.put("experts/0", msgspec.msgpack.encode({**address, "token": bytes(32)}))
     with pytest.raises(TransportError, match="does not know its token"):
         fetch(pair, 0)
+
+
+def test_experts_leave_the_host_only_over_a_trusted_network_and_without_a_listener_come_from_disk(
+    runners: list[ModelRunner],
+) -> None:
+    def opened(address: str, *, trusted: bool) -> tuple[PeerChannel | None, DictStore]:
+        store = DictStore()
+        channel = open_peer_channel(
+            runners[0],
+            store,
+            rank=0,
+            world_size=2,
+            address=address,
+            trusted=trusted,
+            timeout_s=5.0,
+            system=SYSTEM,
+        )
+        return channel, store
+
+    for address, trusted in (("192.0.2.1", False), ("2001:db8::1", False), ("192.0.2.1", True), ("2001:db8::1", True)):
+        channel, store = opened(address, trusted=trusted)  # addresses for documentation: no host has them
+        assert channel is None
+        assert not store.values
+    channel, _ = opened("127.0.0.1", trusted=False)
+    assert channel is not None
+    channel.close()
+
+
+def test_it_listens_on_ipv6(runners: list[ModelRunner]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    store = DictStore()
+    channels = [open_channel(runner, store, rank, address="::1") for rank, runner in enumerate(runners)]
+    packed = runners[1].read_expert(1, 0)
+    assert fetch((store, runners, channels), 0) == [weight.data.numpy().tobytes() for weight in packed]
+    for channel in channels:
+        channel.close()
+
+
+def connect(pair: Pair, timeout_s: float) -> socket.socket:
+    address = msgspec.msgpack.decode(pair[0].values["experts/0"])
+    return socket.create_connection((address["host"], address["port"]), timeout=timeout_s)
+
+
+def test_a_crowd_of_strangers_is_bounded(pair: Pair) -> None:
+    crowd = [connect(pair, 5.0) for _ in range(4)]  # twice the ranks
+    with connect(pair, 3.0) as one_too_many:
+        assert one_too_many.recv(1) == b""  # at once; the others have five seconds
+    for stranger in crowd:
+        stranger.close()
+    deadline_s = time.monotonic() + 20.0
+    while True:
+        try:
+            fetch(pair, 0)  # a peer is heard again
+            return
+        except PeerLost:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def test_a_stranger_wins_no_time_by_a_byte_now_and_then(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_channel, "_HANDSHAKE_S", 0.5)
+    with connect(pair, 0.1) as slow:
+        for _ in range(30):  # of a greeting of 40
+            try:
+                slow.sendall(b"S")
+                if slow.recv(1) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+    pytest.fail("it is still heard after three seconds")
+
+
+def test_a_failure_to_accept_does_not_end_accepting(
+    runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_channel, "_ACCEPT_PAUSE_S", 0.01)
+    accept, num_left = socket.socket.accept, 3
+
+    def failing(listener: socket.socket) -> tuple[socket.socket, object]:
+        nonlocal num_left
+        if num_left > 0:
+            num_left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    store = DictStore()
+    channels = [open_channel(runner, store, rank) for rank, runner in enumerate(runners)]
+    fetch((store, runners, channels), 0)
+    assert num_left == 0
+    for channel in channels:
+        channel.close()

@@ -126,6 +126,7 @@ class Cluster:
         *,
         wrap: Callable[[Any, int], Any] = lambda runner, _: runner,
         generation: int = 1,
+        start_timeout_s: float = 0.0,
     ) -> None:
         self.system = RealSystem(seed=0)
         self.world_size = world_size
@@ -143,6 +144,7 @@ class Cluster:
                 open_transport=lambda descriptor, rank=rank: self.hub.open(  # type: ignore[misc]
                     rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=TIMEOUT_S
                 ),
+                start_timeout_s=start_timeout_s,
             )
             for rank in range(world_size)
         ]
