@@ -168,6 +168,7 @@ class Rank {
     const auto num_tokens = static_cast<int64_t>(tokens.ids.size());
     std::vector<float> x(static_cast<size_t>(num_tokens * model_.hidden));
     std::vector<int64_t> routed(static_cast<size_t>(model_.num_experts)), rows(routed.size());
+    const std::vector<int32_t> tenants(2);  // of both sequences: the first row of counters
     const sg_step step{.token_ids_T = tokens.ids.data(),
                        .positions_T = tokens.positions.data(),
                        .seq_ids_T = tokens.seq_ids.data(),
@@ -182,9 +183,13 @@ class Rank {
                        .timeout_s = 60.0,
                        .exchange = exchange,
                        .exchange_context = end_,
-                       .routed_LE = routed.data(),
+                       .routed_NLE = routed.data(),
                        .rows_LE = rows.data(),
-                       .x_TD = x.data()};
+                       .x_TD = x.data(),
+                       .phase_ns = nullptr,
+                       .tenants_S = tenants.data(),
+                       .forced_ids_LTK = nullptr,
+                       .balance = 0};
     require(sg_decoder_step(decoder_, &step) == SG_OK, "sg_decoder_step failed");
     int64_t total = 0;
     for (int64_t count : routed) total += count;
@@ -255,7 +260,8 @@ class Rank {
                                  .experts_S = experts_.data(),
                                  .slot_table_E = slot_table_.data(),
                                  .slots_per_rank = slots_per_rank,
-                                 .first_slot = rank_ * slots_per_rank};
+                                 .first_slot = rank_ * slots_per_rank,
+                                 .quotas = nullptr};
     require(sg_decoder_place(decoder_, 0, &placement) == SG_OK, "sg_decoder_place failed");
   }
 
