@@ -28,6 +28,7 @@ _REPORT_TIMEOUT_S = 10.0
 ONE_RANK_TWO_THREADS = "1 rank x 2 threads"
 ONE_RANK = "1 rank x 1 thread"
 TWO_RANKS = "2 ranks x 1 thread"
+WARM_UP = Case(name="warm-up", batch_size=8, prompt_tokens=64, new_tokens=0, num_repeats=1)
 _SIZES = {ONE_RANK_TWO_THREADS: (1, 2), ONE_RANK: (1, 1), TWO_RANKS: (2, 1)}  # ranks, threads of each
 
 
@@ -87,17 +88,18 @@ def _compare(
     rates: dict[str, list[float]] = {worker.runner.name: [] for worker in taking_part}
     rows_RLE: list[list[list[int]]] = []
     for repeat in quietly(range(num_repeats + 1), lock):  # the first one warms up
-        before_RLE = _expert_rows(workers[TWO_RANKS])
         tokens = []
+        before_RLE: list[list[list[int]]] = []
         for worker in taking_part:
             waiting = [other for other in workers.values() if other is not worker]
+            before_RLE = _warmed_up(worker, model, _SEED + repeat)
             answer = turn(case, worker, waiting, vocab_size, _SEED + repeat)
             tokens.append(answer["tokens"])
             if repeat:
                 rates[worker.runner.name].append(tokens_per_s(case, answer))
         if tokens[0] != tokens[1]:
             raise NotMeasured(f"{case.name}: the tokens of two ranks differ from those of one")
-        rows_RLE = _rows_of_turn(workers[TWO_RANKS], before_RLE, case, model)
+        rows_RLE = _rows_of_turn(workers[TWO_RANKS], before_RLE, case, model)  # two ranks' turn is the last
     tensor_bytes = model.tensor_bytes(precision)
     bound = decode_bound(case, model, tensor_bytes) if case.kind == "decode" else prefill_bound(case, model, rows_RLE)
     return _row(comparison, precision, rates, bound, rows_RLE)
@@ -136,6 +138,16 @@ def _row(
         "expert_rows_by_rank": [rows / sum(by_rank) for rows in by_rank],
         "num_repeats": len(one),
     }
+
+
+def _warmed_up(worker: Worker, model: Model, seed: int) -> list[list[list[int]]]:
+    """A short turn before the timed one: systems take idle memory's pages back, and two processes that sat idle have
+    more of them to find again than one. Returns the expert rows so far."""
+    before_RLE = _expert_rows(worker)
+    worker.run(WARM_UP.request(model.spec.vocab_size, seed))
+    if worker.runner.name == TWO_RANKS:
+        _rows_of_turn(worker, before_RLE, WARM_UP, model)  # waits until all are reported
+    return _expert_rows(worker)
 
 
 def _expert_rows(worker: Worker) -> list[list[list[int]]]:
