@@ -222,7 +222,7 @@ class ModelRunner:
         if self._forced is not None:
             self._force(self._forced.of_batch(batch))
         x_TD = self._hidden_states(flat, self._transport)
-        logits = self._logits(x_TD, torch.tensor(flat.sampling_rows, dtype=torch.int64))
+        logits = self._logits(x_TD, torch.from_numpy(np.array(flat.sampling_rows, np.int64)))
         self.load.commit()
         self._prompt_states = (x_TD, torch.tensor(flat.prompt_rows)) if flat.prompt_rows else None
         return logits

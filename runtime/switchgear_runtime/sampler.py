@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class Sampler:
 
 
 def _positions(sequences: list[Sequence]) -> Tensor:
-    return torch.tensor([sequence.num_output_tokens for sequence in sequences], dtype=torch.int64)
+    return torch.from_numpy(np.array([sequence.num_output_tokens for sequence in sequences], np.int64))  # half the time
 
 
 def _arguments(sequences: list[Sequence]) -> dict[str, Any]:
