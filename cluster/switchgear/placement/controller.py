@@ -265,7 +265,7 @@ class PlacementController:
 
     def _close_window(self, now: float) -> list[PlacementAction]:
         self.windows.append(self._observer.close(now))
-        if not self.settings.plans:
+        if not self.settings.plans or len(self._hosts) == 1:  # a lone rank has no choice
             return []
         self.watchdog.due(now)
         self.hindsight.window_closed()
