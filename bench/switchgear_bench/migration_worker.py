@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from switchgear_bench.greedy import greedy
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.config import EngineConfig
@@ -40,7 +41,6 @@ from switchgear_runtime.messages import (
     StepFrame,
     Stop,
     Submit,
-    WireSampling,
     decode_to_rank,
     encode,
 )
@@ -201,7 +201,7 @@ def run(job: Job) -> None:
                 incarnation=1,
                 prompt_token_ids=prompt,
                 output_token_ids=[],
-                sampling=_sampling(draw.randrange(200, 600), draw.getrandbits(32)),
+                sampling=greedy(draw.randrange(200, 600), draw.getrandbits(32)),
             )
         )
 
@@ -273,24 +273,6 @@ def run(job: Job) -> None:
     }
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
-
-
-def _sampling(max_tokens: int, seed: int) -> WireSampling:
-    return WireSampling(
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        logit_bias={},
-        stop_token_ids=(),
-        max_tokens=max_tokens,
-        min_tokens=0,
-        logprobs=None,
-        seed=seed,
-    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchgear_bench import probes
+from switchgear_bench.greedy import greedy
 from switchgear_bench.serve import NotMeasured
 from switchgear_bench.serve_bound import distinct_experts_uniform
 from switchgear_runtime.comm.loopback import LoopbackHub
@@ -27,7 +28,7 @@ from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.engine import Engine, EngineMessage
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.inbox import Inbox
-from switchgear_runtime.messages import BeginGeneration, Fault, FromRank, StepFrame, Stop, Submit, WireSampling, encode
+from switchgear_runtime.messages import BeginGeneration, Fault, FromRank, StepFrame, Stop, Submit, encode
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import Matrix, matrices
 from switchgear_runtime.model.native_structs import PHASES
@@ -176,7 +177,7 @@ class _OneRank:
                     incarnation=1,
                     prompt_token_ids=prompt,
                     output_token_ids=[],
-                    sampling=_greedy(num_output),
+                    sampling=greedy(num_output),
                 )
             )
         self._next_id += batch_size
@@ -196,24 +197,6 @@ class _OneRank:
     def stop(self) -> None:
         self._inbox.put(Stop())
         self._task.join(TIMEOUT_S)
-
-
-def _greedy(max_tokens: int) -> WireSampling:
-    return WireSampling(
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        logit_bias={},
-        stop_token_ids=(),
-        max_tokens=max_tokens,
-        min_tokens=0,
-        logprobs=None,
-        seed=0,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,14 @@ def test_every_rank_gets_its_number_of_experts(num_ranks: int) -> None:
 def test_a_short_run_measures_what_it_says() -> None:
     setup = migration.Setup(
         model=str(bundled_model()),
-        steps=80,
-        block_steps=50,
+        steps=900,  # about a second an arm: a fast machine steps 80 times before the niced stager has its first turn
+        block_steps=310,
         experts_per_s=100_000,
         moves_per_map=4,
         expert_bytes=1 << 18,
     )
     row = migration.run(setup)
-    assert row["steps_per_arm"] >= 80
+    assert row["steps_per_arm"] >= 900
     assert row["num_flips"] >= 1
     assert row["experts_moved"] >= 8
     assert row["native"]
