@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -103,6 +104,11 @@ class ModelVersions:
         layers = [swap.layer for swap in self.live]
         return max(map(layers.count, layers), default=0)
 
+    def rows(self, versions_S: Sequence[int]) -> list[int]:
+        """How many of the live swaps each version sees: its row of Variants.slots_NE."""
+        live = [swap.version for swap in self.live]
+        return [bisect_right(live, version) for version in versions_S]
+
     def seen(self, version: int, layer: int, expert: int) -> ExpertSwap | None:
         """Whose weights a token of `version` computes this expert with; None: the checkpoint's."""
         seen = (swap for swap in self.swaps if swap.place == (layer, expert) and swap.version <= version)
@@ -164,7 +170,7 @@ class ModelVersions:
     def from_json(cls, value: object) -> ModelVersions:
         """The inverse of `to_json`; ConfigError for anything else."""
         match value:
-            case {"oldest": int(oldest), "swaps": [*rows]} if len(value) == 2 and len(rows) <= SWAPS_MAX:
+            case {"oldest": int(oldest), "swaps": [*rows], **more} if not more and len(rows) <= SWAPS_MAX:
                 return cls(oldest=oldest, swaps=tuple(_swaps(rows)))
             case _:
                 raise ConfigError(f"model versions: expected an object of oldest and at most {SWAPS_MAX} swaps")
