@@ -115,6 +115,7 @@ class ModelRunner:
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
         self.versions = ModelVersions()
+        self._has_variants = False  # some sequences may see other weights than those in the slots
         self._builder = MapBuilder(spec, self._store, self.moe_layers, self.replica_choice, self._native, rank=rank)
         self._place(self._builder.build(expert_map, self.versions, self.read_expert))
         self._store.publish()
@@ -243,8 +244,7 @@ class ModelRunner:
         return logits
 
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
-        rows_S = np.array(self.versions.rows(flat.versions_S), np.int32)
-        versions_S = rows_S if rows_S.any() else None  # nearly always all see what the slots hold
+        versions_S = self._versions_of(flat) if self._has_variants else None
         if self._native is not None:
             return self._native.hidden_states(
                 flat,
@@ -260,6 +260,11 @@ class ModelRunner:
         with torch.inference_mode():
             token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
             return self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
+
+    def _versions_of(self, flat: FlatBatch) -> NDArray[np.int32] | None:
+        """Rows of Variants.slots_NE; None: all see what the slots hold."""
+        rows_S = np.array(self.versions.rows(flat.versions_S), np.int32)
+        return rows_S if rows_S.any() else None
 
     def _force(self, ids_LTK: NDArray[np.int32]) -> None:
         """The experts of the step's tokens, whatever the routers say."""
@@ -309,6 +314,7 @@ class ModelRunner:
             assert staged.native is not None
             self._native.place(staged.native)
         self.expert_map, self.versions = staged.expert_map, staged.versions
+        self._has_variants = bool(staged.versions.live)
 
     def _connect(self, transport: Transport) -> None:
         dispatcher = Dispatcher(

@@ -15,7 +15,8 @@ from expert_swaps import ExpertFile, swapped_checkpoint, write_expert
 from scheduling import make_submit
 from tiny_cluster import Alone, Cluster, ClusterRun, content, make_config, make_tiny_checkpoint, num_finished
 
-from switchgear_runtime.messages import EndGeneration, Submit
+from switchgear_runtime.generation import GenerationDescriptor
+from switchgear_runtime.messages import BeginGeneration, EndGeneration, Submit
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.model_versions import ModelVersions
 
@@ -168,6 +169,23 @@ def test_versions_pass_into_the_next_generation_and_decide_there(lab: Lab) -> No
     run = cluster.stop()
     assert [message.sequence_id for message in run.rejected] == [unknown.sequence_id]
     lab.assert_served(run, wanted)
+
+
+def test_ranks_with_other_versions_do_not_step_together(lab: Lab) -> None:
+    cluster = Cluster(make_config(lab.model_dir), 2)
+    cluster.pump(lambda run: run.num_parked == 2)
+    for inbox in cluster.inboxes:
+        inbox.put(EndGeneration(1, 1, "over"))
+    cluster.pump(lambda run: len(run.faults) == 2)
+    descriptor = GenerationDescriptor(term=1, generation=2, world_size=2, epoch=0, channel="g2")
+    for inbox, versions in zip(cluster.inboxes, (lab.versions(1), lab.versions(1, oldest=1)), strict=True):
+        inbox.put(BeginGeneration(descriptor, None, versions.to_json()))
+    cluster.pump(lambda run: len(run.faults) == 4)
+    assert "HeaderMismatch" in {fault.kind for fault in cluster.run_result.faults}
+    cluster.begin(3)
+    wanted = put(cluster, submits(0, 0))
+    cluster.pump(lambda run: num_finished(run) == 4)
+    lab.assert_served(cluster.stop(), wanted)
 
 
 def soak(lab: Lab, world_size: int, duration_s: float, seed: int, **settings: Any) -> int:

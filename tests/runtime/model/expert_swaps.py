@@ -37,13 +37,13 @@ def write_expert(
     """Random weights, as wide as the expert's own ones. `own_names`: the checkpoint's instead of the short ones."""
     checkpoint = Checkpoint(model_dir)
     index = checkpoint.spec.moe_layers[layer]
-    names = checkpoint.names.expert(index, expert)
+    names = checkpoint.names.expert(index, expert) if own_names else NAMES
+    likes = [*checkpoint.expert_gate_up(index, expert).chunk(2), checkpoint.expert_down(index, expert)]
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, own in zip(NAMES, names, strict=True):
-        like = checkpoint.tensor(own).float()
-        wide = torch.randn(like.shape, generator=generator) * like.std()
-        tensors[own if own_names else name] = wide.to(getattr(torch, dtype))
+    for name, like in zip(names, likes, strict=True):
+        wide = torch.randn(like.shape, generator=generator) * like.float().std()
+        tensors[name] = wide.to(getattr(torch, dtype))
     save_file(tensors, path)
     return ExpertFile(layer, expert, path, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -56,7 +56,11 @@ def swapped_checkpoint(model_dir: Path, to: Path, files: Sequence[ExpertFile]) -
     for file in files:
         names = checkpoint.names.expert(checkpoint.spec.moe_layers[file.layer], file.expert)
         given = load_file(file.path)
-        for short, own in zip(NAMES, names, strict=True):
-            tensors[own] = given[own if own in given else short]
+        weights = [given[own if own in given else short] for short, own in zip(NAMES, names, strict=True)]
+        if checkpoint.names.fused:
+            tensors[names[0]][file.expert] = torch.cat(weights[:2])
+            tensors[names[2]][file.expert] = weights[2]
+        else:
+            tensors |= dict(zip(names, weights, strict=True))
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     return to

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expert_swaps import swapped_checkpoint, write_expert
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_checkpoint, make_runner
 
 from switchgear_runtime.errors import CheckpointError
@@ -41,6 +41,36 @@ def test_it_is_packed_as_the_checkpoints_own(
     assert [torch.equal(mine.data, its.data) for mine, its in zip(ours, theirs, strict=True)] == [True, True]
     assert not torch.equal(ours[0].data, runner.read_expert(1, 4)[0].data)
     assert sum(pieces) == file.path.stat().st_size
+
+
+def fuse(model_dir: Path) -> Path:
+    """In place: the experts of a layer in two tensors, as Transformers has them in memory."""
+    checkpoint = Checkpoint(model_dir)
+    values = load_file(model_dir / "model.safetensors")
+    for layer in checkpoint.spec.moe_layers:
+        experts = range(checkpoint.spec.num_experts)
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate_up = torch.stack([checkpoint.expert_gate_up(layer, expert) for expert in experts])
+        down = torch.stack([checkpoint.expert_down(layer, expert) for expert in experts])
+        values = {name: tensor for name, tensor in values.items() if not name.startswith(prefix)}
+        values |= {f"{prefix}gate_up_proj": gate_up, f"{prefix}down_proj": down}
+    put(model_dir / "model.safetensors", values)
+    return model_dir
+
+
+def test_a_checkpoint_that_fuses_its_experts(tmp_path: Path) -> None:
+    fused = fuse(make_checkpoint(tmp_path, "qwen3_moe", 5, dtype="bfloat16"))
+    checkpoint = Checkpoint(fused)
+    assert checkpoint.names.fused
+    file = write_expert(tmp_path / "x", fused, layer=0, expert=2, seed=3)
+    other = make_runner(swapped_checkpoint(fused, tmp_path / "other", [file]))
+    (swap,) = file.next_of(ModelVersions()).swaps
+    ours, theirs = make_runner(fused).read_expert(0, 2, swap), other.read_expert(0, 2)
+    assert [torch.equal(mine.data, its.data) for mine, its in zip(ours, theirs, strict=True)] == [True, True]
+    put(tmp_path / "x", {name: torch.ones(1) for name in checkpoint.names.expert(0, 2)})
+    own = replace(swap, sha256=hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest())
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight, and no"):
+        read_expert_file(own, checkpoint.spec, checkpoint.names)  # its own tensors are those of all experts
 
 
 def tensors(**changes: Any) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from switchgear_runtime.header import Decision
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.model_versions import ModelVersions
+from switchgear_runtime.moe.rehome import rehome
 
 LENDS = Decision(kind="run", epoch=0, num_tokens=(1000,), lends=True)
 NUM_EXPERTS, STEPS_AN_EPOCH = 7, 2
@@ -209,6 +210,50 @@ def replaced(
         for cache, source in zip(mine, theirs, strict=True):
             cache.copy_(source)
     return fresh
+
+
+@pytest.mark.parametrize("lending", [0, 2])
+def test_survivors_re_home_experts_of_every_version(lab: Lab, lending: int) -> None:
+    """Rank 2 of 3 is lost while version 1 is settled and 2 and 3 are live: the others have the same bits without it."""
+    seed = random.SystemRandom().randrange(1 << 30)
+    tokens = [random.Random(f"{seed} {n}").choices(range(60), k=20) for n in range(6)]
+    versions = lab.versions(3, 1)
+    first_map = ExpertMap.random(np.random.default_rng(seed), 2, NUM_EXPERTS, 3, num_redundant=2)
+
+    def batch(numbers: range, version: int | None = None) -> Batch:
+        entries = []
+        for place, number in enumerate(numbers):
+            sequence = make_sequence(tokens[number], [2 * place, 2 * place + 1])
+            sequence.version = 1 + number % 3 if version is None else version
+            entries.append(ScheduledSequence(sequence, 0, 20, True))
+        return Batch(tuple(entries))
+
+    def begin(rank: int, transport: Transport) -> ModelRunner:
+        runner = make_runner(lab.models[0], rank=rank, world_size=3, lending=lending)
+        runner.begin(transport, first_map, versions)
+        runner.begin_step(LENDS)
+        runner.forward(batch(range(2 * rank, 2 * rank + 2)))
+        return runner
+
+    runners = run_ranks(3, begin)
+
+    def go_on(rank: int, transport: Transport) -> torch.Tensor:
+        runner = runners[rank]
+        runner.begin(transport, rehome(first_map, [0, 1], epoch=1), versions)
+        assert runner.lends == (lending > 0)
+        runner.begin_step(LENDS)
+        return runner.forward(batch(range(3 * rank, 3 * rank + 3)))
+
+    def alone(_rank: int, transport: Transport) -> list[torch.Tensor]:
+        rows = []
+        for number in range(6):
+            runner = make_runner(lab.models[1 + number % 3])
+            runner.begin(transport, ExpertMap.contiguous(2, NUM_EXPERTS, 1))
+            rows.append(runner.forward(batch(range(number, number + 1), version=0))[0])
+        return rows
+
+    (expected,) = run_ranks(1, alone)
+    assert torch.equal(torch.cat(run_ranks(2, go_on)), torch.stack(expected)), f"seed {seed}"
 
 
 def test_a_version_changes_the_bits_of_those_that_have_it_alone(lab: Lab) -> None:
