@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import checks_products
 import checks_routing
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ CHECKS: list[tuple[Callable[[Checked, int], None], int]] = [  # with the number 
     (checks_routing.check_remap, 9),
     (checks_routing.check_dispatch, 12),
     (checks_routing.check_group, 12),
+    (checks_products.check_gemm, 16),
+    (checks_products.check_row_independence, 1),
 ]
 
 
