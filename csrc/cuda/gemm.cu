@@ -140,9 +140,7 @@ struct GemmFp32 {
     const auto* w = static_cast<const float*>(tile.weights());
     auto* shared = block.shared<float>();
     Own<Sums, THREADS> own;
-    block.solo([&](int thread) {
-      SG_UNROLL for (int i = 0; i < MINE; ++i) own[thread].rows[i] = 0.0f;
-    });
+    block.solo([&](int thread) { SG_UNROLL for (int i = 0; i < MINE; ++i) own[thread].rows[i] = 0.0f; });
     for (int64_t k = 0; k < a.num_k; k += DEPTH) {
       block.each([&](int thread) {
         for (int i = thread; i < (ROWS + OUTS) * DEPTH; i += THREADS) {

@@ -1,6 +1,6 @@
 // What the products of gemm.cu have in common: which rows and which outputs a block computes, and what it does with its
-// sums. A block has one tile of rows of one slot, and one of outputs. Sums pass through shared memory, [ROWS][OUTS + 4],
-// so that a thread can combine any two outputs of a row (gate and up) and stores are side by side.
+// sums. A block has one tile of rows of one slot, and one of outputs. Sums pass through shared memory, [ROWS][OUTS +
+// 4], so that a thread can combine any two outputs of a row (gate and up) and stores are side by side.
 #pragma once
 
 #include "cuda/abi.h"

@@ -40,7 +40,9 @@ def check_gemm(library: Checked, seed: int) -> None:
     w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)
     if is_bf16:
         x, w = of_bf16(to_bf16(x)), of_bf16(to_bf16(w))
-    stored = (lambda array: arena.put(to_bf16(array), np.uint16)) if is_bf16 else lambda array: arena.put(array, np.float32)
+    stored = (
+        (lambda array: arena.put(to_bf16(array), np.uint16)) if is_bf16 else lambda array: arena.put(array, np.float32)
+    )
     x_stored, w_stored = stored(x), [stored(w[s]) for s in range(num_slots)]
     num_results = num_out // 2 if epilogue == SILU_MUL else num_out
     bias_N = arena.normals(num_out) if rng.integers(2) else None
