@@ -34,7 +34,7 @@ def check_gemm(library: Checked, seed: int) -> None:
     num_slots = int(rng.integers(1, 7)) if grouped else 1
     sizes = rng.integers(0, 40, num_slots) * rng.integers(0, 2, num_slots) if grouped else rng.integers(0, 140, 1)
     num_k = int(rng.choice([8, 17, 64, 72, 200]))
-    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70]))
+    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70, 200]))
     num_rows, num_x = int(sizes.sum()), int(sizes.sum()) + 3
     x = rng.standard_normal((num_x, num_k)).astype(np.float32)
     w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)

@@ -111,6 +111,9 @@ def check_payload(library: Checked, seed: int) -> None:
         assert (packed[row, :hidden] == codes).all(), f"seed {seed}: payload {payload}"
         found = packed[row, scales_at : scales_at + scales.nbytes].view(np.float32)
         assert (found == scales).all(), f"seed {seed}: payload {payload}"
+        padding = np.ones(row_bytes, bool)
+        padding[:hidden] = padding[scales_at : scales_at + scales.nbytes] = False
+        assert (packed[row, padding] == untouched[row, padding]).all(), f"seed {seed}: padding"
         decoded = of_fp8(codes) if payload == FP8 else codes.view(np.int8).astype(np.float32)
         values[row] = decoded * scales.repeat(128)[:hidden]
     back = rng.permutation(num_rows)[: max(1, rows)] % max(1, rows)
