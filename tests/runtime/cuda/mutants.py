@@ -30,7 +30,9 @@ from arena import Arena, Checked
 from switchgear_runtime.cuda.library import load
 
 CSRC = Path(__file__).parents[3] / "csrc"
-COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-x", "c++")
+FLAGS = "-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-math-errno"
+TRAPS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"  # an index outside an array ends the process
+COMPILE = ("g++", *FLAGS.split(), *TRAPS.split(), "-x", "c++")
 TIMEOUT_S = 30.0
 CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by source, with the number of seeds
     "router.cu": [(checks_routing.check_router, 40)],
@@ -88,7 +90,12 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("numbers.h", "if (x > 88.0f)", ">=", "a bound of no meaning"),
     ("payload.cu", "const int64_t vectors = ", "", "one by one, the values are the same"),
     ("payload.cu", "vectors = a.hidden % VECTOR", "", "one by one, the values are the same"),
+    ("payload.cu", "group < num_scales; group +=", "group <= num_scales", "a round that does nothing"),
+    ("payload.cu", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
     ("payload.cu", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
+    ("payload.cu", "if (thread % WARP == 0 && group", "!= 0", "every lane has the same"),
+    ("attention.cu", "int64_t PADDING = ", "", "any padding will do"),
+    ("gemm.cu", "STRIDE = DEPTH + 8", "", "any padding will do"),
     ("rows.cu", "if (thread % WARP == 0) sums", "!=", "every lane has the same"),
 ]
 
