@@ -22,7 +22,10 @@
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 #define SG_DEVICE inline
 #define SG_UNROLL
 #endif
@@ -86,6 +89,24 @@ SG_DEVICE void atomic_add(int64_t* to, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
 SG_DEVICE void atomic_max(int32_t* to, int32_t value) { atomicMax(to, value); }
+
+// Between ranks. What a thread wrote before fence() is seen by whoever then sees a word that it sets.
+SG_DEVICE void fence() { __threadfence_system(); }
+SG_DEVICE int32_t fetch_add(int32_t* to, int32_t value) { return atomicAdd(to, value); }
+SG_DEVICE void set_word(int32_t* to, int32_t value) {
+  asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+SG_DEVICE int32_t get_word(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.acquire.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+SG_DEVICE int64_t clock_ns() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+SG_DEVICE void rest() { __nanosleep(100); }
 
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
@@ -163,6 +184,16 @@ void atomic_add(T* to, T value) {
   *to += value;
 }
 inline void atomic_max(int32_t* to, int32_t value) { *to = *to < value ? value : *to; }
+
+inline void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline int32_t fetch_add(int32_t* to, int32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline void set_word(int32_t* to, int32_t value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+inline int32_t get_word(const int32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline int64_t clock_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+inline void rest() { std::this_thread::yield(); }
 
 template <typename Kernel>
 int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
