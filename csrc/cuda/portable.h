@@ -135,6 +135,7 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
 #else
 
 extern "C" int sg_cuda_twin_backwards;  // library.cu
+inline thread_local int current_thread = 0;
 
 class Block {
  public:
@@ -147,7 +148,10 @@ class Block {
   }
   template <typename F>
   void each(F&& f) const {
-    for (int i = 0; i < num_threads; ++i) f(sg_cuda_twin_backwards ? num_threads - 1 - i : i);
+    for (int i = 0; i < num_threads; ++i) {
+      current_thread = sg_cuda_twin_backwards ? num_threads - 1 - i : i;
+      f(current_thread);
+    }
   }
   template <typename F>
   void warps(F&& f) const {
@@ -202,15 +206,16 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
   const size_t room = static_cast<size_t>(shared_bytes), whole = (room + 2 * GUARD + 15) / 16 * 16;
   auto* bytes = static_cast<unsigned char*>(std::aligned_alloc(16, whole));
   if (bytes == nullptr) return fail("%s: no memory for a block", name);
+  const unsigned char garbage = sg_cuda_twin_backwards ? 0xFF : 0xFB;  // as floats NaN, or -2.6e36
   bool is_whole = true;
   for (int64_t i = 0; i < num_x * num_y && is_whole; ++i) {
     const int64_t at = sg_cuda_twin_backwards ? num_x * num_y - 1 - i : i;
-    std::memset(bytes, 0xFB, whole);
+    std::memset(bytes, garbage, whole);
     Block block{at % num_x, at / num_x, num_x, num_y, bytes + GUARD, Kernel::THREADS};
     kernel(block);
     for (size_t g = 0; g < whole; ++g) {
       if (g == GUARD) g += room;
-      is_whole = is_whole && bytes[g] == 0xFB;
+      is_whole = is_whole && bytes[g] == garbage;
     }
   }
   std::free(bytes);
