@@ -93,7 +93,7 @@ struct AttendPart {
         sums[i] = 0.0f;
       }
       for (int64_t h = thread; h < heads; h += THREADS) {  // a sink is a score without a value, before the others
-        const bool has_sink = a.sinks_H != nullptr && begin == first;
+        const bool has_sink = a.sinks_H != nullptr && begin == first && begin < end;
         tops[h] = has_sink ? a.sinks_H[group * heads + h] : -infinity();
         tops[heads + h] = has_sink ? 1.0f : 0.0f;
       }
@@ -115,7 +115,7 @@ struct AttendPart {
         }
       });
     }
-    finish(block, at, head, begin < end);
+    finish(block, at, head);
   }
 
   SG_DEVICE void load_tile(Block& block, const Shared& at, const int32_t* table, int64_t group, int64_t tile,
@@ -175,7 +175,7 @@ struct AttendPart {
     block.each([](int) {});
   }
 
-  SG_DEVICE void finish(Block& block, const Shared& at, int64_t head, bool has_any) const {
+  SG_DEVICE void finish(Block& block, const Shared& at, int64_t head) const {
     const auto* sums = block.shared<float>(at.sums());
     const auto* tops = block.shared<float>(at.state());
     block.solo([&](int thread) {
@@ -189,7 +189,7 @@ struct AttendPart {
         part[c] = sums[i];
         if (c == 0) {
           part[a.head_size] = tops[h];
-          part[a.head_size + 1] = has_any ? tops[at.heads + h] : 0.0f;
+          part[a.head_size + 1] = tops[at.heads + h];
         }
       }
     });
