@@ -31,6 +31,8 @@ from switchgear_runtime.messages import FromRank, MapRefused, MapStaged, StepFra
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.system import System
 
+BUSY_WAIT_S, BUSY_LOOK_S = 20.0, 0.05
+
 log = logging.getLogger(__name__)
 
 
@@ -104,9 +106,13 @@ class PlacementService:
 
     async def load_expert(self, layer: int, expert: int, path: str) -> Outcome:
         """Ends when new sequences get the weights of this file for this expert, or when it is known that they will not.
-        RequestError if the file cannot be an expert's."""
+        Waits a while for what is under way: the load before may still be settling. RequestError if the file cannot be
+        an expert's."""
         check_place(layer, expert, self.controller.shape)
         sha256 = await asyncio.to_thread(sha256_of, path, self._file_bytes_max)
+        deadline_s = self._system.now() + BUSY_WAIT_S
+        while self.controller.state in ("planning", "migrating") and self._system.now() < deadline_s:
+            await asyncio.sleep(BUSY_LOOK_S)
         return await self._order(lambda ticket: self.controller.load_expert(ticket, layer, expert, path, sha256))
 
     async def _order(self, give: Callable[[int], list[PlacementAction]]) -> Outcome:

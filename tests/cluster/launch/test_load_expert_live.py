@@ -169,18 +169,18 @@ def test_versions_settle_and_outlive_deaths(tmp_path: Path, settings: dict[str, 
 
     async def scenario() -> None:
         old = await cluster.begin()
-        await patiently(cluster.load)
+        await cluster.load()
         await cluster.kill(0)
         await patiently(cluster.move)
         new = await cluster.begin()
-        await patiently(cluster.load)
+        await cluster.load()
         await old.all_finished(len(PROMPTS), 60)
         await new.all_finished(len(PROMPTS), 60)
         await cluster.settled()
         await cluster.kill(1)
         await patiently(cluster.move)
         await cluster.kill(0)
-        await patiently(cluster.load)
+        await cluster.load()
         await cluster.settled()
         assert len(cluster.placement.controller.versions.swaps) == 2
         await patiently(cluster.move)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from placement_rig import COST, NO_STATS, skewed
 from rich.console import Console
@@ -269,6 +270,32 @@ def test_load_expert_makes_a_version_that_status_metrics_and_top_show(tmp_path: 
         await served.until(lambda: served.controller.versions.oldest == 1)  # no sequence runs
         lines = "\n".join(status_lines(served.status()))
         assert f"version 1: layer 1 expert 5 from {path}\n" in lines + "\n"
+
+    run(scenario, policy="off")
+
+
+def test_load_expert_waits_for_what_is_under_way(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.safetensors"
+    path.write_bytes(b"weights")
+
+    async def scenario(served: Served) -> None:
+        unheard: list[tuple[int, ToRank]] = []
+        served.service._send = lambda rank, message: unheard.append((rank, message))
+        others = ExpertMap.of(
+            np.array([[0, 1, 3, 2, 4, 5]] * NUM_LAYERS, np.int32), num_ranks=2, num_experts=6, epoch=0
+        )
+        apply = asyncio.create_task(served.admin("POST", "/apply", others.to_json()))
+        await served.until(lambda: served.controller.state == "migrating")
+        body = {"layer": 0, "expert": 0, "path": str(path)}
+        load = asyncio.create_task(served.admin("POST", "/load-expert", body))
+        await asyncio.sleep(0.2)
+        assert not load.done()
+        served.service._send = served.rank_hears
+        for rank, message in unheard:
+            served.rank_hears(rank, message)
+        assert (await apply)[0] == 200
+        status, done = await load
+        assert (status, done["model_version"]) == (200, 1)
 
     run(scenario, policy="off")
 
