@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+CLOCKS = ("wall", "cpu", "layers")
+
 
 class MigrationCommand:
     """One JSON file with a header and one row."""
@@ -20,16 +22,19 @@ class MigrationCommand:
         parser.add_argument("model", nargs="?", default="", help="checkpoint (default: the bundled model)")
         parser.add_argument("--ranks", type=int, default=2, help="an even number (default: 2)")
         parser.add_argument("--steps", type=int, default=10_000, help="of each arm (default: 10000)")
-        parser.add_argument("--block-steps", type=int, default=250, help="of one arm at a time (default: 250)")
+        parser.add_argument("--block-steps", type=int, default=500, help="of one arm at a time (default: 500)")
         parser.add_argument("--batch-size", type=int, default=8, help="sequences a rank (default: 8)")
         parser.add_argument(
-            "--experts-per-s", type=int, default=280, help="bound of the pace, over all ranks (default: 280)"
+            "--experts-per-s", type=int, default=300, help="bound of the pace, over all ranks (default: 300)"
         )
         parser.add_argument("--moves-per-map", type=int, default=16, help="to each rank (default: 16)")
         parser.add_argument(
             "--source", default="auto", choices=("auto", "peer", "checkpoint"), help="of the experts (default: auto)"
         )
         parser.add_argument("--seed", type=int, default=1)
+        parser.add_argument(
+            "--lock", type=Path, help="advisory lock file, held while steps are timed and let go of every minute"
+        )
         parser.add_argument(
             "--output", type=Path, help="write the row as JSON to this file; rows of other models and ranks stay"
         )
@@ -55,6 +60,7 @@ class MigrationCommand:
                 moves_per_map=arguments.moves_per_map,
                 source=arguments.source,
                 seed=arguments.seed,
+                lock=arguments.lock,
                 expert_bytes=slot_bytes(spec, run_dtype(spec, "auto")),
             )
         )
@@ -82,24 +88,27 @@ def _kept(path: Path, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _table(row: Mapping[str, Any]) -> str:
     lines = [
-        f"{row['model']}, {row['ranks']} ranks, {row['steps_per_arm']} steps an arm, {row['num_flips']} flips, "
-        f"{row['experts_per_s']:.0f} experts/s ({row['moved_bytes_per_s'] / 1e6:.1f} MB/s) from {row['source']}",
+        f"{row['model']}, {row['ranks']} ranks, {row['batch_size']} sequences each, {row['rounds']} rounds, "
+        f"{row['steps_per_arm']} steps an arm, {row['num_flips']} flips, {row['experts_per_s']:.0f} experts/s "
+        f"({row['moved_bytes_per_s'] / 1e6:.0f} MB/s) from {row['source']}",
         "",
-        "| clock | percentile | none, us | none again | migrating | ratio (95 %) | of equal arms (95 %) |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| clock | percentile | none, us | none again | migrating | ratio (95 %) | equal arms | 95 % of equal arms |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for clock in ("wall", "cpu"):
+    for clock in CLOCKS:
         for name, cell in row[clock].items():
             if name != "mean_us":
                 low, high = cell["ratio_95"]
-                same_low, same_high = cell["same_ratio_95"]
                 lines.append(
                     f"| {clock} | {name} | {cell['none_us']:.0f} | {cell['none_again_us']:.0f} | "
                     f"{cell['migrating_us']:.0f} | {cell['ratio']:.3f} ({low:.3f}-{high:.3f}) | "
-                    f"{cell['same_ratio']:.3f} ({same_low:.3f}-{same_high:.3f}) |"
+                    f"{cell['equal_arms_ratio']:.3f} | {cell['equal_arms_bound']:.3f} |"
                 )
     flip = row["flip_step_us"]
-    lines.append(f"\nSteps that flipped: median {flip['p50']:.0f} us, longest {flip['max']:.0f} us.")
+    lines.append(
+        f"\nSteps that flipped: median {flip['p50']:.0f} us, longest {flip['max']:.0f} us. Threads beside the steps: "
+        f"{row['other_threads_us_per_expert']:.0f} us of CPU an expert."
+    )
     return "\n".join(lines) + "\n"
 
 

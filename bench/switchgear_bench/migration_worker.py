@@ -1,7 +1,7 @@
 """One rank of `switchgear bench migration`: the real engine, transport, stager and peer channel, told what to do by a schedule.
 
 `python -m switchgear_bench.migration_worker` reads one line of JSON from stdin and leaves its arrays in a folder. No server
-stands between: every rank derives the same proposals from the same seed at the same step, so nothing but ranks is timed.
+stands between: every rank derives the same maps from the same seed at the same step, so nothing but ranks is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import queue
-import random
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from switchgear_bench.greedy import greedy
+from switchgear_bench.migration_traffic import MapChain, Requests
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.config import EngineConfig
@@ -34,13 +33,13 @@ from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.messages import (
     BeginGeneration,
     DropMap,
+    Fault,
     FromRank,
     MapRefused,
     MapStaged,
     StageMap,
     StepFrame,
     Stop,
-    Submit,
     decode_to_rank,
     encode,
 )
@@ -48,15 +47,16 @@ from switchgear_runtime.migration.background import step_back
 from switchgear_runtime.migration.peer_channel import PeerChannel
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model_runner import ModelRunner
-from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.parent_death import set_parent_death_signal
 from switchgear_runtime.system import RealSystem
 
 GENERATION = 1
+ROUND_TIMEOUT_S = 600.0  # for others who time things on this host
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker does. `arms`: of each block of steps, whether experts migrate in it."""
+    """What a worker does. `arms`: of each block of steps, whether experts migrate in it. A round is `round_blocks` of
+    them, and begins when the folder has a file go-<round>."""
 
     rank: int
     world_size: int
@@ -64,6 +64,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     engine: dict[str, Any]
     arms: list[bool]
     block_steps: int
+    round_blocks: int
     batch_size: int
     moves_per_map: int  # to each rank
     bytes_per_s: int  # of each rank
@@ -94,86 +95,121 @@ class FolderStore:
 
 
 class Proposals:
-    """Maps that swap random experts between ranks, made, encoded and decoded in a thread, as a link's reader does."""
+    """Encodes and decodes the chain's maps in a thread, as a link's reader does."""
 
-    def __init__(self, job: Job, inbox: Inbox[Any]) -> None:
+    def __init__(self, job: Job, chain: MapChain, inbox: Inbox[Any]) -> None:
         self._job = job
+        self._chain = chain
         self._inbox = inbox
-        self._todo: queue.SimpleQueue[tuple[int, ExpertMap]] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def propose(self, epoch: int, current: ExpertMap) -> None:
-        self._todo.put((epoch, current))
+    def propose(self, epoch: int) -> None:
+        self._todo.put((epoch, self._chain.following()))
 
     def _run(self) -> None:
         step_back()
-        job = self._job
         while True:
-            epoch, current = self._todo.get()
-            expert_map = swapped(current, np.random.default_rng((job.seed, epoch)), job.moves_per_map, epoch)
+            epoch, expert_map = self._todo.get()
             message = StageMap(
                 generation=GENERATION,
-                expert_map=expert_map.to_json(),
-                bytes_per_s=job.bytes_per_s,
-                source=job.source,  # type: ignore[arg-type]
+                expert_map=expert_map | {"epoch": epoch},
+                bytes_per_s=self._job.bytes_per_s,
+                source=self._job.source,  # type: ignore[arg-type]
             )
             self._inbox.put(decode_to_rank(encode(message)))
 
 
-def swapped(current: ExpertMap, rng: np.random.Generator, num_moves: int, epoch: int) -> ExpertMap:
-    """Every rank gets `num_moves` experts that it did not hold: neighbours in a random ring of ranks swap."""
-    physical_LRS = current.physical_to_logical_LP.reshape(current.num_layers, current.num_ranks, -1).copy()
-    ring = rng.permutation(current.num_ranks).tolist()
-    for one, other in zip(ring[::2], ring[1::2], strict=True):
-        places = rng.permutation(current.num_layers * current.slots_per_rank)[:num_moves].tolist()
-        for place in places:
-            layer, slot = divmod(place, current.slots_per_rank)
-            physical_LRS[layer, [one, other], slot] = physical_LRS[layer, [other, one], slot]
-    return ExpertMap.of(
-        physical_LRS.reshape(current.num_layers, -1),
-        num_ranks=current.num_ranks,
-        num_experts=current.num_experts,
-        epoch=epoch,
-    )
-
-
 class TimedEngine(Engine):
-    """Notes when each step ended, and follows the schedule."""
+    """Follows the schedule of blocks, and notes when each step ended and what its layers took."""
 
-    def __init__(self, job: Job, proposals: Proposals, inbox: Inbox[Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, inbox=inbox, **kwargs)
+    def __init__(
+        self, job: Job, requests: Requests, chain: MapChain, inbox: Inbox[Any], runner: ModelRunner, **kwargs: Any
+    ) -> None:
+        super().__init__(runner.config, runner, inbox=inbox, **kwargs)
         self._job = job
-        self._proposals = proposals
+        self._requests = requests
+        self._chain = chain
+        self._proposals = Proposals(job, chain, inbox)
         self._own_inbox = inbox
-        num_steps = len(job.arms) * job.block_steps
-        self.ended_s = np.zeros(num_steps + 1)
-        self.cpu_s = np.zeros(num_steps + 1)
-        self.epochs = np.zeros(num_steps + 1, np.int64)
-        self._proposed = 0
+        self._layer_cpu_ns = runner.layer_cpu()
+        self._num_steps = len(job.arms) * job.block_steps
         self._num_done = 0
+        self._proposed = self._reached = 0  # epochs
+        self._in_flight = False
+        num_blocks, num_layers = len(job.arms), len(self._layer_cpu_ns)
+        self.arrays: dict[str, Any] = {
+            "began_s": np.zeros(num_blocks),
+            "began_cpu_s": np.zeros(num_blocks),
+            "began_process_s": np.zeros(num_blocks),
+            "ended_process_s": np.zeros(num_blocks),
+            "ended_s": np.zeros(self._num_steps),
+            "ended_cpu_s": np.zeros(self._num_steps),
+            "layer_cpu_ns": np.zeros((self._num_steps, num_layers), np.int64),
+            "epochs": np.zeros(self._num_steps, np.int64),
+        }
 
     def step(self) -> Decision:
-        done = self._num_done
+        done, job, arrays = self._num_done, self._job, self.arrays
+        if done == self._num_steps:
+            return super().step()
+        block, at = divmod(done, job.block_steps)
+        if at == 0:
+            self._begin_block(block)
+        self._follow(migrates=job.arms[block])
+        decision = super().step()
+        arrays["ended_s"][done], arrays["ended_cpu_s"][done] = time.perf_counter(), time.thread_time()
+        arrays["layer_cpu_ns"][done] = self._layer_cpu_ns
+        self._layer_cpu_ns[:] = 0
+        arrays["epochs"][done] = decision.epoch
+        arrays["ended_process_s"][block] = time.process_time()
+        self._num_done += 1
+        if self._num_done == self._num_steps:
+            self._mark(f"done-{len(job.arms) // job.round_blocks - 1}")
+            self._own_inbox.put(Stop())
+        return decision
+
+    def _begin_block(self, block: int) -> None:
+        job = self._job
+        for sequence_id in self._requests.live:
+            self.scheduler.abort(sequence_id)
+        if block % job.round_blocks == 0:
+            self._await_round(block // job.round_blocks)
+        for submit in self._requests.begin_block():
+            self._submit(submit)
+        arrays = self.arrays
+        arrays["began_process_s"][block] = time.process_time()
+        arrays["began_s"][block], arrays["began_cpu_s"][block] = time.perf_counter(), time.thread_time()
+
+    def _await_round(self, index: int) -> None:
+        """Until whoever started the ranks says that the machine is ours."""
+        if index:
+            self._mark(f"done-{index - 1}")
+        deadline_s = time.monotonic() + ROUND_TIMEOUT_S
+        while not (Path(self._job.folder) / f"go-{index}").exists():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"rank {self.rank}: waited {ROUND_TIMEOUT_S:g} s for round {index}")
+            time.sleep(0.01)
+
+    def _mark(self, name: str) -> None:
+        (Path(self._job.folder) / f"{name}-{self.rank}").touch()
+
+    def _follow(self, *, migrates: bool) -> None:
+        """Maps back to back, or none."""
         group = self.membership.group
         assert group is not None
         epoch = group.expert_map.epoch
-        if done < len(self.ended_s) - 1 and self._job.arms[done // self._job.block_steps]:
-            if self._proposed <= epoch or self._dropped == self._proposed:
-                self._proposed += 1
-                self._proposals.propose(self._proposed, group.expert_map)
-        elif self._proposed > epoch and self._dropped != self._proposed:
-            self._dropped = self._proposed
+        if epoch > self._reached:
+            self._chain.advance()
+            self._reached = epoch
+        self._in_flight = self._in_flight and epoch < self._proposed
+        if migrates and not self._in_flight:
+            self._proposed += 1
+            self._in_flight = True
+            self._proposals.propose(self._proposed)
+        elif self._in_flight and not migrates:
+            self._in_flight = False
             self._own_inbox.put(DropMap(GENERATION, self._proposed))
-        decision = super().step()
-        if done < len(self.ended_s):
-            self.ended_s[done], self.cpu_s[done] = time.perf_counter(), time.thread_time()
-            self.epochs[done] = group.expert_map.epoch
-            self._num_done += 1
-            if self._num_done == len(self.ended_s):
-                self._own_inbox.put(Stop())
-        return decision
-
-    _dropped = -1
 
 
 def run(job: Job) -> None:
@@ -184,38 +220,20 @@ def run(job: Job) -> None:
     runner = ModelRunner(engine_config, checkpoint.spec, checkpoint, rank=job.rank, world_size=job.world_size)
     store = FolderStore(Path(job.folder))
     inbox: Inbox[Any] = Inbox(system)
-    draw = random.Random(f"{job.seed} {job.rank}")
-    vocab_size = checkpoint.spec.vocab_size
+    requests = Requests(seed=job.seed, rank=job.rank, batch_size=job.batch_size, vocab_size=checkpoint.spec.vocab_size)
     staged: list[MapStaged] = []
     refused: list[str] = []
-    num_tokens = 0
-    next_id = 0
-
-    def submit() -> None:
-        nonlocal next_id
-        next_id += 1
-        prompt = [draw.randrange(1, vocab_size) for _ in range(32)]
-        inbox.put(
-            Submit(
-                sequence_id=next_id,
-                incarnation=1,
-                prompt_token_ids=prompt,
-                output_token_ids=[],
-                sampling=greedy(draw.randrange(200, 600), draw.getrandbits(32)),
-            )
-        )
 
     def send(message: FromRank) -> None:
-        nonlocal num_tokens
         if isinstance(message, StepFrame):
-            num_tokens += len(message.tokens)
-            for token in message.tokens:
-                if token.finish_reason is not None:
-                    submit()
+            for submit in requests.take(message):
+                inbox.put(submit)
         elif isinstance(message, MapStaged):
             staged.append(message)
         elif isinstance(message, MapRefused):
             refused.append(message.reason)
+        elif isinstance(message, Fault):
+            raise SystemExit(message.message)
 
     def open_peers(_: GenerationDescriptor) -> PeerChannel:
         return PeerChannel(
@@ -231,9 +249,9 @@ def run(job: Job) -> None:
 
     engine = TimedEngine(
         job,
-        Proposals(job, inbox),
+        requests,
+        MapChain(runner.expert_map, seed=job.seed, moves_per_map=job.moves_per_map),
         inbox,
-        engine_config,
         runner,
         rank=job.rank,
         system=system,
@@ -254,22 +272,20 @@ def run(job: Job) -> None:
             GenerationDescriptor(term=1, generation=GENERATION, world_size=job.world_size, epoch=0, channel=job.channel)
         )
     )
-    for _ in range(job.batch_size):
-        submit()
     gc.freeze()
     engine.run()
-    np.savez(Path(job.folder) / f"rank{job.rank}.npz", ended_s=engine.ended_s, cpu_s=engine.cpu_s, epochs=engine.epochs)
-    flipped = set(engine.epochs.tolist())
+    np.savez(Path(job.folder) / f"rank{job.rank}.npz", **engine.arrays)
+    flipped = set(engine.arrays["epochs"].tolist())
     answer = {
         "rank": job.rank,
-        "num_tokens": num_tokens,
+        "num_tokens": requests.num_tokens,
+        "digests": requests.digests,
         "refused": refused,
         "pinned": claim is not None,
         "is_native": runner.is_native,
         "shares_weights": runner.shares_weights,
         "experts_moved": sum(message.num_experts for message in staged if message.epoch in flipped),
         "moved_bytes": sum(message.moved_bytes for message in staged if message.epoch in flipped),
-        "num_flips": int((np.diff(engine.epochs) > 0).sum()),
     }
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()

@@ -92,17 +92,19 @@ int run_layers(Decoder& decoder, const sg_step& step) {
   Peers& peers = shm_peers ? *shm_peers : decoder.work.callback_peers;
   if (embed(decoder, step) != SG_OK) return SG_ERROR;
   decoder.work.clock.mark(SG_PHASE_EMBEDDING);
+  LayerClock layer_clock(step.layer_cpu_ns);
   for (const sg_layer& layer : decoder.layers) {
     if (step.num_tokens > 0) {
       if (const int status = attention_block(decoder, layer, step); status != SG_OK) return status;
     }
-    if (layer.mlp.gate_up.packed != nullptr) {
-      if (step.num_tokens == 0) continue;
+    if (layer.mlp.gate_up.packed == nullptr) {
+      // Also without tokens: other ranks' tokens may need the experts here.
+      if (const int status = moe_block(decoder, layer, step, peers); status != SG_OK) return status;
+    } else if (step.num_tokens > 0) {
       if (const int status = mlp_block(decoder, layer, step); status != SG_OK) return status;
       decoder.work.clock.mark(SG_PHASE_DENSE_FFN);
-    } else if (const int status = moe_block(decoder, layer, step, peers); status != SG_OK) {
-      return status;  // also without tokens: other ranks' tokens may need the experts here
     }
+    layer_clock.mark();
   }
   return SG_OK;
 }

@@ -109,6 +109,7 @@ struct sg_step {
   int64_t* rows_LE;
   float* x_TD;                    // out: the residual stream after the last layer
   int64_t* phase_ns;              // [SG_NUM_PHASES] that the step adds its nanoseconds to, or null
+  int64_t* layer_cpu_ns;          // [num_layers] that the step adds the calling thread's CPU time to, or null
   const int32_t* tenants_S;       // row of routed_NLE that each sequence's tokens count in
   const int32_t* forced_ids_LTK;  // or null; experts that take the place of the router's, for experiments
   int32_t balance;  // 1: layers exchange their counts and split by quotas; 2: and may lend. The same on all ranks

@@ -96,6 +96,7 @@ class ModelRunner:
         self._native: NativeDecoder | None = None
         if native and NativeDecoder.supports(self._decoder):
             self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
+        self._decoder_layers = spec.moe_layers  # of each MoE layer; the spec counts them anew each time
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._forced = ForcedRouting.load(
             config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
@@ -131,6 +132,13 @@ class ModelRunner:
             raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
         self._native.phase_ns = np.zeros(len(PHASES), np.int64)
         return self._native.phase_ns
+
+    def layer_cpu(self) -> NDArray[np.int64]:
+        """As `profile`: CPU nanoseconds of the calling thread, by layer."""
+        if self._native is None:
+            raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
+        self._native.layer_cpu_ns = np.zeros(len(self.spec.layers), np.int64)
+        return self._native.layer_cpu_ns
 
     @property
     def epoch(self) -> int:
@@ -209,14 +217,14 @@ class ModelRunner:
     ) -> ExpertWeights:
         """From the host's weight cache, or else packed from the checkpoint; with `swap`, from its file. `pace` is told of
         every piece."""
-        layer = self.spec.moe_layers[moe_layer]
+        layer = self._decoder_layers[moe_layer]
         if swap is None:
             return self._store.expert(layer, expert, pace)
         return self._store.pack_expert(layer, expert, *read_expert_file(swap, self.spec, self.checkpoint.names, pace))
 
     def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
         """Memory for an expert that comes from elsewhere."""
-        return self._store.empty_expert(self.spec.moe_layers[moe_layer], expert)
+        return self._store.empty_expert(self._decoder_layers[moe_layer], expert)
 
     def held_expert(self, moe_layer: int, expert: int, sha256: str = "") -> ExpertTensors | None:
         """The packed weights (gate and up, down) of an expert, those of the checkpoint or of the file with this digest,

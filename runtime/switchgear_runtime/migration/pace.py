@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from switchgear_runtime.system import System
 
-WAIT_S_MIN = 0.01  # shorter debts are let grow: every wait is a wake-up that the step may have to make way for
+# Shorter debts are let grow: every wait is a wake-up, with cold caches, that a step may have to make way for. What is
+# copied meanwhile is bounded, since it takes memory bandwidth from the steps.
+WAIT_S_MIN, WAIT_S_MAX, WAIT_BYTES = 0.01, 0.05, 4 << 20
 BURST_S = 0.05  # what was not used for so long is lost, or a pause would be followed by a flood
 
 
@@ -21,6 +23,7 @@ class Pace:
         self._condition = system.condition()
         self._due_s = system.now()
         self._cancelled = False
+        self._unwaited_bytes = 0
         self.total_bytes = 0
 
     def __call__(self, num_bytes: int) -> None:
@@ -31,7 +34,9 @@ class Pace:
             now_s = self._system.now()
             self._due_s = max(self._due_s, now_s - BURST_S) + num_bytes / self._bytes_per_s
             delay_s = self._due_s - now_s
-        if delay_s >= WAIT_S_MIN:
+        self._unwaited_bytes += num_bytes
+        if delay_s >= (WAIT_S_MIN if self._unwaited_bytes >= WAIT_BYTES else WAIT_S_MAX):
+            self._unwaited_bytes = 0
             with self._condition:
                 self._condition.wait_for(lambda: self._cancelled, delay_s)
         if self._cancelled:

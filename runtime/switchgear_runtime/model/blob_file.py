@@ -20,7 +20,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,7 @@ class BlobFile:
         self._boot = boot_token()
         self._mapping = mmap.mmap(descriptor, layout.num_bytes, access=mmap.ACCESS_READ)
         self._address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._residence = ctypes.create_string_buffer(MAP_BYTES_MAX // mmap.PAGESIZE)  # a byte a page
 
     def __del__(self) -> None:
         os.close(self._descriptor)  # and with it the locks
@@ -128,17 +129,36 @@ class BlobFile:
     def view(self, index: int, pace: Pace | None = None) -> NDArray[np.uint8]:
         """The published blob. Flagged writable, since torch warns of others; the pages are not, and the kernel ends
         who writes. `pace` is told of every piece whose pages were mapped."""
-        start, length = self.layout.starts[index], self.layout.lengths[index]
-        # Map the pages now: one call costs a fraction of a page fault for each during the first steps. In pieces, and
-        # not through the mmap module, which would keep the interpreter's lock while the disk reads.
-        for piece in range(start, start + length, MAP_BYTES_MAX):
-            num_bytes = min(MAP_BYTES_MAX, start + length - piece)
-            address, size = ctypes.c_void_p(self._address + piece), ctypes.c_size_t(num_bytes)
-            if _library().madvise(address, size, _POPULATE_READ) != 0:  # before Linux 5.14
-                self._mapping.madvise(mmap.MADV_WILLNEED, piece, num_bytes)
+        self.touch(index, index, pace)
+        return self.peek(index)
+
+    def touch(self, first: int, last: int, pace: Pace | None = None) -> None:
+        """Have the pages of blobs `first` to `last` mapped, all published: one call costs a fraction of a page fault for
+        each during the next steps. In pieces, and not through the mmap module, which would keep the interpreter's lock
+        while the disk reads."""
+        for start, num_bytes in self._pieces(first, last):
+            self._populate(start, num_bytes)
             if pace is not None:
                 pace(num_bytes)
-        return np.asarray(_Window(self._mapping, self._address + start, length))
+
+    def touch_again(self, first: int, last: int, pace: Pace | None = None) -> None:
+        """After a `touch`: what the kernel has dropped since is read again. To look costs a tenth of mapping once more."""
+        for start, num_bytes in self._pieces(first, last):
+            num_pages = -(-num_bytes // mmap.PAGESIZE)
+            looked = _mincore()(self._address + start, num_bytes, self._residence) == 0
+            if not looked or self._residence.raw[:num_pages] != b"\1" * num_pages:
+                self._populate(start, num_bytes)
+            if pace is not None:
+                pace(num_bytes)
+
+    def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        end = self._end(last)
+        for start in range(self.layout.starts[first], end, MAP_BYTES_MAX):
+            yield start, min(MAP_BYTES_MAX, end - start)
+
+    def _populate(self, start: int, num_bytes: int) -> None:
+        if _library().madvise(self._address + start, num_bytes, _POPULATE_READ) != 0:  # before Linux 5.14
+            self._mapping.madvise(mmap.MADV_WILLNEED, start, num_bytes)
 
     def peek(self, index: int) -> NDArray[np.uint8]:
         """As `view`, with no page mapped before it is read."""
@@ -198,7 +218,17 @@ class _Window:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+@functools.cache
+def _mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int]:
+    """Keeps the interpreter's lock: it waits for no disk, and to take the lock again may cost a turn on a busy CPU."""
+    function = ctypes.PyDLL(None).mincore
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    return function
 
 
 def boot_token() -> int:

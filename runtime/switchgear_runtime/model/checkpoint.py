@@ -38,6 +38,7 @@ class Checkpoint:
         self.model_dir = Path(model_dir)
         self.spec = spec if spec is not None else load_spec(self.model_dir)
         self._files = self._open()
+        self._shards = sorted(set(self._files.values()), key=lambda file: file.path.name)
         self.names: ExpertNames = expert_names(self.spec, self._files)
         self._validate()
 
@@ -131,7 +132,7 @@ class Checkpoint:
     @property
     def paths(self) -> list[Path]:
         """The files with weights, in the order of their names."""
-        return sorted({file.path for file in self._files.values()})
+        return [file.path for file in self._shards]
 
     @property
     def lm_head(self) -> str:
@@ -140,11 +141,11 @@ class Checkpoint:
 
     @property
     def num_bytes_read(self) -> int:
-        return sum(file.num_bytes_read for file in set(self._files.values()))
+        return sum(file.num_bytes_read for file in self._shards)
 
     @property
     def num_tensors_read(self) -> int:
-        return sum(file.num_tensors_read for file in set(self._files.values()))
+        return sum(file.num_tensors_read for file in self._shards)
 
     def identity(self) -> str:
         """A digest of every header and of the start of every tensor that all ranks hold: ranks with different
@@ -155,7 +156,7 @@ class Checkpoint:
             for name in expert_shapes(self.names, self.spec.moe, self.spec.hidden_size, layer)
         }
         digest = hashlib.sha256()
-        for file in sorted(set(self._files.values()), key=lambda file: file.path.name):
+        for file in self._shards:
             digest.update(f"{file.path.name} {file.num_bytes}\n".encode())
             digest.update(file.header_text)
             for name in sorted(file.entries):
@@ -165,5 +166,5 @@ class Checkpoint:
 
     def release(self) -> None:
         """Unmap the files after loading; a later read (a migrated expert) maps again."""
-        for file in set(self._files.values()):
+        for file in self._shards:
             file.release()

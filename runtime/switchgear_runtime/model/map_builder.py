@@ -59,7 +59,7 @@ class MapBuilder:
     def build(self, expert_map: ExpertMap, versions: ModelVersions, read: ReadExpert) -> StagedMap:
         """`read` gives the experts that this rank does not hold; what it raises passes through."""
         counter = _Counter(read)
-        choice, num_variants = self._choice, versions.num_variants
+        choice, num_variants, ffn = self._choice, versions.num_variants, self._spec.moe.ffn
         slot_tables = choice.strided(expert_map, expert_map.slot_tables(self._rank), num_variants)
         stride = choice.stride(expert_map, num_variants)
         layers = []
@@ -69,7 +69,7 @@ class MapBuilder:
                 expert_map.local_experts(index, self._rank),
                 self._rank * stride,
                 hidden=self._spec.hidden_size,
-                ffn=self._spec.moe.ffn,
+                ffn=ffn,
                 format=self._store.expert_format,
                 read=weights.of_slot,
                 held=self._layers[index].experts,

@@ -88,6 +88,9 @@ class NativeDecoder:
         weakref.finalize(self, self._library.sg_decoder_free, self._handle)
         self._exchange = _Exchange()
         self.phase_ns: NDArray[np.int64] | None = None  # of PHASES; steps add their nanoseconds while it is set
+        self.layer_cpu_ns: NDArray[np.int64] | None = (
+            None  # of the layers; steps add this thread's CPU time while it is set
+        )
         self._shm: ShmTransport | None = None
         self._exchanger: NativeExchanger | None = None
 
@@ -177,6 +180,7 @@ class NativeDecoder:
             rows_LE=load.step_rows_LE.ctypes.data,
             x_TD=x_TD.data_ptr(),
             phase_ns=self._phase_ns(),
+            layer_cpu_ns=None if self.layer_cpu_ns is None else self.layer_cpu_ns.ctypes.data,
             tenants_S=load.step_tenants_Q.ctypes.data,
             forced_ids_LTK=None if forced_ids_LTK is None else forced_ids_LTK.ctypes.data,
             balance=balance,

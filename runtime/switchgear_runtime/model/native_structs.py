@@ -153,6 +153,7 @@ class Step(ctypes.Structure):
         ("rows_LE", c_void_p),
         ("x_TD", c_void_p),
         ("phase_ns", c_void_p),
+        ("layer_cpu_ns", c_void_p),
         ("tenants_S", c_void_p),
         ("forced_ids_LTK", c_void_p),
         ("balance", c_int32),

@@ -132,6 +132,11 @@ class WeightCache:
             return torch.from_numpy(data)
         return self._map(file, index, pace)
 
+    def touch(self, first: str, last: str, pace: Pace | None = None) -> None:
+        """Blobs that `get` mapped, from one name to another in the order of `open`, are about to be used again."""
+        assert self._file is not None
+        self._file.touch_again(self._index[first], self._index[last], pace)
+
     def peek(self, name: str) -> Tensor | None:
         """A published blob as `get` gives it, but none of its pages is read now; None if it is not published."""
         file, index = self._file, self._index[name]

@@ -48,14 +48,12 @@ class WeightStore:
             dtype=str(dtype).removeprefix("torch."),
             quantization=quantization,
         )
+        formats = (matrix.format for matrix in self.matrices.values() if matrix.expert is not None)
+        self.expert_format = next(formats)  # of all routed experts (packing.FORMATS)
         key = WeightCacheKey.of(checkpoint, format=f"{dtype} {quantization}", layout=pack_version())
         blobs = {name: matrix.num_bytes for name, matrix in self.matrices.items()}
         self.cache = WeightCache.open(weight_cache_folder(weight_cache), key, blobs, rank=rank)
-
-    @property
-    def expert_format(self) -> str:
-        """Of all routed experts (packing.FORMATS)."""
-        return next(matrix.format for matrix in self.matrices.values() if matrix.expert is not None)
+        self._mapped_experts: dict[tuple[int, int], ExpertWeights] = {}  # by (layer, expert); views
 
     def prepare(self, names: Iterable[str]) -> None:
         """Pack what no rank of this host has packed yet; ranks that start together share the work."""
@@ -83,7 +81,15 @@ class WeightStore:
     def expert(self, layer: int, expert: int, pace: Pace | None = None) -> ExpertWeights:
         """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece read."""
         gate_up, down = expert_matrix_names(layer, expert)
-        return self.matrix(gate_up, pace=pace), self.matrix(down, pace=pace)
+        known = self._mapped_experts.get((layer, expert))
+        if known is not None:  # an expert that comes back
+            self.cache.touch(gate_up, down, pace)
+            return known
+        num_private = self.cache.num_private
+        weights = self.matrix(gate_up, pace=pace), self.matrix(down, pace=pace)
+        if self.cache.num_private == num_private:
+            self._mapped_experts[layer, expert] = weights
+        return weights
 
     def lendable(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
         """The packed weights of an expert of any rank, to be read in place; None where they are not on this host yet.

@@ -180,16 +180,19 @@ class ExpertMap:
 
     def slot_tables(self, source_rank: int) -> Int32:
         """`slot_table` of every layer, [L, E], in a fraction of the time."""
-        first, last = source_rank * self.slots_per_rank, (source_rank + 1) * self.slots_per_rank
-        experts_E = np.arange(self.num_experts)
-        tables_LE = np.empty((self.num_layers, self.num_experts), np.int32)
-        for row_P, table_E in zip(self.physical_to_logical_LP, tables_LE, strict=True):
-            slots_by_expert_P = np.argsort(row_P, kind="stable")  # an expert's slots lowest first; the empty before all
-            starts_E = np.searchsorted(row_P[slots_by_expert_P], experts_E)
-            counts_E = np.bincount(row_P[row_P != EMPTY], minlength=self.num_experts)
-            table_E[:] = slots_by_expert_P[starts_E + (source_rank + experts_E) % counts_E]
-            own_S = np.flatnonzero(row_P[first:last] != EMPTY) + first
-            table_E[row_P[own_S]] = own_S
+        physical_LP, num_experts = self.physical_to_logical_LP, self.num_experts
+        layers_L1, experts_E = np.arange(self.num_layers)[:, None], np.arange(num_experts)
+        slots_by_expert_LP = np.argsort(physical_LP, axis=1, kind="stable")  # lowest first; the empty before all
+        counts_L1E = np.bincount(  # slots of none, then of each expert
+            (physical_LP + 1 + layers_L1 * (num_experts + 1)).reshape(-1), minlength=self.num_layers * (num_experts + 1)
+        ).reshape(self.num_layers, num_experts + 1)
+        starts_LE = np.cumsum(counts_L1E, axis=1)[:, :-1]
+        chosen_LE = starts_LE + (source_rank + experts_E) % counts_L1E[:, 1:]
+        tables_LE = slots_by_expert_LP[layers_L1, chosen_LE].astype(np.int32)
+        first = source_rank * self.slots_per_rank
+        own_LS = physical_LP[:, first : first + self.slots_per_rank]
+        layers, slots = np.nonzero(own_LS != EMPTY)
+        tables_LE[layers, own_LS[layers, slots]] = first + slots
         return tables_LE
 
     def _slots_by_expert(self, layer: int) -> Iterator[tuple[int, list[int]]]:
