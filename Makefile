@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev test test-slow test-gpu sanitize lint format type bench peers docs mpi ray-serve lock check clean
+.PHONY: demo serve dev cuda test test-slow test-gpu sanitize lint format type bench peers docs mpi ray-serve lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -26,6 +26,12 @@ $(INSTALLED): $(VENV)/bin/python pyproject.toml requirements.lock $(NATIVE_SOURC
 	@$(PIP) install -r requirements.lock
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $(INSTALLED)
+
+# The device kernels, for GPUs, where there is an nvcc (CUDACXX or PATH); no GPU is needed to build or load them.
+cuda: dev
+	@cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release
+	@cmake --build build/cuda --target switchgear_cuda -j 2
+	@cp build/cuda/libswitchgear_cuda.so runtime/switchgear_runtime/_native/
 
 test: dev
 	@$(RUN) -m pytest -q -m "not slow and not gpu"

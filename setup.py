@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARIES = ("libswitchgear.so", "libswitchgear_torch.so", "libswitchgear_bench.so")
+LIBRARIES = ("libswitchgear.so", "libswitchgear_torch.so", "libswitchgear_bench.so", "libswitchgear_cuda_twin.so")
 
 
 class CMakeExtension(Extension):

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "common/api.h"
+
 namespace sg {
 
-inline void philox_4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+SG_PORTABLE void philox_4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
@@ -22,7 +24,7 @@ inline void philox_4x32_10(const uint32_t counter[4], const uint32_t key[2], uin
 }
 
 // The draw for output token `position` of a request: 53 bits in [0, 1).
-inline double uniform(uint64_t seed, uint64_t position) {
+SG_PORTABLE double uniform(uint64_t seed, uint64_t position) {
   const uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0};
   const uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   uint32_t bits[4];

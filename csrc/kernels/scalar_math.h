@@ -5,11 +5,13 @@
 #include <cstring>
 #include <limits>
 
+#include "common/api.h"
+
 namespace sg {
 
 // For x <= 0, within about 1e-15 relative; 0 below -700 and for NaN. No branch, so that a loop over it can be
 // vectorised.
-inline double exp_double(double x) {
+SG_PORTABLE double exp_double(double x) {
   constexpr double SHIFT = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, in the low bits
   const bool in_range = x >= -700.0;
   x = in_range ? x : -700.0;

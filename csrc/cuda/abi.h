@@ -1,0 +1,200 @@
+// The C ABI of the device kernels, one for two libraries: libswitchgear_cuda.so takes device pointers and a
+// cudaStream_t and only enqueues; libswitchgear_cuda_twin.so, the same sources compiled for the host, takes host
+// pointers, ignores the stream and has finished when it returns. The structures lie on the host and are read before a
+// call returns.
+//
+// Calls return SG_OK, or SG_ERROR with a message in sg_last_error(). A kernel trusts its indices, except where they
+// came from another rank: those are checked, and `fault` tells. `dtype`: 0 fp32, 1 bf16. `payload`: these, 2 fp8 (e4m3)
+// or 3 int8, both with an fp32 scale per 128 values. Rows begin at multiples of 16 bytes. A count that only the device
+// knows is given as a pointer (`..._now`; null: as many as the capacity says), so that a graph can be captured.
+// Mirrored in runtime/switchgear_runtime/cuda/structs.py.
+//
+// Letters: T tokens, D hidden, K top-k, E experts, N = T * K pairs, M rows, R ranks, S slots of a rank, F ffn, H query
+// heads, G KV heads, C head size, B blocks, Z block size, Q sequences, V vocabulary, P positions.
+#pragma once
+
+#include <cstdint>
+
+#include "common/api.h"
+
+enum { SG_FP32 = 0, SG_BF16 = 1, SG_FP8 = 2, SG_INT8 = 3 };
+
+// library.cu
+SG_API const char* sg_cuda_kind();                  // "cuda" or "twin"
+SG_API const char* sg_cuda_kernel_version();        // rises with every change of a bit; part of the fingerprint
+SG_API const char* sg_cuda_architectures();         // "80 90a 100", or what an older nvcc can; the twin's is empty
+SG_API int sg_cuda_toolkit();                       // CUDA version of the build, 13000 for 13.0; 0 in the twin
+SG_API int sg_cuda_driver();                        // the newest CUDA that the driver can run; 0: there is no driver
+SG_API int sg_cuda_num_devices();                   // 0 without a driver
+SG_API int sg_cuda_synchronize(void* stream);       // waits for what was enqueued, and says what failed
+SG_API void* sg_cuda_managed_alloc(int64_t bytes);  // memory that host and device can use; null: sg_last_error()
+SG_API void sg_cuda_managed_free(void* data);
+SG_API void sg_cuda_twin_order(int backwards);  // of the twin's threads and blocks; of no effect in the other
+
+// router.cu
+struct sg_cuda_router {  // the meaning of ops.topk_router, and groups
+  const float* logits_TE;
+  const float* bias_E;  // takes part in the choice, not in the weight; or null
+  int64_t num_tokens, num_experts, top_k;
+  int64_t num_groups, top_k_groups;  // experts of the best groups only; 1, 1: of all
+  int32_t sigmoid, renormalize;
+  int32_t group_top2;  // a group's score: 1 the sum of its two best, 0 its best
+  float scale;         // of the weights
+  float* weights_TK;
+  int32_t* ids_TK;
+};
+SG_API int sg_cuda_topk_router(const struct sg_cuda_router* args, void* stream);
+
+// counters.cu: both add to what is there
+// counts[rows_T[t] * row_stride + ids_TK[t, k]] += 1; rows_T null: row 0.
+SG_API int sg_cuda_count(const int32_t* ids_TK, const int32_t* rows_T, int64_t num_tokens, int64_t top_k,
+                         int64_t row_stride, int64_t* counts, void* stream);
+// counts_E[experts_S[s]] += begin_S1[s + 1] - begin_S1[s], where experts_S[s] >= 0.
+SG_API int sg_cuda_count_rows(const int32_t* begin_S1, const int32_t* experts_S, int64_t num_slots, int64_t* counts_E,
+                              void* stream);
+
+// dispatch.cu
+SG_API int64_t sg_cuda_bucket_work(int64_t num_items, int64_t num_bins);  // int32s of `work` below
+struct sg_cuda_remap {  // logical experts to slots: the parts of a plan of placement/quotas.h, taken in token order
+  const int32_t* topk_ids_N;
+  int64_t num_pairs, num_experts;
+  const int32_t* begin_E1;  // parts of expert e: begin_E1[e] .. begin_E1[e + 1] - 1; null: see slots_P
+  const int32_t* ends_P;    // how many of the expert's pairs this part and those before it take
+  const int32_t* slots_P;   // slot of each part; where begin_E1 is null, slot of each expert
+  int32_t* slot_ids_N;      // -1: more pairs than planned
+  int32_t* fault;           // [1]: gets 1 + an expert that had more pairs than planned, else stays
+  int32_t* work;            // [bucket_work(num_pairs, num_experts)]
+};
+SG_API int sg_cuda_remap_pairs(const struct sg_cuda_remap* args, void* stream);
+
+struct sg_cuda_dispatch {  // a rank's pairs by destination rank, in (token, k) order; a token's row once per rank
+  const int32_t* slot_ids_TK;
+  int64_t num_tokens, top_k, num_ranks, slots_per_rank;
+  int32_t* rows_begin_R1;   // prefix sums over ranks: of token rows
+  int32_t* pairs_begin_R1;  // and of pairs
+  int32_t* row_tokens_M;    // [T * min(K, R)] token of each row
+  int32_t* pairs_N2;        // [N, 2] row among its rank's rows, slot
+  int32_t* pair_index_TK;   // where each (token, k) is in pairs_N2, and its expert's row in what returns; -1: no slot
+  int32_t* work;            // [2 * bucket_work(num_tokens * top_k, num_ranks)]
+};
+SG_API int sg_cuda_dispatch_plan(const struct sg_cuda_dispatch* args, void* stream);
+
+struct sg_cuda_group {  // what came, by slot; pairs and rows of one rank after those of the other
+  const int32_t* pairs_N2;
+  const int32_t* rows_begin_R1;  // of what came from each rank
+  const int32_t* pairs_begin_R1;
+  int64_t num_ranks, max_pairs, first_slot, num_slots;
+  int32_t* begin_S1;  // prefix sums over slots
+  int32_t* x_rows_N;  // by slot, in arriving order within one: the row
+  int32_t* y_rows_N;  // and the pair
+  int32_t* fault;     // [1]: gets 1 + a pair whose slot or row there is not here, else stays; such pairs are left out
+  int32_t* work;      // [bucket_work(max_pairs, num_slots)]
+};
+SG_API int sg_cuda_group_pairs(const struct sg_cuda_group* args, void* stream);
+
+// payload.cu
+SG_API int64_t sg_cuda_payload_bytes(int64_t hidden, int payload);  // of a row; a multiple of 16
+struct sg_cuda_rows {
+  const void* x;
+  void* out;
+  const int32_t* index_M;  // row of x for each row of out; null: the same
+  const int32_t* num_now;
+  int64_t max_rows, hidden;
+  int32_t x_kind, out_kind;  // pack: a dtype, a payload; unpack: a payload, a dtype
+};
+SG_API int sg_cuda_pack_rows(const struct sg_cuda_rows* args, void* stream);
+SG_API int sg_cuda_unpack_rows(const struct sg_cuda_rows* args, void* stream);
+
+// out[t] = sum over k = 0 .. K - 1, in that order, of weights[t, k] * rows[pair_index[t, k]]; an index below 0: no row.
+struct sg_cuda_combine {
+  const void* rows_ND;
+  const int32_t* pair_index_TK;
+  const float* weights_TK;
+  float* out_TD;
+  int64_t num_tokens, top_k, hidden;
+  int32_t dtype;  // of rows_ND
+};
+SG_API int sg_cuda_combine_rows(const struct sg_cuda_combine* args, void* stream);
+
+// gemm.cu
+enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };
+struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatever the number of rows
+  const void* x;            // [M, K] of x_dtype
+  const void* w;            // [N, K] of x_dtype; for slots null
+  const void* const* w_S;   // of each slot, a table on the device
+  const float* bias_N;      // or null
+  void* y;                  // [M, N]; SG_ADD: fp32, y += scale * product; SG_SILU_MUL: [M, N / 2], silu(first) * second
+  const int32_t* begin_S1;  // rows of each slot, in the grouped order; null: one group with w
+  const int32_t* x_rows;    // row of x for each row of the grouped order; null: the same
+  const int32_t* y_rows;    // row of y
+  int64_t max_rows, num_out, num_k, num_slots;
+  float scale;  // of the product
+  int32_t x_dtype, y_dtype, epilogue;
+};
+SG_API int sg_cuda_gemm_rows(const struct sg_cuda_gemm* args, void* stream);
+
+// rows.cu
+// x_TD = multiplier * embedding[token_ids_T].
+SG_API int sg_cuda_embed(const void* embedding_VD, int dtype, const int64_t* token_ids_T, int64_t num_tokens,
+                         int64_t hidden, float multiplier, float* x_TD, void* stream);
+struct sg_cuda_norm {  // of `groups` rows of `size` side by side in each token's stride
+  const float* x;
+  const float* weight;  // [size]
+  void* out;            // may be x
+  int64_t num_tokens, groups, size, x_stride, out_stride;
+  float eps;
+  int32_t out_dtype;
+};
+SG_API int sg_cuda_rms_norm(const struct sg_cuda_norm* args, void* stream);
+// out[t, f] = silu(x[t, f]) * x[t, F + f].
+SG_API int sg_cuda_silu_mul(const float* gate_up_T2F, int64_t num_rows, int64_t ffn, void* out, int out_dtype,
+                            void* stream);
+// x_TD += multiplier * (gate_T * branch_TD); gate_T null: 1. With `sigmoid`, its sigmoid.
+SG_API int sg_cuda_add_branch(float* x_TD, const float* branch_TD, const float* gate_T, int sigmoid, float multiplier,
+                              int64_t num_tokens, int64_t hidden, void* stream);
+
+// attention.cu
+struct sg_cuda_kv {     // q and k of a qkv row clipped and rotated; q out, k and v into the cache [B, G, Z, C]
+  const float* qkv_TX;  // [T, (H + 2G) * C], normed
+  const int64_t* positions_T;
+  const int64_t* slots_T;  // block * Z + place; below 0: not written
+  const float* cos_PC2;
+  const float* sin_PC2;
+  void* k_cache;
+  void* v_cache;
+  void* q_THC;  // of the cache's dtype
+  int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size;
+  float clip;  // 0: none
+  int32_t dtype;
+};
+SG_API int sg_cuda_rope_kv(const struct sg_cuda_kv* args, void* stream);
+
+struct sg_cuda_attention {
+  const void* q_THC;  // of the cache's dtype
+  const void* k_cache;
+  const void* v_cache;
+  const int32_t* block_tables_QB;
+  const int32_t* seq_ids_T;
+  const int64_t* positions_T;
+  const float* sinks_H;  // or null
+  void* out_THC;
+  float* work;  // [sg_cuda_attention_work(...)]
+  int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size, table_width;
+  int64_t max_positions;   // no position is as large
+  int64_t sliding_window;  // 0: none
+  float scale;
+  int32_t dtype, out_dtype;
+};
+SG_API int64_t sg_cuda_attention_work(int64_t num_tokens, int64_t num_heads, int64_t head_size, int64_t max_positions);
+SG_API int sg_cuda_paged_attention(const struct sg_cuda_attention* args, void* stream);
+
+// sampler.cu
+struct sg_cuda_sample {  // the meaning of ops.sample without penalties, bias and log-probabilities
+  const float* logits_BV;
+  int64_t batch, vocab_size;
+  const float *temperature_B, *top_p_B, *min_p_B;  // temperature 0: the best, ties to the lowest id
+  const int32_t* top_k_B;
+  const int64_t *seeds_B, *positions_B;
+  int64_t* token_ids_B;
+};
+SG_API int sg_cuda_sample_rows(const struct sg_cuda_sample* args, void* stream);

@@ -1,0 +1,198 @@
+// What a kernel is written against, so that one source file is both: a CUDA kernel for nvcc, and for a C++ compiler its
+// twin, which runs the same indexing on host memory, block after block and thread after thread.
+//
+// A kernel is a struct: its parameters, THREADS, and operator()(Block&). What stands in operator() itself is run by the
+// whole block and reads only parameters, block indices, and memory that the kernel does not write. Threads come in
+// three ways:
+//   block.each(f)   every thread runs f(thread); then all wait for each other, and see what was written
+//   block.warps(f)  the same, but only the 32 threads of a warp wait for each other
+//   block.solo(f)   every thread runs f(thread); nobody waits, so f may touch only the thread's own values
+// What a thread keeps from one to the next lies in an Own<T>. Threads of a warp combine values with warp_all. The twin
+// runs threads (and blocks) forwards or backwards, as sg_cuda_twin_order says: what hangs on the order lacks a barrier.
+// Its shared memory begins as garbage. The scheme is hierarchical parallelism as in SYCL (parallel_for_work_item).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/error.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define SG_DEVICE __device__ __forceinline__
+#define SG_UNROLL _Pragma("unroll")
+#else
+#include <cstdlib>
+#define SG_DEVICE inline
+#define SG_UNROLL
+#endif
+
+namespace sg::cuda {
+
+constexpr int WARP = 32;
+constexpr int64_t SHARED_BYTES_MAX = 96 * 1024;  // that every architecture of the build has
+
+#if defined(__CUDACC__)
+
+class Block {
+ public:
+  int64_t x, y, num_x, num_y;  // index of the block, size of the grid
+  unsigned char* bytes;        // shared memory
+  template <typename T>
+  SG_DEVICE T* shared(int64_t at_byte = 0) const {
+    return reinterpret_cast<T*>(bytes + at_byte);
+  }
+  template <typename F>
+  SG_DEVICE void each(F&& f) const {
+    f(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+  template <typename F>
+  SG_DEVICE void warps(F&& f) const {
+    f(static_cast<int>(threadIdx.x));
+    __syncwarp();
+  }
+  template <typename F>
+  SG_DEVICE void solo(F&& f) const {
+    f(static_cast<int>(threadIdx.x));
+  }
+};
+
+template <typename T, int THREADS>
+class Own {
+ public:
+  SG_DEVICE T& operator[](int) { return value_; }
+
+ private:
+  T value_;
+};
+
+// Every lane gets op over its warp, by a butterfly; op is commutative.
+template <typename T, int THREADS, typename Op>
+SG_DEVICE void warp_all(const Block&, Own<T, THREADS>& own, Op op) {
+  static_assert(sizeof(T) % 4 == 0, "shuffled by words");
+  SG_UNROLL for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    T other;
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &own[0], sizeof(T));
+    SG_UNROLL for (unsigned i = 0; i < sizeof(T) / 4; ++i) words[i] = __shfl_xor_sync(~0u, words[i], distance);
+    memcpy(&other, words, sizeof(T));
+    own[0] = op(own[0], other);
+  }
+}
+
+SG_DEVICE void atomic_add(int32_t* to, int32_t value) { atomicAdd(to, value); }
+SG_DEVICE void atomic_add(int64_t* to, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+SG_DEVICE void atomic_max(int32_t* to, int32_t value) { atomicMax(to, value); }
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  Block block{blockIdx.x, blockIdx.y, gridDim.x, gridDim.y, bytes};
+  kernel(block);
+}
+
+template <typename Kernel>
+int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void* stream) {
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024) {
+    status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes));
+  }
+  if (status == cudaSuccess) {
+    const dim3 grid(static_cast<unsigned>(num_x), static_cast<unsigned>(num_y));
+    run_block<Kernel>
+        <<<grid, Kernel::THREADS, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(kernel);
+    status = cudaGetLastError();
+  }
+  if (status == cudaSuccess) return SG_OK;
+  return fail("%s: %s (%s)", name, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+#else
+
+extern "C" int sg_cuda_twin_backwards;  // library.cu
+
+class Block {
+ public:
+  int64_t x, y, num_x, num_y;
+  unsigned char* bytes;
+  int num_threads;
+  template <typename T>
+  T* shared(int64_t at_byte = 0) const {
+    return reinterpret_cast<T*>(bytes + at_byte);
+  }
+  template <typename F>
+  void each(F&& f) const {
+    for (int i = 0; i < num_threads; ++i) f(sg_cuda_twin_backwards ? num_threads - 1 - i : i);
+  }
+  template <typename F>
+  void warps(F&& f) const {
+    each(f);
+  }
+  template <typename F>
+  void solo(F&& f) const {
+    each(f);
+  }
+};
+
+template <typename T, int THREADS>
+class Own {
+ public:
+  T& operator[](int thread) { return values_[thread]; }
+
+ private:
+  T values_[THREADS];
+};
+
+template <typename T, int THREADS, typename Op>
+void warp_all(const Block&, Own<T, THREADS>& own, Op op) {
+  for (int first = 0; first < THREADS; first += WARP) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+      T before[WARP];
+      for (int lane = 0; lane < WARP; ++lane) before[lane] = own[first + lane];
+      for (int lane = 0; lane < WARP; ++lane) own[first + lane] = op(before[lane], before[lane ^ distance]);
+    }
+  }
+}
+
+template <typename T>
+void atomic_add(T* to, T value) {
+  *to += value;
+}
+inline void atomic_max(int32_t* to, int32_t value) { *to = *to < value ? value : *to; }
+
+template <typename Kernel>
+int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
+  static_assert(Kernel::THREADS % WARP == 0, "whole warps");
+  const size_t room = static_cast<size_t>(shared_bytes + 15) / 16 * 16;
+  auto* bytes = room > 0 ? static_cast<unsigned char*>(std::aligned_alloc(16, room)) : nullptr;
+  if (room > 0 && bytes == nullptr) return fail("%s: no memory for a block", name);
+  for (int64_t i = 0; i < num_x * num_y; ++i) {
+    const int64_t at = sg_cuda_twin_backwards ? num_x * num_y - 1 - i : i;
+    if (room > 0) std::memset(bytes, 0xFB, room);
+    Block block{at % num_x, at / num_x, num_x, num_y, bytes, Kernel::THREADS};
+    kernel(block);
+  }
+  std::free(bytes);
+  return SG_OK;
+}
+
+#endif
+
+template <typename Kernel>
+int launch(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void* stream) {
+  if (num_x <= 0 || num_y <= 0) return SG_OK;
+  if (shared_bytes > SHARED_BYTES_MAX || num_x > INT32_MAX || num_y > 65535) {
+    return fail("%s: a grid of %lld x %lld with %lld bytes of shared memory is too large", name,
+                static_cast<long long>(num_x), static_cast<long long>(num_y), static_cast<long long>(shared_bytes));
+  }
+  return enqueue(name, kernel, num_x, num_y, shared_bytes, stream);
+}
+
+SG_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace sg::cuda

@@ -1,0 +1,100 @@
+"""The structures of csrc/cuda/abi.h, as ctypes sees them; what each field means is said there. Imports no torch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+Fields = list[tuple[str, type]]
+
+
+def _fields(text: str) -> Fields:
+    """Names by the letter of their type: `p: a b; q: c; i: d; f: e` for pointers, int64, int32 and float."""
+    types = {"p": c_void_p, "q": c_int64, "i": c_int32, "f": c_float}
+    return [
+        (name, types[letter.strip()])
+        for letter, names in (part.split(":") for part in text.split(";"))
+        for name in names.split()
+    ]
+
+
+class Router(ctypes.Structure):
+    _fields_ = _fields(
+        "p: logits_TE bias_E; q: num_tokens num_experts top_k num_groups top_k_groups;"
+        "i: sigmoid renormalize group_top2; f: scale; p: weights_TK ids_TK"
+    )
+
+
+class Remap(ctypes.Structure):
+    _fields_ = _fields(
+        "p: topk_ids_N; q: num_pairs num_experts; p: begin_E1 ends_P slots_P slot_ids_N fault work",
+    )
+
+
+class Dispatch(ctypes.Structure):
+    _fields_ = _fields(
+        "p: slot_ids_TK; q: num_tokens top_k num_ranks slots_per_rank;"
+        "p: rows_begin_R1 pairs_begin_R1 row_tokens_M pairs_N2 pair_index_TK work"
+    )
+
+
+class Group(ctypes.Structure):
+    _fields_ = _fields(
+        "p: pairs_N2 rows_begin_R1 pairs_begin_R1; q: num_ranks max_pairs first_slot num_slots;"
+        "p: begin_S1 x_rows_N y_rows_N fault work"
+    )
+
+
+class Rows(ctypes.Structure):
+    _fields_ = _fields("p: x out index_M num_now; q: max_rows hidden; i: x_kind out_kind")
+
+
+class Combine(ctypes.Structure):
+    _fields_ = _fields("p: rows_ND pair_index_TK weights_TK out_TD; q: num_tokens top_k hidden; i: dtype")
+
+
+class Gemm(ctypes.Structure):
+    _fields_ = _fields(
+        "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots;"
+        "f: scale; i: x_dtype y_dtype epilogue"
+    )
+
+
+class Norm(ctypes.Structure):
+    _fields_ = _fields("p: x weight out; q: num_tokens groups size x_stride out_stride; f: eps; i: out_dtype")
+
+
+class Kv(ctypes.Structure):
+    _fields_ = _fields(
+        "p: qkv_TX positions_T slots_T cos_PC2 sin_PC2 k_cache v_cache q_THC;"
+        "q: num_tokens num_heads num_kv_heads head_size block_size; f: clip; i: dtype"
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = _fields(
+        "p: q_THC k_cache v_cache block_tables_QB seq_ids_T positions_T sinks_H out_THC work;"
+        "q: num_tokens num_heads num_kv_heads head_size block_size table_width max_positions sliding_window;"
+        "f: scale; i: dtype out_dtype"
+    )
+
+
+class Sample(ctypes.Structure):
+    _fields_ = _fields(
+        "p: logits_BV; q: batch vocab_size;p: temperature_B top_p_B min_p_B top_k_B seeds_B positions_B token_ids_B"
+    )
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {  # by their name in abi.h
+    "sg_cuda_router": Router,
+    "sg_cuda_remap": Remap,
+    "sg_cuda_dispatch": Dispatch,
+    "sg_cuda_group": Group,
+    "sg_cuda_rows": Rows,
+    "sg_cuda_combine": Combine,
+    "sg_cuda_gemm": Gemm,
+    "sg_cuda_norm": Norm,
+    "sg_cuda_kv": Kv,
+    "sg_cuda_attention": Attention,
+    "sg_cuda_sample": Sample,
+}

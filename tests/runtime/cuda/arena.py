@@ -1,0 +1,96 @@
+"""Arrays for kernels, between guards: `Arena`. A write beside an array is seen, a read beside one brings garbage.
+
+`Checked` is a library for checks: each call has finished when it returns. With the GPU's library, arrays lie in managed
+memory, which host and device can use, so the same checks serve both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+GUARD_BYTES = 1 << 14
+GARBAGE = 0xFB  # as fp32 -2.6e36, as int32 -67372037: neither passes for a value or an index
+
+
+class Checked:
+    """A device library whose calls wait. `managed`: arrays are made by it (the GPU's), not by numpy."""
+
+    def __init__(self, library: ctypes.CDLL, *, managed: bool = False) -> None:
+        self.library = library
+        self.managed = managed
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.library, name)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            if self.managed:
+                self.library.sg_cuda_synchronize(None)
+            return result
+
+        return call
+
+
+class Arena:
+    """`put` copies an array in, `room` makes one full of garbage; `check` asserts that all guards are whole."""
+
+    def __init__(self, library: Checked, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self._library = library
+        self._blocks: list[tuple[np.ndarray, int, int]] = []
+        self._managed: list[int] = []
+
+    def __del__(self) -> None:
+        for data in self._managed:
+            self._library.library.sg_cuda_managed_free(data)
+
+    def _block(self, num_bytes: int) -> np.ndarray:
+        if not self._library.managed:
+            return np.full(num_bytes, GARBAGE, np.uint8)
+        data = self._library.library.sg_cuda_managed_alloc(num_bytes)
+        assert data, self._library.library.sg_last_error()
+        self._managed.append(data)
+        block = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(data), np.uint8)
+        block[:] = GARBAGE
+        return block
+
+    def room(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        block = self._block(2 * GUARD_BYTES + num_bytes + 64)
+        begin = GUARD_BYTES + -(block.ctypes.data + GUARD_BYTES) % 64
+        self._blocks.append((block, begin, begin + num_bytes))
+        return block[begin : begin + num_bytes].view(dtype).reshape(shape)
+
+    def put(self, array: Any, dtype: Any) -> np.ndarray:
+        array = np.asarray(array)
+        view = self.room(array.shape, dtype)
+        view[...] = array
+        return view
+
+    def normals(self, *shape: int) -> np.ndarray:
+        return self.put(self.rng.standard_normal(shape), np.float32)
+
+    def check(self) -> None:
+        for block, begin, end in self._blocks:
+            assert (block[:begin] == GARBAGE).all(), "a write before an array"
+            assert (block[end:] == GARBAGE).all(), "a write behind an array"
+
+
+def at(array: np.ndarray | None) -> int | None:
+    """The array's address."""
+    return None if array is None else array.ctypes.data
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Bits of bf16, uint16: to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def of_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
