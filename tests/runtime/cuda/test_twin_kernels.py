@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import checks_attention
+import checks_products
 import checks_routing
+import checks_rows
 import numpy as np
 import pytest
 import torch
@@ -24,6 +27,13 @@ CHECKS: list[tuple[Callable[[Checked, int], None], int]] = [  # with the number 
     (checks_routing.check_remap, 9),
     (checks_routing.check_dispatch, 12),
     (checks_routing.check_group, 12),
+    (checks_products.check_gemm, 16),
+    (checks_products.check_row_independence, 1),
+    (checks_rows.check_payload, 24),
+    (checks_rows.check_combine, 12),
+    (checks_rows.check_row_ops, 8),
+    (checks_attention.check_rope_kv, 8),
+    (checks_attention.check_attention, 20),
 ]
 
 

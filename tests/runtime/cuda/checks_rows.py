@@ -1,0 +1,191 @@
+"""Checks of the kernels on rows (payload, combine, embedding, norm, activation, branches) against slow numpy."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from arena import Arena, Checked, at, of_bf16, to_bf16
+
+from switchgear_runtime.cuda import structs
+from switchgear_runtime.cuda.library import BF16, FP8, FP32, INT8
+
+
+def stored(arena: Arena, x: np.ndarray, dtype: int) -> tuple[np.ndarray, np.ndarray]:
+    """As the kernel reads it, and the values that these are."""
+    if dtype == FP32:
+        return arena.put(x, np.float32), np.asarray(x, np.float32)
+    return arena.put(to_bf16(x), np.uint16), of_bf16(to_bf16(x))
+
+
+def rounded(x: np.ndarray, dtype: int) -> np.ndarray:
+    return x if dtype == FP32 else to_bf16(x)
+
+
+def array_type(dtype: int) -> type:
+    return np.float32 if dtype == FP32 else np.uint16
+
+
+def to_fp8(x: np.ndarray) -> np.ndarray:
+    """By torch: to nearest, ties to even; what is beyond becomes the largest."""
+    limited = torch.from_numpy(np.clip(x, -448.0, 448.0).astype(np.float32))
+    return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def quantized(x_D: np.ndarray, payload: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of a row."""
+    codes, scales = np.zeros(len(x_D), np.uint8), []
+    for begin in range(0, len(x_D), 128):
+        block = x_D[begin : begin + 128]
+        scale = np.float32(np.abs(block).max() / np.float32(448.0 if payload == FP8 else 127.0))
+        ratio = block / scale if scale > 0 else np.zeros_like(block)
+        if payload == FP8:
+            codes[begin : begin + 128] = to_fp8(ratio)
+        else:
+            codes[begin : begin + 128] = np.clip(np.rint(ratio), -127, 127).astype(np.int8).view(np.uint8)
+        scales.append(scale)
+    return codes, np.array(scales, np.float32)
+
+
+def check_payload(library: Checked, seed: int) -> None:
+    """Pack, then unpack: each against numpy, bit for bit."""
+    arena = Arena(library, seed)
+    rng = arena.rng
+    payload, x_kind, out_kind = seed % 4, int(rng.integers(2)), int(rng.integers(2))
+    hidden = int(rng.choice([8, 40, 100, 128, 136, 300, 1032]))
+    num_from, num_rows = int(rng.integers(1, 9)), int(rng.integers(0, 12))
+    x = rng.standard_normal((num_from, hidden)) * rng.choice([1e-3, 1.0, 100.0], (num_from, 1))
+    x[:, : hidden // 2] *= rng.random((num_from, hidden // 2)) ** 8  # small ones too: fp8 has denormals
+    x[0, :8] = 0.0
+    x_stored, x = stored(arena, x, x_kind)
+    index = rng.integers(0, num_from, num_rows)
+    given = bool(rng.integers(2))
+    if not given:
+        num_rows = min(num_rows, num_from)
+        index = np.arange(num_rows)
+    num_now = int(rng.integers(0, num_rows + 1)) if rng.integers(2) else None
+    row_bytes = library.sg_cuda_payload_bytes(hidden, payload)
+    packed = arena.room((num_rows, row_bytes), np.uint8)
+    untouched = packed.copy()
+    args = structs.Rows(
+        x=at(x_stored),
+        out=at(packed),
+        index_M=at(arena.put(index, np.int32)) if given else None,
+        num_now=None if num_now is None else at(arena.put([num_now], np.int32)),
+        max_rows=num_rows,
+        hidden=hidden,
+        x_kind=x_kind,
+        out_kind=payload,
+    )
+    library.sg_cuda_pack_rows(ctypes.byref(args), None)
+    arena.check()
+    rows = num_rows if num_now is None else num_now
+    assert (packed[rows:] == untouched[rows:]).all(), f"seed {seed}: rows that there are not"
+    values = np.zeros((num_rows, hidden), np.float32)
+    scales_at = -(-hidden // 16) * 16
+    for row in range(rows):
+        row_x = x[index[row]]
+        if payload in (FP32, BF16):
+            expected = rounded(row_x, payload)
+            assert packed[row].tobytes().startswith(expected.tobytes()), f"seed {seed}"
+            values[row] = row_x if payload == FP32 else of_bf16(expected)
+            continue
+        codes, scales = quantized(row_x, payload)
+        assert (packed[row, :hidden] == codes).all(), f"seed {seed}: payload {payload}"
+        found = packed[row, scales_at : scales_at + scales.nbytes].view(np.float32)
+        assert (found == scales).all(), f"seed {seed}: payload {payload}"
+        if payload == FP8:
+            decoded = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
+        else:
+            decoded = codes.view(np.int8).astype(np.float32)
+        values[row] = decoded * scales.repeat(128)[:hidden]
+    back = rng.permutation(num_rows)[: max(1, rows)] % max(1, rows)
+    out = arena.room((len(back), hidden), array_type(out_kind))
+    args = structs.Rows(
+        x=at(packed), out=at(out), index_M=at(arena.put(back, np.int32)), max_rows=min(len(back), rows), hidden=hidden
+    )
+    args.x_kind, args.out_kind = payload, out_kind
+    library.sg_cuda_unpack_rows(ctypes.byref(args), None)
+    arena.check()
+    if rows:
+        assert out.tobytes() == rounded(values[back], out_kind).tobytes(), f"seed {seed}"
+
+
+def check_combine(library: Checked, seed: int) -> None:
+    arena = Arena(library, seed)
+    rng = arena.rng
+    dtype, hidden = seed % 2, int(rng.choice([8, 12, 264, 2056]))
+    num_tokens, top_k = int(rng.integers(0, 9)), int(rng.integers(1, 9))
+    num_rows = num_tokens * top_k + 1
+    rows_stored, rows = stored(arena, rng.standard_normal((num_rows, hidden)), dtype)
+    index_TK = rng.permutation(num_rows)[: num_tokens * top_k].reshape(num_tokens, top_k)
+    if seed % 3 == 0:
+        index_TK[rng.random(index_TK.shape) < 0.2] = -1
+    weights_TK = arena.put(rng.random((num_tokens, top_k)), np.float32)
+    out_TD = arena.room((num_tokens, hidden), np.float32)
+    args = structs.Combine(
+        rows_ND=at(rows_stored),
+        pair_index_TK=at(arena.put(index_TK, np.int32)),
+        weights_TK=at(weights_TK),
+        out_TD=at(out_TD),
+        num_tokens=num_tokens,
+        top_k=top_k,
+        hidden=hidden,
+        dtype=dtype,
+    )
+    library.sg_cuda_combine_rows(ctypes.byref(args), None)
+    arena.check()
+    expected = np.zeros((num_tokens, hidden), np.float32)
+    for t in range(num_tokens):
+        for k in range(top_k):
+            if index_TK[t, k] >= 0:
+                product = weights_TK[t, k].astype(np.float64) * rows[index_TK[t, k]]
+                expected[t] = (product + expected[t]).astype(np.float32)
+    assert out_TD.tobytes() == expected.tobytes(), f"seed {seed}"
+
+
+def check_row_ops(library: Checked, seed: int) -> None:
+    arena = Arena(library, seed)
+    rng = arena.rng
+    num_tokens, hidden = int(rng.integers(0, 9)), int(rng.choice([1, 8, 130, 300]))
+    dtype, out_dtype = int(rng.integers(2)), int(rng.integers(2))
+    near = {"rtol": 2e-6, "atol": 1e-6} if out_dtype == FP32 else {"rtol": 8e-3, "atol": 1e-6}
+
+    def values_of(out: np.ndarray) -> np.ndarray:
+        return out if out_dtype == FP32 else of_bf16(out)
+
+    table_stored, table_VD = stored(arena, rng.standard_normal((11, hidden)), dtype)
+    ids_T = arena.put(rng.integers(0, 11, num_tokens), np.int64)
+    x_TD = arena.room((num_tokens, hidden), np.float32)
+    library.sg_cuda_embed(at(table_stored), dtype, at(ids_T), num_tokens, hidden, 1.5, at(x_TD), None)
+    assert (x_TD == table_VD[ids_T] * np.float32(1.5)).all(), f"seed {seed}: embed"
+
+    groups, x_more, out_more = int(rng.integers(1, 4)), int(rng.integers(0, 9)), int(rng.integers(0, 9))
+    x = arena.normals(num_tokens, groups * hidden + x_more)
+    weight = arena.normals(hidden)
+    out = arena.room((num_tokens, groups * hidden + out_more), array_type(out_dtype))
+    norm = structs.Norm(x=at(x), weight=at(weight), out=at(out), num_tokens=num_tokens, groups=groups, size=hidden)
+    norm.x_stride, norm.out_stride, norm.eps, norm.out_dtype = x.shape[1], out.shape[1], 1e-6, out_dtype
+    before = out[:, groups * hidden :].copy()
+    library.sg_cuda_rms_norm(ctypes.byref(norm), None)
+    wide = x[:, : groups * hidden].reshape(num_tokens, groups, hidden).astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * weight
+    found = values_of(np.ascontiguousarray(out[:, : groups * hidden])).reshape(expected.shape)
+    assert np.allclose(found, expected, **near), f"seed {seed}: rms_norm"
+    assert (out[:, groups * hidden :] == before).all(), f"seed {seed}: rms_norm wrote beside its rows"
+
+    gate_up = arena.put(rng.standard_normal((num_tokens, 2 * hidden)) * 20, np.float32)
+    out = arena.room((num_tokens, hidden), array_type(out_dtype))
+    library.sg_cuda_silu_mul(at(gate_up), num_tokens, hidden, at(out), out_dtype, None)
+    gate, up = gate_up[:, :hidden].astype(np.float64), gate_up[:, hidden:]
+    assert np.allclose(values_of(out), gate / (1 + np.exp(-gate)) * up, **near), f"seed {seed}: silu_mul"
+
+    branch_TD = arena.normals(num_tokens, hidden)
+    gates_T = arena.normals(num_tokens) if rng.integers(2) else None
+    is_sigmoid = int(rng.integers(2))
+    x, scale = x_TD.copy(), np.float32(0.22)
+    factor = np.ones(num_tokens) if gates_T is None else 1 / (1 + np.exp(-gates_T)) if is_sigmoid else gates_T
+    library.sg_cuda_add_branch(at(x_TD), at(branch_TD), at(gates_T), is_sigmoid, scale, num_tokens, hidden, None)
+    assert np.allclose(x_TD, x + scale * (factor[:, None] * branch_TD), rtol=1e-5, atol=1e-5), f"seed {seed}: add"
+    arena.check()
