@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchgear_runtime import ops
 from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.loopback import LoopbackTransport
 from switchgear_runtime.comm.shm import ShmTransport
@@ -24,16 +23,17 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.header import Decision
-from switchgear_runtime.kv_cache import KVCache, num_blocks_in
+from switchgear_runtime.kv_cache import num_blocks_in
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
+from switchgear_runtime.model.backend import backend_of
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import expert_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap
-from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
+from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
@@ -80,23 +80,18 @@ class ModelRunner:
             config.kv_cache_memory_bytes, spec, config.block_size, self.dtype
         )
         self.max_model_len = _max_model_len(config, spec, self.num_kv_blocks)
-        torch.set_num_threads(config.num_threads)  # torch only copies and adds here; the kernels have their own threads
-        ops.set_num_threads(config.num_threads)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
         if config.routing_log is not None:
             self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
             native = False  # native steps count, and keep no token's ids
-        self.kv_cache = KVCache(spec, num_blocks=self.num_kv_blocks, block_size=config.block_size, dtype=self.dtype)
-        self._store = WeightStore(
-            checkpoint, self.dtype, quantization=config.quantization, weight_cache=config.weight_cache_dir, rank=rank
-        )
+        self._backend = backend_of(config, rank, native=native)
+        self._store = self._backend.store(checkpoint, self.dtype)
+        self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(expert_map)
         self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
-        self._native: NativeDecoder | None = None
-        if native and NativeDecoder.supports(self._decoder):
-            self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
+        self._native = self._backend.decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._forced = ForcedRouting.load(
             config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
@@ -104,7 +99,7 @@ class ModelRunner:
         self._forced_ids_LTK: NDArray[np.int32] | None = None
         self.replica_choice = ReplicaChoice(
             config.replica_choice,
-            config.lending,
+            config.lending if self._backend.can_lend else 0,
             expert_format=self._store.expert_format,
             num_experts=spec.num_experts,
             top_k=spec.moe.top_k,
@@ -125,10 +120,15 @@ class ModelRunner:
 
     def profile(self) -> NDArray[np.int64]:
         """From now on steps add their nanoseconds to what this returns, by native_structs.PHASES. Of native steps only."""
-        if self._native is None:
-            raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
+        if not isinstance(self._native, NativeDecoder):
+            raise ConfigError(f"{self.spec.architecture} on {self.device} has no clock; only the CPU's native steps do")
         self._native.phase_ns = np.zeros(len(PHASES), np.int64)
         return self._native.phase_ns
+
+    @property
+    def device(self) -> str:
+        """Where it computes, as torch names it."""
+        return self._backend.device
 
     @property
     def epoch(self) -> int:
@@ -143,8 +143,7 @@ class ModelRunner:
     def fingerprint(self) -> str:
         """Ranks whose fingerprints differ could compute different bits, and may not join one generation."""
         parts: Mapping[str, object] = {
-            "kernels": ops.kernel_version(),
-            "instruction_set": ops.instruction_set(),
+            **self._backend.identity(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantization": self.config.quantization,
             "block_size": self.config.block_size,
@@ -174,7 +173,7 @@ class ModelRunner:
     @property
     def shares_weights(self) -> bool:
         """Whether every expert of the model is a page of this host's weight cache away."""
-        return self._store.cache.is_shared
+        return bool(self._store.shares_weights)
 
     def stage(self, expert_map: ExpertMap, read: ReadStaged | None = None) -> StagedMap:
         """Everything `flip` needs, made in another thread while steps run. `read` (default: `read_expert`) gives the
@@ -194,11 +193,13 @@ class ModelRunner:
 
     def read_expert(self, moe_layer: int, expert: int, pace: Callable[[int], None] | None = None) -> ExpertWeights:
         """From the host's weight cache, or else packed from the checkpoint. `pace` is told of every piece."""
-        return self._store.expert(self.spec.moe_layers[moe_layer], expert, pace)
+        weights: ExpertWeights = self._store.expert(self.spec.moe_layers[moe_layer], expert, pace)
+        return weights
 
     def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
         """Memory for an expert that comes from elsewhere."""
-        return self._store.empty_expert(self.spec.moe_layers[moe_layer], expert)
+        weights: ExpertWeights = self._store.empty_expert(self.spec.moe_layers[moe_layer], expert)
+        return weights
 
     def held_expert(self, moe_layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
         """The packed weights (gate and up, down) of an expert that this rank computes with now; from any thread."""
@@ -206,7 +207,10 @@ class ModelRunner:
         if experts is None:
             return None
         (slots,) = np.nonzero(experts.experts == expert)
-        return (experts.w13_S[slots[0]], experts.w2_S[slots[0]]) if len(slots) else None
+        if not len(slots):
+            return None
+        to_host = self._store.to_host
+        return to_host(experts.w13_S[slots[0]]), to_host(experts.w2_S[slots[0]])
 
     def begin_step(self, decision: Decision) -> None:
         """Before `forward`: how this step spreads tokens over replicas, from what all ranks have agreed on."""
@@ -278,7 +282,7 @@ class ModelRunner:
 
         def count(moe_layer: int, expert: int) -> ExpertWeights:
             nonlocal num_new, new_bytes
-            weights = read(moe_layer, expert)
+            weights: ExpertWeights = self._store.on_device(read(moe_layer, expert))
             num_new += 1
             new_bytes += sum(weight.data.nbytes for weight in weights)
             return weights

@@ -171,6 +171,7 @@ class RankWorker:
                         address=link.own_address,  # reaches the server, and so the other ranks
                         trusted=engine_config.trusted_network,
                     ),
+                    device=runner.device,
                 )
             finally:
                 self._meeting = None

@@ -1,14 +1,14 @@
 """How rows in a device's memory go between ranks: the `DeviceExchange` protocol, and `HostStaged` over any transport.
 
-A device's tensors are uint8 on one device. What it is for: grouped rows of a dispatch or a combine, whose lengths the
-host knows by then. NCCL's is in nccl.py; both give the same bytes, so tokens do not depend on which one is used.
+What it is for: the rows and pairs of a dispatch or a combine, whose numbers the host knows by then. NCCL's is in nccl.py;
+both give the same bytes, so tokens do not depend on which one is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,19 @@ from torch import Tensor
 from switchgear_runtime.comm.transport import Transport
 
 
-class DeviceExchange(Protocol):
-    """One rank's end. All ranks make the same calls in the same order."""
+class Parts(NamedTuple):
+    """uint8 on one device; rank r's is data[offsets[r]:offsets[r + 1]]."""
 
-    def exchange(self, send: Tensor, offsets: Sequence[int], *, timeout_s: float) -> tuple[Tensor, list[int]]:
-        """`send[offsets[r]:offsets[r + 1]]` goes to rank r, itself included. Returns what all ranks sent here, in rank
-        order, and its offsets. Errors as a Transport's."""
+    data: Tensor
+    offsets: Sequence[int]
+
+
+class DeviceExchange(Protocol):
+    """One rank's end. All ranks make the same calls, with as many parts, in the same order."""
+
+    def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
+        """Of each of `send`, rank r gets its part, this rank included. Returns what all ranks sent here, in rank order.
+        Errors as a Transport's."""
         ...
 
 
@@ -41,7 +48,10 @@ class HostStaged:
         self._out = torch.empty(0, dtype=torch.uint8)  # pinned, where there is a device
         self._back = torch.empty(0, dtype=torch.uint8)
 
-    def exchange(self, send: Tensor, offsets: Sequence[int], *, timeout_s: float) -> tuple[Tensor, list[int]]:
+    def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
+        return [self._exchange(parts.data, parts.offsets, timeout_s) for parts in send]
+
+    def _exchange(self, send: Tensor, offsets: Sequence[int], timeout_s: float) -> Parts:
         on_device = send.device.type != "cpu"
         if on_device:
             self._out = _room(self._out, send.numel())
@@ -61,7 +71,7 @@ class HostStaged:
         into = back.numpy()
         for part, (begin, end) in zip(received, pairwise(starts), strict=True):
             into[begin:end] = np.frombuffer(part, np.uint8)
-        return (back.to(send.device) if on_device else back), starts
+        return Parts(back.to(send.device) if on_device else back, starts)
 
 
 def _room(buffer: Tensor, num_bytes: int) -> Tensor:

@@ -17,13 +17,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate, pairwise
 from typing import Never
 
 import torch
-from torch import Tensor
 
+from switchgear_runtime.comm.device_exchange import Parts
 from switchgear_runtime.comm.nccl_library import IN_PROGRESS, SUCCESS, UINT8, Nccl, UniqueId, nccl, non_blocking
 from switchgear_runtime.comm.transport import Transport, TransportStats
 from switchgear_runtime.env import ranks_may_share_gpu
@@ -32,7 +32,29 @@ from switchgear_runtime.errors import ConfigError, TransportError, TransportTime
 ROUND_S = 0.2  # a rank whose part is not complete asks the others so often
 LATE, DONE, FAILED = 0, 1, 2  # a rank's mark in a round
 _MEET = struct.Struct("<I?64s128s")  # NCCL version, whether ranks may share a GPU, GPU, unique id (of rank 0)
-_LENGTH = struct.Struct("<Q")
+
+
+class Gpu:
+    """What NCCL needs of a device; tests have one of host memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def identity(self) -> str:
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Calls inside are for this device."""
+        return torch.cuda.device(self.device)
+
+    def stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def mark(self) -> Callable[[], bool]:
+        """Tells whether what was enqueued before has finished."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.query
 
 
 class SharedGpu(ConfigError):
@@ -45,7 +67,7 @@ def over_nccl(control: Transport, device: torch.device, *, required: bool, timeo
     if control.world_size == 1:
         return control
     try:
-        return NcclTransport(control, device, timeout_s=timeout_s)
+        return NcclTransport(control, Gpu(device), nccl(), timeout_s=timeout_s)
     except SharedGpu:
         if required:
             raise
@@ -55,10 +77,10 @@ def over_nccl(control: Transport, device: torch.device, *, required: bool, timeo
 class NcclTransport:
     """A Transport, by `control`, and a DeviceExchange. Constructing it is a rendezvous of its own, over `control`."""
 
-    def __init__(self, control: Transport, device: torch.device, *, timeout_s: float) -> None:
+    def __init__(self, control: Transport, gpu: Gpu, library: Nccl, *, timeout_s: float) -> None:
         self._control = control
-        self._device = device
-        self._library = nccl()
+        self._gpu = gpu
+        self._library = library
         self._comm = ctypes.c_void_p()
         self._lock = threading.Lock()  # of calls into NCCL
         self._num_exchanges = self._sent_bytes = self._received_bytes = 0
@@ -108,53 +130,48 @@ class NcclTransport:
 
     # --- between devices ----------------------------------------------------------------------------------------------
 
-    def exchange(self, send: Tensor, offsets: Sequence[int], *, timeout_s: float) -> tuple[Tensor, list[int]]:
-        """As DeviceExchange. On the current stream; returns when every rank has what was sent to it."""
+    def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
+        """As DeviceExchange, in one group. On the current stream; returns when every rank has what was sent to it."""
         deadline_s = time.monotonic() + timeout_s
-        lengths = [end - begin for begin, end in pairwise(offsets)]
+        lengths = [[end - begin for begin, end in pairwise(parts.offsets)] for parts in send]
         with self._giving_up():
-            told = self._control.all_to_all_v([_LENGTH.pack(length) for length in lengths], timeout_s=timeout_s)
-            starts = [0]
-            for view in told:
-                starts.append(starts[-1] + _LENGTH.unpack(view)[0])
-            received = torch.empty(starts[-1], dtype=torch.uint8, device=self._device)
-            with torch.cuda.device(self._device):
-                self._post(send, offsets, received, starts)
-                arrived = torch.cuda.Event()
-                arrived.record()  # type: ignore[no-untyped-call]
-                self._agree("exchange", arrived.query, deadline_s, timeout_s)
-        own = lengths[self.rank]
+            told = self._control.all_to_all_v(
+                [struct.pack(f"<{len(send)}Q", *to_peer) for to_peer in zip(*lengths, strict=True)],
+                timeout_s=timeout_s,
+            )
+            sizes = [struct.unpack(f"<{len(send)}Q", view) for view in told]
+            received = []
+            for number in range(len(send)):
+                starts = list(accumulate((from_peer[number] for from_peer in sizes), initial=0))
+                received.append(Parts(torch.empty(starts[-1], dtype=torch.uint8, device=self._gpu.device), starts))
+            with self._gpu.current():
+                self._post(send, received)
+                self._agree("exchange", self._gpu.mark(), deadline_s, timeout_s)
         self._num_exchanges += 1
-        self._sent_bytes += sum(lengths) - own
-        self._received_bytes += starts[-1] - own
-        return received, starts
+        for parts, mine, got in zip(send, lengths, received, strict=True):
+            self._sent_bytes += parts.offsets[-1] - parts.offsets[0] - mine[self.rank]
+            self._received_bytes += got.offsets[-1] - mine[self.rank]
+        return received
 
-    def _post(self, send: Tensor, offsets: Sequence[int], received: Tensor, starts: Sequence[int]) -> None:
-        """Enqueue all of it as one group. Raises nothing: what fails shows in the marks."""
-        library, stream = self._library.library, torch.cuda.current_stream().cuda_stream
-        begin, end = offsets[self.rank], offsets[self.rank + 1]
-        received[starts[self.rank] : starts[self.rank + 1]].copy_(send[begin:end])
+    def _post(self, send: Sequence[Parts], received: Sequence[Parts]) -> None:
+        """Enqueue all of it as one group. Raises nothing of NCCL's: what fails shows in the marks."""
+        for given, got in zip(send, received, strict=True):
+            got.data[slice(*_part(got, self.rank))].copy_(given.data[slice(*_part(given, self.rank))])
         with self._lock:
             self._check_open()
-            self._start_error = self._first_error(self._grouped(library, send, offsets, received, starts, stream))
+            self._start_error = self._first_error(self._grouped(send, received, self._gpu.stream()))
 
-    def _grouped(
-        self,
-        library: ctypes.CDLL,
-        send: Tensor,
-        offsets: Sequence[int],
-        received: Tensor,
-        starts: Sequence[int],
-        stream: int,
-    ) -> Iterator[int]:
+    def _grouped(self, send: Sequence[Parts], received: Sequence[Parts], stream: int) -> Iterator[int]:
+        library = self._library.library
         yield library.ncclGroupStart()
         for peer in range(self.world_size):
             if peer == self.rank:
                 continue
-            for call, memory, marks in ((library.ncclSend, send, offsets), (library.ncclRecv, received, starts)):
-                length = marks[peer + 1] - marks[peer]
-                if length:
-                    yield call(memory.data_ptr() + marks[peer], length, UINT8, peer, self._comm, stream)
+            for call, all_parts in ((library.ncclSend, send), (library.ncclRecv, received)):
+                for parts in all_parts:
+                    begin, end = _part(parts, peer)
+                    if end > begin:
+                        yield call(parts.data.data_ptr() + begin, end - begin, UINT8, peer, self._comm, stream)
         yield library.ncclGroupEnd()
 
     @staticmethod
@@ -215,7 +232,7 @@ class NcclTransport:
         self._start_error = SUCCESS
         if self.rank == 0:
             self._start_error = library.ncclGetUniqueId(ctypes.byref(unique_id))
-        gpu = str(torch.cuda.get_device_properties(self._device).uuid).encode()
+        gpu = self._gpu.identity().encode()
         header = _MEET.pack(self._library.version, ranks_may_share_gpu(), gpu, bytes(unique_id))
         met = [_MEET.unpack(given) for given in self._control.all_gather(header, timeout_s=timeout_s)]
         check_meeting(
@@ -224,7 +241,7 @@ class NcclTransport:
         ctypes.memmove(ctypes.byref(unique_id), met[0][3], len(met[0][3]))
         config = non_blocking()
         if self._start_error == SUCCESS:
-            with self._lock, torch.cuda.device(self._device):
+            with self._lock, self._gpu.current():
                 result = library.ncclCommInitRankConfig(
                     ctypes.byref(self._comm), self.world_size, unique_id, self.rank, ctypes.byref(config)
                 )
@@ -249,6 +266,10 @@ class NcclTransport:
             if self._comm:
                 self._library.library.ncclCommAbort(self._comm)
                 self._comm = ctypes.c_void_p()
+
+
+def _part(parts: Parts, rank: int) -> tuple[int, int]:
+    return parts.offsets[rank], parts.offsets[rank + 1]
 
 
 def check_meeting(met: Sequence[tuple[int, bool, str]], library: Nccl) -> None:

@@ -140,7 +140,7 @@ def cuda_major_of(path: Path) -> int | None:
     """From the version that is printed under NCCL_DEBUG, "2.29.7+cuda13.0", in the file itself."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         match = re.search(rb"\d+\.\d+\.\d+\+cuda(\d+)\.\d", content)
-    return None if match is None else int(match[1])
+        return None if match is None else int(match[1])
 
 
 def _mapped_path() -> Path | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from switchgear_runtime.model.native_decoder import NativePlacements
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.native_quotas import NativeQuotas
@@ -22,7 +22,7 @@ class StagedMap:
     slots: Sequence[ExpertSlots]  # by MoE layer
     slot_tables_L: Sequence[Tensor]  # by MoE layer, [E]: where this rank's tokens go
     quotas_L: Sequence[NativeQuotas | None]  # by MoE layer: how they split over replicas
-    native: NativePlacements | None
+    native: Any  # what the decoder that runs whole steps takes (NativePlacements, of a device DevicePlacement); or None
     num_new: int  # (layer, expert) pairs that this rank did not hold when it began
     new_bytes: int  # of their packed weights
 
