@@ -74,7 +74,7 @@ struct GroupItems {
   SG_DEVICE int64_t size() const { return least(a.pairs_begin_R1[a.num_ranks], a.max_pairs); }
   SG_DEVICE int64_t source(int64_t i) const {
     int64_t r = 0;
-    while (r + 1 < a.num_ranks && i >= a.pairs_begin_R1[r + 1]) ++r;
+    while (i >= a.pairs_begin_R1[r + 1]) ++r;  // ends: i < size()
     return r;
   }
   SG_DEVICE int64_t key(int64_t i) const {

@@ -167,16 +167,24 @@ inline void atomic_max(int32_t* to, int32_t value) { *to = *to < value ? value :
 template <typename Kernel>
 int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
   static_assert(Kernel::THREADS % WARP == 0, "whole warps");
-  const size_t room = static_cast<size_t>(shared_bytes + 15) / 16 * 16;
-  auto* bytes = room > 0 ? static_cast<unsigned char*>(std::aligned_alloc(16, room)) : nullptr;
-  if (room > 0 && bytes == nullptr) return fail("%s: no memory for a block", name);
-  for (int64_t i = 0; i < num_x * num_y; ++i) {
+  constexpr size_t GUARD = 64;  // before and behind shared memory; a write there is an error
+  const size_t room = static_cast<size_t>(shared_bytes), whole = (room + 2 * GUARD + 15) / 16 * 16;
+  auto* bytes = static_cast<unsigned char*>(std::aligned_alloc(16, whole));
+  if (bytes == nullptr) return fail("%s: no memory for a block", name);
+  bool is_whole = true;
+  for (int64_t i = 0; i < num_x * num_y && is_whole; ++i) {
     const int64_t at = sg_cuda_twin_backwards ? num_x * num_y - 1 - i : i;
-    if (room > 0) std::memset(bytes, 0xFB, room);
-    Block block{at % num_x, at / num_x, num_x, num_y, bytes, Kernel::THREADS};
+    std::memset(bytes, 0xFB, whole);
+    Block block{at % num_x, at / num_x, num_x, num_y, bytes + GUARD, Kernel::THREADS};
     kernel(block);
+    for (size_t g = 0; g < whole; ++g) {
+      if (g == GUARD) g += room;
+      is_whole = is_whole && bytes[g] == 0xFB;
+    }
   }
   std::free(bytes);
+  if (!is_whole)
+    return fail("%s: wrote outside the %lld bytes of its shared memory", name, static_cast<long long>(shared_bytes));
   return SG_OK;
 }
 

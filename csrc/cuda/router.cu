@@ -3,7 +3,7 @@
 //
 // A warp per token, its lanes over experts e = lane, lane + 32, ... Shared memory: each token's scores and what they
 // are chosen by, fp32. The sum of exponentials is each lane's in order of e, then a butterfly over lanes: one order for
-// any number of tokens.
+// any number of tokens. A warp without a token works on what is in its shared memory, and writes nothing out.
 #include "cuda/abi.h"
 #include "cuda/numbers.h"
 
@@ -30,14 +30,13 @@ struct TopkRouter {
     Own<double, THREADS> sum;
     score(block, first, scores, sum);
     block.warps([&](int thread) {
-      if (first + thread / WARP >= a.num_tokens) return;
       const int64_t row = thread / WARP * a.num_experts;
       for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
         const float value = a.bias_E != nullptr ? scores[row + e] + a.bias_E[e] : scores[row + e];
         choice[row + e] = value != value ? -infinity() : value;
       }
     });
-    if (a.num_groups > 1) keep_groups(block, first, choice);
+    if (a.num_groups > 1) keep_groups(block, choice);
     select(block, first, scores, choice);
   }
 
@@ -79,11 +78,10 @@ struct TopkRouter {
   }
 
   // Experts of all but the best top_k_groups groups become the lowest. Lanes over groups.
-  SG_DEVICE void keep_groups(Block& block, int64_t first, float* choice) const {
+  SG_DEVICE void keep_groups(Block& block, float* choice) const {
     auto* groups = block.shared<float>(2 * TOKENS * a.num_experts * 4);
     const int64_t size = a.num_experts / a.num_groups;
     block.warps([&](int thread) {
-      if (first + thread / WARP >= a.num_tokens) return;
       for (int64_t g = thread % WARP; g < a.num_groups; g += WARP) {
         float best = -infinity(), second = -infinity();
         for (int64_t e = g * size; e < (g + 1) * size; ++e) {
@@ -95,7 +93,6 @@ struct TopkRouter {
       }
     });
     block.warps([&](int thread) {
-      if (first + thread / WARP >= a.num_tokens) return;
       const float* scores = groups + thread / WARP * a.num_groups;
       for (int64_t g = thread % WARP; g < a.num_groups; g += WARP) {
         int64_t before = 0;  // groups that come first
@@ -116,7 +113,6 @@ struct TopkRouter {
     for (int64_t k = 0; k < a.top_k; ++k) {
       block.solo([&](int thread) {
         best[thread] = {-infinity(), INT32_MAX};
-        if (first + thread / WARP >= a.num_tokens) return;
         for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
           best[thread] = better(best[thread], {choice[thread / WARP * a.num_experts + e], static_cast<int32_t>(e)});
         }

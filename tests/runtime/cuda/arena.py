@@ -7,13 +7,14 @@ memory, which host and device can use, so the same checks serve both.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 GUARD_BYTES = 1 << 14
-GARBAGE = 0xFB  # as fp32 -2.6e36, as int32 -67372037: neither passes for a value or an index
+GARBAGE = (0xFB, 0x05)  # as fp32 -2.6e36 and 6e-36, as int32 far below 0 and far above: no values, no indices
 
 
 class Checked:
@@ -36,13 +37,21 @@ class Checked:
 
 
 class Arena:
-    """`put` copies an array in, `room` makes one full of garbage; `check` asserts that all guards are whole."""
+    """`put` copies an array in, `room` makes one full of garbage; `check` asserts that all guards are whole.
+
+    With `traps` (on the host), the page behind an array, for some seeds the one before it, cannot be read: a read there
+    ends the process. So only in a fork.
+    """
+
+    traps: ClassVar[bool] = False
 
     def __init__(self, library: Checked, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
+        self._garbage = GARBAGE[seed % 3 == 2]
         self._library = library
         self._blocks: list[tuple[np.ndarray, int, int]] = []
         self._managed: list[int] = []
+        self._trap_behind = bool(seed % 4)
 
     def __del__(self) -> None:
         for data in self._managed:
@@ -50,21 +59,35 @@ class Arena:
 
     def _block(self, num_bytes: int) -> np.ndarray:
         if not self._library.managed:
-            return np.full(num_bytes, GARBAGE, np.uint8)
+            return np.full(num_bytes, self._garbage, np.uint8)
         data = self._library.library.sg_cuda_managed_alloc(num_bytes)
         assert data, self._library.library.sg_last_error()
         self._managed.append(data)
         block = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(data), np.uint8)
-        block[:] = GARBAGE
+        block[:] = self._garbage
         return block
 
     def room(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         dtype = np.dtype(dtype)
         num_bytes = int(np.prod(shape)) * dtype.itemsize
+        if self.traps:
+            return self._trapped(num_bytes).view(dtype).reshape(shape)
         block = self._block(2 * GUARD_BYTES + num_bytes + 64)
         begin = GUARD_BYTES + -(block.ctypes.data + GUARD_BYTES) % 64
         self._blocks.append((block, begin, begin + num_bytes))
         return block[begin : begin + num_bytes].view(dtype).reshape(shape)
+
+    def _trapped(self, num_bytes: int) -> np.ndarray:
+        page = mmap.PAGESIZE
+        room = -(-max(num_bytes, 1) // page) * page
+        block = np.frombuffer(mmap.mmap(-1, room + 2 * page), np.uint8)
+        begin = page + (room - num_bytes) // 16 * 16 if self._trap_behind else page
+        block[:] = self._garbage
+        self._blocks.append((block[page : page + room], begin - page, begin - page + num_bytes))
+        libc = ctypes.CDLL(None)
+        for trap in (block.ctypes.data, block.ctypes.data + page + room):
+            assert libc.mprotect(ctypes.c_void_p(trap), ctypes.c_size_t(page), mmap.PROT_NONE) == 0
+        return block[begin : begin + num_bytes]
 
     def put(self, array: Any, dtype: Any) -> np.ndarray:
         array = np.asarray(array)
@@ -77,8 +100,8 @@ class Arena:
 
     def check(self) -> None:
         for block, begin, end in self._blocks:
-            assert (block[:begin] == GARBAGE).all(), "a write before an array"
-            assert (block[end:] == GARBAGE).all(), "a write behind an array"
+            assert (block[:begin] == self._garbage).all(), "a write before an array"
+            assert (block[end:] == self._garbage).all(), "a write behind an array"
 
 
 def at(array: np.ndarray | None) -> int | None:

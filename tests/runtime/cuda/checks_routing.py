@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import pytest
 from arena import Arena, Checked, at
 
 from switchgear_runtime.cuda import structs
+from switchgear_runtime.cuda.library import DeviceError
 
 
 def route(
@@ -55,18 +57,19 @@ def route(
 def check_router(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
-    group_size = int(rng.integers(1, 24))
+    group_size = int(rng.choice([1, 2, 3, 5, 16, 23]))
     num_groups = int(rng.choice([1, 2, 5, 8, 40]))
     num_experts, num_tokens = group_size * num_groups, int(rng.integers(0, 11))
     top_k_groups = int(rng.integers(1, num_groups + 1))
     top_k = int(rng.integers(1, min(group_size * top_k_groups, 12) + 1))
-    logits_TE = rng.standard_normal((num_tokens, num_experts)) * rng.choice([0.5, 4.0, 30.0])
+    sigmoid = bool(rng.integers(2))
+    logits_TE = rng.standard_normal((num_tokens, num_experts)) * rng.choice([0.5, 4.0, 30.0 if sigmoid else 3000.0])
     if seed % 2:
         logits_TE = np.round(logits_TE)  # many ties
     if num_tokens and num_experts > top_k + 2 and num_groups == 1 and seed % 3 == 0:
         logits_TE[-1, :2] = [np.nan, -np.inf]  # neither may disturb the rest
     options = {
-        "sigmoid": bool(rng.integers(2)),
+        "sigmoid": sigmoid,
         "renormalize": bool(rng.integers(2)),
         "num_groups": num_groups,
         "top_k_groups": top_k_groups,
@@ -77,21 +80,26 @@ def check_router(library: Checked, seed: int) -> None:
     logits = arena.put(logits_TE, np.float32)
     weights_TK = arena.room((num_tokens, top_k), np.float32)
     ids_TK = arena.room((num_tokens, top_k), np.int32)
+    sizes = {"num_tokens": 1, "num_experts": num_experts, "top_k": top_k, **options}
     args = structs.Router(
-        logits_TE=at(logits),
-        bias_E=at(bias_E),
-        num_tokens=num_tokens,
-        num_experts=num_experts,
-        top_k=top_k,
-        weights_TK=at(weights_TK),
-        ids_TK=at(ids_TK),
-        **options,
+        logits_TE=at(logits), bias_E=at(bias_E), weights_TK=at(weights_TK), ids_TK=at(ids_TK), **sizes
     )
+    args.num_tokens = num_tokens
     library.sg_cuda_topk_router(ctypes.byref(args), None)
     arena.check()
     expected_weights, expected_ids = route(logits, bias_E, top_k, **options)
     assert (ids_TK == expected_ids).all(), f"seed {seed}: {options}"
     assert weights_TK.tobytes() == expected_weights.tobytes(), f"seed {seed}: {options}"
+    for wrong in (
+        {"num_groups": 0},
+        {"num_experts": 6, "num_groups": 4, "top_k_groups": 4, "top_k": 1},
+        {"top_k_groups": 0},
+        {"top_k_groups": num_groups + 1},
+        {"top_k": 0},
+        {"top_k": group_size * top_k_groups + 1},
+    ):
+        with pytest.raises(DeviceError):
+            library.sg_cuda_topk_router(ctypes.byref(structs.Router(**{**sizes, **wrong})), None)
 
 
 def check_counters(library: Checked, seed: int) -> None:
@@ -168,7 +176,7 @@ def check_dispatch(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
     num_tokens, top_k = int(rng.integers(0, 150)), int(rng.integers(1, 9))
-    num_ranks, slots_per_rank = int(rng.choice([1, 2, 3, 8, 300])), int(rng.integers(1, 9))
+    num_ranks, slots_per_rank = int(rng.choice([1, 2, 3, 8, 256, 300])), int(rng.integers(1, 9))
     slots = rng.integers(0, num_ranks * slots_per_rank, (num_tokens, top_k))
     if seed % 4 == 0:
         slots[rng.random(slots.shape) < 0.1] = -1  # pairs without a slot
@@ -220,7 +228,7 @@ def check_group(library: Checked, seed: int) -> None:
     num_ranks, first_slot, num_slots = (
         int(rng.integers(1, 6)),
         int(rng.integers(0, 50)),
-        int(rng.choice([1, 3, 40, 520])),
+        int(rng.choice([1, 3, 40, 512, 520])),
     )
     rows_R = rng.integers(1, 60, num_ranks)
     pairs_R = rng.integers(0, 200, num_ranks) * rng.integers(0, 2, num_ranks)

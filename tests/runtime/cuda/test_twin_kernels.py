@@ -7,34 +7,19 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import checks_attention
-import checks_products
 import checks_routing
 import checks_rows
 import numpy as np
 import pytest
 import torch
 from arena import Checked
+from mutants import CHECKS
 
 from switchgear_runtime import ops_reference
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.library import DeviceError, device_library
 
 ROOT = Path(__file__).parents[3]
-CHECKS: list[tuple[Callable[[Checked, int], None], int]] = [  # with the number of seeds
-    (checks_routing.check_router, 24),
-    (checks_routing.check_counters, 6),
-    (checks_routing.check_remap, 9),
-    (checks_routing.check_dispatch, 12),
-    (checks_routing.check_group, 12),
-    (checks_products.check_gemm, 16),
-    (checks_products.check_row_independence, 1),
-    (checks_rows.check_payload, 24),
-    (checks_rows.check_combine, 12),
-    (checks_rows.check_row_ops, 8),
-    (checks_attention.check_rope_kv, 8),
-    (checks_attention.check_attention, 20),
-]
 
 
 @pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
@@ -45,7 +30,10 @@ def twin(request: pytest.FixtureRequest) -> Iterator[Checked]:
     library.sg_cuda_twin_order(False)
 
 
-@pytest.mark.parametrize(("check", "num_seeds"), CHECKS, ids=[check.__name__ for check, _ in CHECKS])
+ALL_CHECKS = [pair for pairs in CHECKS.values() for pair in pairs]
+
+
+@pytest.mark.parametrize(("check", "num_seeds"), ALL_CHECKS, ids=[check.__name__ for check, _ in ALL_CHECKS])
 def test_twin(twin: Checked, check: Callable[[Checked, int], None], num_seeds: int) -> None:
     for seed in range(num_seeds):
         check(twin, seed)
@@ -67,6 +55,15 @@ def test_the_router_has_the_bits_of_the_ops_twin() -> None:
             )
             assert (found[1] == expected[1].numpy()).all()
             assert found[0].tobytes() == expected[0].numpy().tobytes()
+
+
+def test_fp8_of_the_checks_is_torchs() -> None:
+    rng = np.random.default_rng(6)
+    x = np.concatenate([np.clip(rng.standard_normal(5000) * 100, -448, 448), np.arange(-80, 80) * 2.0**-11])
+    x = x.astype(np.float32)
+    codes = torch.from_numpy(x).to(torch.float8_e4m3fn)
+    assert (checks_rows.to_fp8(x) == codes.view(torch.uint8).numpy()).all()
+    assert (checks_rows.of_fp8(codes.view(torch.uint8).numpy()) == codes.float().numpy()).all()
 
 
 def test_a_refusal_names_the_field() -> None:

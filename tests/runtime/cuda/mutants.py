@@ -1,0 +1,213 @@
+"""Mutants of the device kernels: each with one operator or number changed, built as a twin, and run against the checks.
+
+A check that no mutant fails sees every index. `python tests/runtime/cuda/mutants.py` runs all of them (minutes) and
+prints those that nobody noticed; `--sample N --seed S` some. What cannot be noticed is in EQUIVALENT, with the reason.
+Imports no torch: each mutant runs in a fork of this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import checks_attention
+import checks_products
+import checks_routing
+import checks_rows
+import checks_sampler
+from arena import Arena, Checked
+
+from switchgear_runtime.cuda.library import load
+
+CSRC = Path(__file__).parents[3] / "csrc"
+COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-x", "c++")
+TIMEOUT_S = 30.0
+CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by source, with the number of seeds
+    "router.cu": [(checks_routing.check_router, 40)],
+    "counters.cu": [(checks_routing.check_counters, 8)],
+    "dispatch.cu": [
+        (checks_routing.check_remap, 12),
+        (checks_routing.check_dispatch, 16),
+        (checks_routing.check_group, 24),
+    ],
+    "payload.cu": [(checks_rows.check_payload, 40), (checks_rows.check_combine, 16)],
+    "gemm.cu": [(checks_products.check_gemm, 32), (checks_products.check_row_independence, 1)],
+    "rows.cu": [(checks_rows.check_row_ops, 12)],
+    "sampler.cu": [(checks_sampler.check_sampler, 60)],
+    "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
+}
+HEADERS = {"bucket.h": "dispatch.cu", "gemm_tile.h": "gemm.cu", "numbers.h": "payload.cu"}  # and a source that has them
+OPERATORS = {
+    "+": "-",
+    "-": "+",
+    "*": "+",
+    "/": "*",
+    "%": "/",
+    "<": "<=",
+    "<=": "<",
+    ">": ">=",
+    ">=": ">",
+    "==": "!=",
+    "!=": "==",
+    "&&": "||",
+    "||": "&&",
+    "+=": "-=",
+}
+# Mutants that compute the same: (file, a part of the line, what it becomes or "", why).
+EQUIVALENT: list[tuple[str, str, str, str]] = [
+    ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
+    ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
+    ("bucket.h", "distance < THREADS;", "distance <= THREADS;", "one round more adds nothing"),
+    ("bucket.h", "launch(name, ", "* 5", "more shared memory than needed"),
+    ("bucket.h", "launch(name, ", "3 * CHUNK", "more shared memory than needed"),
+    ("router.cu", "a.num_groups > 1", "a.num_groups >= 1", "one group is kept"),
+    ("router.cu", "if (thread % WARP != 0) return;", "", "every lane writes the same"),
+    ("router.cu", "const int64_t floats", "3 * a.num_experts", "more shared memory than needed"),
+    ("router.cu", "TopkRouter::TOKENS * floats", "* 5", "more shared memory than needed"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mutant:
+    file: str
+    line: int  # from 1
+    before: str
+    after: str
+    text: str  # of the whole file
+
+    @property
+    def source(self) -> str:
+        return HEADERS.get(self.file, self.file)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip()}"
+
+
+def _changes(code: str) -> Iterator[str]:
+    """The line with one thing changed."""
+    for match in re.finditer(r"(?<= )(\+=|[<>=!]=|&&|\|\||[-+*/%<>])(?= )", code):
+        other = OPERATORS.get(match[0])
+        if match[0] in "<>" and " ? " in code:  # of a maximum: more or less, not more or as much
+            other = ">" if match[0] == "<" else "<"
+        if other is not None:
+            yield code[: match.start()] + other + code[match.end() :]
+    for match in re.finditer(r"(?<=[-+*/%<>] )\d+\b(?![.x])|\b\d+(?= [-+*/%])", code):
+        yield code[: match.start()] + str(int(match[0]) + 1) + code[match.end() :]
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    lines = (CSRC / "cuda" / file).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        code, slashes, comment = line.partition("//")
+        if re.match(r"\s*(#|template|using|static_assert|return (sg::)?fail|\")", code) or '"' in code:
+            continue
+        for changed in _changes(code):
+            if any(
+                name == file and part in line and (not after or after in changed) for name, part, after, _ in EQUIVALENT
+            ):
+                continue
+            text = "\n".join([*lines[:number], changed + slashes + comment, *lines[number + 1 :]]) + "\n"
+            yield Mutant(file=file, line=number + 1, before=line, after=changed, text=text)
+
+
+def all_mutants() -> list[Mutant]:
+    return [mutant for file in (*CHECKS, *HEADERS) for mutant in mutants_of(file)]
+
+
+def run_checks(source: str, path: Path) -> None:
+    library = load(path)
+    for backwards in (0, 1):
+        library.sg_cuda_twin_order(backwards)
+        for check, num_seeds in CHECKS[source]:
+            for seed in range(num_seeds):
+                check(Checked(library), seed)
+
+
+class Nursery:
+    """Builds mutants and says how they end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "cuda").mkdir()
+        self._common: list[str] = []
+        for part in ("cuda/library.cu", "common/error.cpp"):
+            target = str(folder / (Path(part).stem + ".o"))
+            subprocess.run([*COMPILE, "-I", str(CSRC), "-c", str(CSRC / part), "-o", target], check=True, timeout=60)
+            self._common.append(target)
+
+    def build(self, source: str, mutant: Mutant | None = None) -> Path | None:
+        """The library, or None if it does not compile."""
+        for old in (self.folder / "cuda").iterdir():
+            old.unlink()
+        (self.folder / "cuda" / source).write_bytes((CSRC / "cuda" / source).read_bytes())
+        if mutant is not None:
+            (self.folder / "cuda" / mutant.file).write_text(mutant.text, encoding="utf-8")
+        target = self.folder / "mutant.so"
+        command = [*COMPILE, "-I", str(self.folder), "-I", str(CSRC), "-shared", str(self.folder / "cuda" / source)]
+        built = subprocess.run(
+            [*command, "-x", "none", *self._common, "-o", str(target)], capture_output=True, timeout=60
+        )
+        return target if built.returncode == 0 else None
+
+    def is_noticed(self, mutant: Mutant) -> bool:
+        path = self.build(mutant.source, mutant)
+        return path is None or not self.passes(mutant.source, path)
+
+    def passes(self, source: str, path: Path) -> bool:
+        """Whether all checks pass, in a fork, which may crash or hang."""
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(2)
+                Arena.traps = True
+                run_checks(source, path)
+            except BaseException:  # noqa: BLE001 (whatever it is, the mutant was noticed)
+                os._exit(1)
+            os._exit(0)
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return status == 0
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", help="of this file only")
+    args = parser.parse_args()
+    mutants = [mutant for mutant in all_mutants() if args.file in (None, mutant.file)]
+    if args.sample is not None:
+        mutants = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        nursery = Nursery(Path(folder))
+        for source in sorted({mutant.source for mutant in mutants}):
+            path = nursery.build(source)
+            assert path is not None, f"{source} does not compile"
+            assert nursery.passes(source, path), f"{source} fails its checks unchanged"
+        for mutant in mutants:
+            if not nursery.is_noticed(mutant):
+                survivors += 1
+                print(f"not noticed: {mutant}", flush=True)
+    print(f"{len(mutants)} mutants, {survivors} not noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
