@@ -26,7 +26,7 @@ from switchgear_runtime.header import Decision
 from switchgear_runtime.kv_cache import num_blocks_in
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
-from switchgear_runtime.model.backend import backend_of
+from switchgear_runtime.model.backend import Backend, HostBackend
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import expert_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
@@ -84,7 +84,7 @@ class ModelRunner:
         if config.routing_log is not None:
             self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
             native = False  # native steps count, and keep no token's ids
-        self._backend = backend_of(config, rank, native=native)
+        self._backend = _backend_of(config, rank, native=native)
         self._store = self._backend.store(checkpoint, self.dtype)
         self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
@@ -357,6 +357,15 @@ class ModelRunner:
         for layer in self.moe_layers:
             layer.connect(dispatcher)
         self._transport = transport
+
+
+def _backend_of(config: EngineConfig, rank: int, *, native: bool) -> Backend:
+    """By the setting `device`; a device's libraries are loaded for who asks for one only."""
+    if config.device == "cpu":
+        return HostBackend(config, rank, native=native)
+    from switchgear_runtime.cuda.backend import DeviceBackend
+
+    return DeviceBackend(config, rank)
 
 
 def _max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:

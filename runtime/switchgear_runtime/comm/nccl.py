@@ -17,15 +17,16 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from typing import Never
 
 import torch
 
+from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
 from switchgear_runtime.comm.device_exchange import Parts
 from switchgear_runtime.comm.nccl_library import IN_PROGRESS, SUCCESS, UINT8, Nccl, UniqueId, nccl, non_blocking
-from switchgear_runtime.comm.transport import Transport, TransportStats
+from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.env import ranks_may_share_gpu
 from switchgear_runtime.errors import ConfigError, TransportError, TransportTimeout
 
@@ -62,8 +63,8 @@ class SharedGpu(ConfigError):
 
 
 def over_nccl(control: Transport, device: torch.device, *, required: bool, timeout_s: float) -> Transport:
-    """`control` with NCCL beside it. Where two ranks share a GPU, `control` itself, unless NCCL is `required`; all ranks
-    decide the same, from the same headers."""
+    """`control` with NCCL beside it. Where two ranks share a GPU, with peer memory or nothing, unless NCCL is `required`;
+    all ranks decide the same, from the same headers."""
     if control.world_size == 1:
         return control
     try:
@@ -71,62 +72,25 @@ def over_nccl(control: Transport, device: torch.device, *, required: bool, timeo
     except SharedGpu:
         if required:
             raise
-        return control
+    from switchgear_runtime.comm.peer_memory import over_peer_memory
+
+    return over_peer_memory(control, device, timeout_s=timeout_s)
 
 
-class NcclTransport:
+class NcclTransport(BesideHosts):
     """A Transport, by `control`, and a DeviceExchange. Constructing it is a rendezvous of its own, over `control`."""
 
     def __init__(self, control: Transport, gpu: Gpu, library: Nccl, *, timeout_s: float) -> None:
-        self._control = control
+        super().__init__(control)
         self._gpu = gpu
         self._library = library
         self._comm = ctypes.c_void_p()
         self._lock = threading.Lock()  # of calls into NCCL
-        self._num_exchanges = self._sent_bytes = self._received_bytes = 0
         try:
             self._connect(timeout_s)
         except BaseException:
             self._give_up()
             raise
-
-    @property
-    def rank(self) -> int:
-        return self._control.rank
-
-    @property
-    def world_size(self) -> int:
-        return self._control.world_size
-
-    # --- what the hosts' transport does -------------------------------------------------------------------------------
-
-    def all_gather(self, header: bytes, *, timeout_s: float) -> list[bytes]:
-        with self._giving_up():
-            return self._control.all_gather(header, timeout_s=timeout_s)
-
-    def all_to_all_v(self, send: Sequence[memoryview | bytes], *, timeout_s: float) -> list[memoryview]:
-        with self._giving_up():
-            return self._control.all_to_all_v(send, timeout_s=timeout_s)
-
-    def barrier(self, *, timeout_s: float) -> None:
-        with self._giving_up():
-            self._control.barrier(timeout_s=timeout_s)
-
-    def abort(self, reason: str) -> None:
-        """The communicator is given up by the thread that uses it, when its next round shows the abort."""
-        self._control.abort(reason)
-
-    def close(self) -> None:
-        self._control.close()
-        self._give_up()
-
-    def stats(self) -> TransportStats:
-        host = self._control.stats()
-        return TransportStats(
-            num_calls=host.num_calls + self._num_exchanges,
-            sent_bytes=host.sent_bytes + self._sent_bytes,
-            received_bytes=host.received_bytes + self._received_bytes,
-        )
 
     # --- between devices ----------------------------------------------------------------------------------------------
 
@@ -147,16 +111,13 @@ class NcclTransport:
             with self._gpu.current():
                 self._post(send, received)
                 self._agree("exchange", self._gpu.mark(), deadline_s, timeout_s)
-        self._num_exchanges += 1
-        for parts, mine, got in zip(send, lengths, received, strict=True):
-            self._sent_bytes += parts.offsets[-1] - parts.offsets[0] - mine[self.rank]
-            self._received_bytes += got.offsets[-1] - mine[self.rank]
+        self._count(send, received)
         return received
 
     def _post(self, send: Sequence[Parts], received: Sequence[Parts]) -> None:
         """Enqueue all of it as one group. Raises nothing of NCCL's: what fails shows in the marks."""
         for given, got in zip(send, received, strict=True):
-            got.data[slice(*_part(got, self.rank))].copy_(given.data[slice(*_part(given, self.rank))])
+            got.data[slice(*part_of(got, self.rank))].copy_(given.data[slice(*part_of(given, self.rank))])
         with self._lock:
             self._check_open()
             self._start_error = self._first_error(self._grouped(send, received, self._gpu.stream()))
@@ -169,7 +130,7 @@ class NcclTransport:
                 continue
             for call, all_parts in ((library.ncclSend, send), (library.ncclRecv, received)):
                 for parts in all_parts:
-                    begin, end = _part(parts, peer)
+                    begin, end = part_of(parts, peer)
                     if end > begin:
                         yield call(parts.data.data_ptr() + begin, end - begin, UINT8, peer, self._comm, stream)
         yield library.ncclGroupEnd()
@@ -252,24 +213,12 @@ class NcclTransport:
         if not self._comm:
             raise TransportError(f"rank {self.rank}: this NCCL communicator was given up", rank=self.rank)
 
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        try:
-            yield
-        except TransportError:
-            self._give_up()
-            raise
-
     def _give_up(self) -> None:
         """Local, and waits for no peer. Idempotent."""
         with self._lock:
             if self._comm:
                 self._library.library.ncclCommAbort(self._comm)
                 self._comm = ctypes.c_void_p()
-
-
-def _part(parts: Parts, rank: int) -> tuple[int, int]:
-    return parts.offsets[rank], parts.offsets[rank + 1]
 
 
 def check_meeting(met: Sequence[tuple[int, bool, str]], library: Nccl) -> None:

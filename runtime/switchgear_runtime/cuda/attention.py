@@ -14,7 +14,7 @@ from torch import Tensor
 from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.model.attention import Attention
-from switchgear_runtime.model.layers import RMSNorm
+from switchgear_runtime.model.layers import RMSNorm, Rope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,10 +46,25 @@ class DeviceBatch:
         )
 
 
+class RotaryTables:
+    """On the device once, however many layers use them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies: dict[int, tuple[Rope, Tensor, Tensor]] = {}
+
+    def of(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        if id(rope) not in self._copies:
+            self._copies[id(rope)] = (rope, rope.cos_PC2.to(self._device), rope.sin_PC2.to(self._device))
+        return self._copies[id(rope)][1:]
+
+
 class DeviceAttention:
     """One layer's, over the weights and tables of an Attention, copied to the device where they are not there yet."""
 
-    def __init__(self, kernels: Kernels, attention: Attention, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __init__(
+        self, kernels: Kernels, attention: Attention, tables: RotaryTables, k_cache: Tensor, v_cache: Tensor
+    ) -> None:
         device = kernels.device
         self._kernels = kernels
         self._spec = attention.spec
@@ -57,8 +72,7 @@ class DeviceAttention:
         self._qkv, self._out = attention.qkv.weight, attention.out.weight
         self._qkv_bias, self._out_bias = on_device(self._qkv.bias_N, device), on_device(self._out.bias_N, device)
         self._q_norm, self._k_norm = (_norm(norm, device) for norm in (attention.q_norm, attention.k_norm))
-        self._cos_PC2 = attention.rope.cos_PC2.to(device)
-        self._sin_PC2 = attention.rope.sin_PC2.to(device)
+        self._cos_PC2, self._sin_PC2 = tables.of(attention.rope)
         self._k_cache, self._v_cache = k_cache, v_cache
 
     def attend(self, h_TD: Tensor, batch: DeviceBatch) -> Tensor:

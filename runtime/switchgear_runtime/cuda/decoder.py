@@ -21,7 +21,7 @@ from torch import Tensor
 from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.comm.device_exchange import DeviceExchange, device_exchange
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, on_device
+from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.moe import DeviceMoE, DevicePlacement, DeviceStep
@@ -44,8 +44,9 @@ class DeviceDecoder:
         check_supported(decoder)
         self._kernels = kernels
         self._decoder = decoder
+        tables = RotaryTables(kernels.device)
         self._layers = [
-            _DeviceLayer(kernels, layer, k_cache, v_cache)
+            _DeviceLayer(kernels, layer, tables, k_cache, v_cache)
             for layer, k_cache, v_cache in zip(decoder.layers, kv_cache.k, kv_cache.v, strict=True)
         ]
         self._final_norm = _DeviceNorm.of(decoder.norm, kernels.device)
@@ -197,11 +198,13 @@ class _DeviceMLP:
 class _DeviceLayer:
     """Attention, then the ffn, each added to x in place."""
 
-    def __init__(self, kernels: Kernels, layer: DecoderLayer, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __init__(
+        self, kernels: Kernels, layer: DecoderLayer, tables: RotaryTables, k_cache: Tensor, v_cache: Tensor
+    ) -> None:
         self._kernels = kernels
         self._attention_branch = _DeviceBranch(kernels, layer.attention_branch)
         self._ffn_branch = _DeviceBranch(kernels, layer.ffn_branch)
-        self._attention = DeviceAttention(kernels, layer.attention, k_cache, v_cache)
+        self._attention = DeviceAttention(kernels, layer.attention, tables, k_cache, v_cache)
         self.moe: DeviceMoE | None = None
         self._mlp: _DeviceMLP | None = None
         self._shared_gate: Tensor | None = None

@@ -12,7 +12,7 @@ from switchgear_runtime.comm.nccl_library import NCCL_FILE
 from switchgear_runtime.cuda.facts import GpuFacts, Package, gather_facts
 from switchgear_runtime.errors import ConfigError
 
-CAPABILITY_MAJORS = {8: "sm_80", 9: "sm_90a", 10: "sm_100"}  # of the GPUs our kernels are compiled for
+CAPABILITY_MIN = (8, 0)  # bf16 products; GPUs without code of their own take sm_80's as PTX
 DRIVER_FOR_CUDA = {12: "525.60.13", 13: "580.65.06"}  # the oldest Linux driver of each CUDA (NVIDIA's release notes)
 TORCH_INDEX = {12: "cu128", 13: "cu130"}  # of download.pytorch.org/whl
 _NO_DEVICE, _NOT_PERMITTED, _MISMATCH, _COMPAT = 100, 800, 803, 804  # CUresult
@@ -68,11 +68,10 @@ def _driver(facts: GpuFacts) -> list[Obstacle]:
         return [_start_failed(facts)]
     if not facts.gpus:
         return [_no_gpu(facts)]
-    if any(gpu.capability[0] in CAPABILITY_MAJORS for gpu in facts.gpus):
+    if any(gpu.capability >= CAPABILITY_MIN for gpu in facts.gpus):
         return []
     names = ", ".join(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]})" for gpu in facts.gpus)
-    known = ", ".join(f"{major}.x" for major in CAPABILITY_MAJORS)
-    return [Obstacle(f"no kernels for {names}", f"they are compiled for compute capability {known}: use such a GPU")]
+    return [Obstacle(f"no kernels for {names}", "use a GPU of compute capability 8.0 or later, or device='cpu'")]
 
 
 def _start_failed(facts: GpuFacts) -> Obstacle:

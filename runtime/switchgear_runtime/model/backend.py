@@ -101,12 +101,3 @@ class HostBackend:
 
     def identity(self) -> dict[str, str]:
         return {"kernels": ops.kernel_version(), "instruction_set": ops.instruction_set()}
-
-
-def backend_of(config: EngineConfig, rank: int, *, native: bool) -> Backend:
-    """By the setting `device`; a device's libraries are loaded for who asks for one only."""
-    if config.device == "cpu":
-        return HostBackend(config, rank, native=native)
-    from switchgear_runtime.cuda.backend import DeviceBackend
-
-    return DeviceBackend(config, rank)

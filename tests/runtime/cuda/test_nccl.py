@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import torch
+from comm_ranks import GpuRanks
+from device_messages import TIMEOUT_S, draw, exchange_and_check
 from fake_nccl import FakeNccl, HostGpu
 from tiny_checkpoints import run_ranks
 
@@ -17,9 +18,10 @@ from switchgear_runtime.comm.device_exchange import DeviceExchange, HostStaged, 
 from switchgear_runtime.comm.nccl import NcclTransport, SharedGpu, check_meeting, over_nccl
 from switchgear_runtime.comm.nccl_library import cuda_major_of
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.cuda.facts import gather_facts
+from switchgear_runtime.cuda.preflight import obstacles
 from switchgear_runtime.errors import ConfigError, TransportAborted, TransportError, TransportTimeout
 
-TIMEOUT_S = 30.0
 Make = Callable[[FakeNccl, Transport], DeviceExchange]
 
 
@@ -29,31 +31,6 @@ def over_fake(nccl: FakeNccl, control: Transport) -> NcclTransport:
 
 def staged(_nccl: FakeNccl, control: Transport) -> HostStaged:
     return HostStaged(control)
-
-
-def draw(seed: int, call: int, src: int, world_size: int, part: int) -> tuple[torch.Tensor, list[int]]:
-    """What rank `src` sends in a call: bytes and offsets; some messages are empty."""
-    rng = random.Random(f"{seed} {call} {src} {part}")
-    lengths = [rng.choice((0, rng.randrange(1, 50), rng.randrange(1, 9000))) for _ in range(world_size)]
-    data = torch.frombuffer(bytearray(rng.randbytes(sum(lengths)) or b"\0"), dtype=torch.uint8)[: sum(lengths)]
-    return data, list(accumulate(lengths, initial=0))
-
-
-def exchange_and_check(exchange: DeviceExchange, rank: int, world_size: int, seed: int, device: str = "cpu") -> int:
-    """Random exchanges of one to three parts; every byte is checked. Returns how many crossed from here."""
-    crossed = 0
-    for call in range(25):
-        num_parts = random.Random(f"{seed} {call}").randint(1, 3)
-        drawn = [[draw(seed, call, src, world_size, part) for src in range(world_size)] for part in range(num_parts)]
-        send = [Parts(of_ranks[rank][0].to(device), of_ranks[rank][1]) for of_ranks in drawn]
-        received = exchange.exchange(send, timeout_s=TIMEOUT_S)
-        for got, of_ranks in zip(received, drawn, strict=True):
-            expected = [data[offsets[rank] : offsets[rank + 1]] for data, offsets in of_ranks]
-            assert list(got.offsets) == list(accumulate(map(len, expected), initial=0)), f"seed {seed}, call {call}"
-            assert torch.equal(got.data.cpu(), torch.cat(expected)), f"seed {seed}, call {call}"
-            offsets = of_ranks[rank][1]
-            crossed += sum(b - a for peer, (a, b) in enumerate(pairwise(offsets)) if peer != rank)
-    return crossed
 
 
 @pytest.mark.parametrize("make", [over_fake, staged])
@@ -163,6 +140,25 @@ def test_one_rank_needs_no_nccl() -> None:
         assert over_nccl(control, torch.device("cuda", 0), required=True, timeout_s=1.0) is control
 
     run_ranks(1, run)
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["nccl", "auto"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_exchanges_over_the_real_ones(kind: str, world_size: int) -> None:
+    """NCCL and peer memory, by processes that share the GPU."""
+    found = obstacles(gather_facts(), nccl=True)
+    if found:
+        pytest.skip(f"no usable GPU: {found[0]}")
+    ranks = GpuRanks(kind)
+    try:
+        seed = random.SystemRandom().randrange(1 << 30)
+        outcomes = ranks.run("device_exchange", world_size, seed=seed, device="cuda:0")
+    finally:
+        ranks.close()
+    assert all("result" in outcome for outcome in outcomes), outcomes
+    assert (sum(outcome["result"][0] for outcome in outcomes) > 0) == (world_size > 1)
 
 
 def test_which_cuda_a_library_is_for(tmp_path: Any) -> None:

@@ -57,6 +57,7 @@ def found(**changes: Any) -> list[Obstacle]:
         {**CUDA12, "driver_cuda": 12040},  # an older minor version of the same CUDA will do
         {"cupy": ()},
         {"gpus": (Gpu(name="A100", capability=(8, 0), memory_bytes=80 << 30),)},
+        {"gpus": (Gpu(name="RTX 5090", capability=(12, 0), memory_bytes=32 << 30),)},
         {"gpus": (Gpu(name="B200", capability=(10, 0), memory_bytes=180 << 30),)},
     ],
 )
@@ -77,9 +78,9 @@ def test_a_machine_that_has_all(changes: dict[str, Any]) -> None:
         ({"gpus": (), "driver_error": 803}, "do not go together (CUDA error 803)", "reboot"),
         ({"gpus": (), "driver_error": 999}, "CUDA error 999", "dmesg"),
         (
-            {"gpus": (Gpu(name="RTX 5090", capability=(12, 0), memory_bytes=32 << 30),)},
-            "no kernels for RTX 5090 (12.0)",
-            "8.x, 9.x, 10.x",
+            {"gpus": (Gpu(name="T4", capability=(7, 5), memory_bytes=16 << 30),)},
+            "no kernels for T4 (7.5)",
+            "8.0 or later",
         ),
         ({"torch_version": None, "torch_cuda": None}, "torch is not installed", "whl/cu130"),
         ({"torch_version": "2.13.0+cpu", "torch_cuda": None}, "torch 2.13.0+cpu is built for the CPU", "whl/cu130"),
