@@ -130,6 +130,7 @@ struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatev
   int64_t max_rows, num_out, num_k, num_slots;
   float scale;  // of the product
   int32_t x_dtype, y_dtype, epilogue;
+  int32_t tile;  // of bf16: 1 16 x 32, 2 16 x 128, 3 64 x 128, 0 whichever suits; the bits are the same
 };
 SG_API int sg_cuda_gemm_rows(const struct sg_cuda_gemm* args, void* stream);
 

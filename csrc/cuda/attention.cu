@@ -62,17 +62,18 @@ struct AttendPart {
   sg_cuda_attention a;
   int64_t num_parts;
 
-  struct Shared {           // offsets of arrays
-    int64_t heads, stride;  // query heads, elements of a row of keys
-    SG_DEVICE int64_t sums() const { return heads * (stride - 4 / sizeof(T)) * 4; }
+  static constexpr int64_t PADDING = 4 / sizeof(T);  // elements behind a row of keys: reads then meet all banks
+  struct Shared {                                    // offsets of arrays
+    int64_t heads, size, stride;                     // query heads, head size, elements from row to row of keys
+    SG_DEVICE int64_t sums() const { return heads * size * 4; }
     SG_DEVICE int64_t weights() const { return 2 * sums(); }
     SG_DEVICE int64_t state() const { return weights() + heads * TILE * 4; }
     SG_DEVICE int64_t keys() const { return state() + heads * 3 * 4; }
     SG_DEVICE int64_t values() const { return keys() + TILE * stride * sizeof(T); }
   };
   static int64_t shared_bytes(const sg_cuda_attention& a) {
-    const int64_t heads = a.num_heads / a.num_kv_heads, stride = a.head_size + 4 / sizeof(T);
-    return heads * (2 * a.head_size + TILE + 3) * 4 + 2 * TILE * stride * static_cast<int64_t>(sizeof(T));
+    const int64_t heads = a.num_heads / a.num_kv_heads, row = (a.head_size + PADDING) * sizeof(T);
+    return heads * (2 * a.head_size + TILE + 3) * 4 + 2 * TILE * row;
   }
 
   SG_DEVICE void operator()(Block& block) const {
@@ -81,7 +82,7 @@ struct AttendPart {
     const int64_t first = a.sliding_window > 0 && last >= a.sliding_window ? last - a.sliding_window + 1 : 0;
     const int64_t begin = first > block.y * PART ? first : block.y * PART;
     const int64_t end = least(last + 1, (block.y + 1) * PART);
-    const Shared at{heads, size + static_cast<int64_t>(4 / sizeof(T))};
+    const Shared at{heads, size, size + PADDING};
     auto* q = block.shared<float>();
     auto* sums = block.shared<float>(at.sums());
     auto* tops = block.shared<float>(at.state());  // of each head: the largest score; the sum of weights; a correction

@@ -14,10 +14,10 @@ namespace sg::cuda {
 
 namespace {
 
-template <int ROWS, int OUTS, int WARPS_M, int WARPS_N>
+template <int ROWS, int OUTS, int WARPS_M, int WARPS_N, int STAGES>
 struct GemmBf16 {
   static constexpr int THREADS = WARPS_M * WARPS_N * WARP;
-  static constexpr int DEPTH = 64, STAGES = 3, STRIDE = DEPTH + 8, LINE = 8;  // in k
+  static constexpr int DEPTH = 64, STRIDE = DEPTH + 8, LINE = 8;  // in k
   static constexpr int M = ROWS / WARPS_M / 16, N = OUTS / WARPS_N / 8;
   static constexpr int64_t STAGE_BYTES = (ROWS + OUTS) * STRIDE * 2;
   static constexpr int64_t SHARED_BYTES =
@@ -197,6 +197,12 @@ int sg_cuda_gemm_rows(const sg_cuda_gemm* args, void* stream) {
   if (a.x_dtype == SG_FP32) return launch_gemm<GemmFp32, GemmFp32::ROWS, GemmFp32::OUTS>(a, stream);
   if (a.x_dtype != SG_BF16) return sg::fail("x_dtype=%d is not 0 or 1", a.x_dtype);
   const int64_t slots = a.begin_S1 != nullptr ? a.num_slots : 1;
-  if (a.max_rows <= 16 * slots) return launch_gemm<GemmBf16<16, 128, 1, 4>, 16, 128>(a, stream);
-  return launch_gemm<GemmBf16<64, 128, 2, 2>, 64, 128>(a, stream);
+  const bool is_short = a.max_rows <= 16 * slots;
+  // Few rows are bound by reading weights: then there should be enough blocks, and copies in flight, for a whole GPU.
+  const bool is_narrow = (a.max_rows < slots ? a.max_rows : slots) * ceil_div(a.num_out, 128) < 256;
+  const int tile = a.tile != 0 ? a.tile : !is_short ? 3 : is_narrow ? 1 : 2;
+  if (tile == 1) return launch_gemm<GemmBf16<16, 32, 1, 4, 6>, 16, 32>(a, stream);
+  if (tile == 2) return launch_gemm<GemmBf16<16, 128, 1, 4, 3>, 16, 128>(a, stream);
+  if (tile == 3) return launch_gemm<GemmBf16<64, 128, 2, 2, 3>, 64, 128>(a, stream);
+  return sg::fail("tile=%d is not 0 to 3", a.tile);
 }

@@ -23,6 +23,7 @@ struct Fragments {
 template <int M, int N, int THREADS>
 SG_DEVICE void warp_mma(const Block&, Own<Fragments<M, N>, THREADS>& own) {
   Fragments<M, N>& f = own[0];
+  __syncwarp();  // mma.sync wants its warp together
   SG_UNROLL for (int i = 0; i < M; ++i) {
     SG_UNROLL for (int j = 0; j < N; ++j) {
       asm volatile(

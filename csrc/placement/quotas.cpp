@@ -308,6 +308,22 @@ int sg_quotas_choose(const void* quotas, const int32_t* topk_ids_TK, int64_t num
   return SG_OK;
 }
 
+int64_t sg_quotas_parts(int64_t capacity, int32_t* begin_E1, int32_t* ends_P, int32_t* slots_P) {
+  const auto& planned = latest();
+  const auto num_parts = static_cast<int64_t>(planned.parts.size());
+  if (num_parts > capacity) return num_parts;
+  std::copy(planned.begin_E1.begin(), planned.begin_E1.end(), begin_E1);
+  for (size_t e = 0; e + 1 < planned.begin_E1.size(); ++e) {
+    int64_t end = 0;
+    for (auto p = static_cast<size_t>(planned.begin_E1[e]); p < static_cast<size_t>(planned.begin_E1[e + 1]); ++p) {
+      end += planned.parts[p].count;
+      ends_P[p] = static_cast<int32_t>(end);
+      slots_P[p] = planned.parts[p].slot;
+    }
+  }
+  return num_parts;
+}
+
 int64_t sg_quotas_instances(int64_t capacity, int64_t* instances_I4) {
   const sg::placement::Split& split = latest().split;
   for (int64_t i = 0; i < std::min(capacity, split.size()); ++i) {

@@ -32,6 +32,10 @@ SG_API int sg_quotas_plan(const void* quotas, const int64_t* counts_RE, int64_t 
 // this handle.
 SG_API int sg_quotas_choose(const void* quotas, const int32_t* topk_ids_TK, int64_t num_tokens, int64_t top_k,
                             int32_t* slot_ids_TK);
+// The same choice as data, for a device that makes it there: the latest plan's parts for its source. Those of expert e
+// are begin_E1[e] .. begin_E1[e + 1] - 1, each with its slot and with how many of the expert's pairs, in token order,
+// it and those before it take. Returns the number of parts; writes none where `capacity` is less.
+SG_API int64_t sg_quotas_parts(int64_t capacity, int32_t* begin_E1, int32_t* ends_P, int32_t* slots_P);
 // The latest plan of this thread: number of instances, and of each its expert, rank, slot and rows. For tests.
 SG_API int64_t sg_quotas_instances(int64_t capacity, int64_t* instances_I4);
 // Of the static slots and of the latest plan: the largest over ranks of rows plus expert_rows per expert read.

@@ -56,7 +56,7 @@ class Combine(ctypes.Structure):
 class Gemm(ctypes.Structure):
     _fields_ = _fields(
         "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots;"
-        "f: scale; i: x_dtype y_dtype epilogue"
+        "f: scale; i: x_dtype y_dtype epilogue tile"
     )
 
 

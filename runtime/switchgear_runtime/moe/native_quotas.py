@@ -43,6 +43,7 @@ def _library() -> ctypes.CDLL:
         ("can_plan", ctypes.c_int, (c_void_p, c_int32)),
         ("plan", ctypes.c_int, (c_void_p, c_void_p, c_int64, c_int32, POINTER(c_int32))),
         ("choose", ctypes.c_int, (c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+        ("parts", c_int64, (c_int64, c_void_p, c_void_p, c_void_p)),
         ("instances", c_int64, (c_int64, c_void_p)),
         ("costs", None, (POINTER(c_int64), POINTER(c_int64))),
     ):
@@ -106,6 +107,14 @@ class NativeQuotas:
         ):
             raise RuntimeError(native.last_error())
         return slots_TK
+
+    def parts(self) -> tuple[Int32, Int32, Int32]:
+        """What `choose` does, as data: begin_E1, ends_P, slots_P of csrc/placement/quotas.h."""
+        begin_E1 = np.zeros(self.num_experts + 1, np.int32)
+        capacity: int = self._library.sg_quotas_parts(-1, None, None, None)
+        ends_P, slots_P = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+        self._library.sg_quotas_parts(capacity, begin_E1.ctypes.data, ends_P.ctypes.data, slots_P.ctypes.data)
+        return begin_E1, ends_P, slots_P
 
     def explain(self, counts_RE: Int64) -> QuotasPlan:
         """The plan itself, for tests and simulations."""

@@ -86,7 +86,7 @@ class Arena:
         self._blocks.append((block[page : page + room], begin - page, begin - page + num_bytes))
         libc = ctypes.CDLL(None)
         for trap in (block.ctypes.data, block.ctypes.data + page + room):
-            assert libc.mprotect(ctypes.c_void_p(trap), ctypes.c_size_t(page), mmap.PROT_NONE) == 0
+            assert libc.mprotect(ctypes.c_void_p(trap), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
         return block[begin : begin + num_bytes]
 
     def put(self, array: Any, dtype: Any) -> np.ndarray:

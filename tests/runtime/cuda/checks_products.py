@@ -34,7 +34,7 @@ def check_gemm(library: Checked, seed: int) -> None:
     num_slots = int(rng.integers(1, 7)) if grouped else 1
     sizes = rng.integers(0, 40, num_slots) * rng.integers(0, 2, num_slots) if grouped else rng.integers(0, 140, 1)
     num_k = int(rng.choice([8, 17, 64, 72, 200]))
-    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70]))
+    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70, 200]))
     num_rows, num_x = int(sizes.sum()), int(sizes.sum()) + 3
     x = rng.standard_normal((num_x, num_k)).astype(np.float32)
     w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)
@@ -81,6 +81,7 @@ def check_gemm(library: Checked, seed: int) -> None:
         x_dtype=BF16 if is_bf16 else FP32,
         y_dtype=y_dtype,
         epilogue=epilogue,
+        tile=int(rng.integers(4)),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     arena.check()
@@ -110,6 +111,12 @@ def check_row_independence(library: Checked, seed: int) -> None:
     args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
+    for tile in (1, 2, 3):
+        tiled = arena.room((num_rows, num_out), np.float32)
+        args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
+        library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+        assert y.tobytes() == tiled.tobytes(), f"seed {seed}: tile {tile}"
+    args.tile = 0
     cut = int(rng.integers(1, num_rows))
     grouped = arena.room((num_rows, num_out), np.float32)
     args.x, args.y, args.max_rows, args.num_slots = at(x), at(grouped), num_rows, 3

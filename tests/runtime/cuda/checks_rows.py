@@ -67,8 +67,8 @@ def check_payload(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
     payload, x_kind, out_kind = seed % 4, int(rng.integers(2)), int(rng.integers(2))
-    hidden = int(rng.choice([8, 40, 100, 128, 136, 300, 1032]))
-    num_from, num_rows = int(rng.integers(1, 9)), int(rng.integers(0, 12))
+    hidden = int(rng.choice([8, 40, 100, 128, 129, 136, 300, 700, 1032]))
+    num_from, num_rows = int(rng.integers(1, 9)), int(rng.integers(1, 12)) * bool(seed % 9)
     x = rng.standard_normal((num_from, hidden)) * rng.choice([1e-3, 1.0, 100.0], (num_from, 1))
     x[:, : hidden // 2] *= rng.random((num_from, hidden // 2)) ** 8  # small ones too: fp8 has denormals
     x[0, :8] = 0.0
@@ -82,6 +82,8 @@ def check_payload(library: Checked, seed: int) -> None:
         index = np.arange(num_rows)
     num_now = int(rng.integers(0, num_rows + 1)) if rng.integers(2) else None
     row_bytes = library.sg_cuda_payload_bytes(hidden, payload)
+    size, num_scales = (4, 2, 1, 1)[payload], -(-hidden // 128) * (payload > BF16)
+    assert row_bytes == -(-hidden * size // 16) * 16 + -(-num_scales * 4 // 16) * 16, f"seed {seed}"
     packed = arena.room((num_rows, row_bytes), np.uint8)
     untouched = packed.copy()
     args = structs.Rows(
@@ -111,6 +113,9 @@ def check_payload(library: Checked, seed: int) -> None:
         assert (packed[row, :hidden] == codes).all(), f"seed {seed}: payload {payload}"
         found = packed[row, scales_at : scales_at + scales.nbytes].view(np.float32)
         assert (found == scales).all(), f"seed {seed}: payload {payload}"
+        padding = np.ones(row_bytes, bool)
+        padding[:hidden] = padding[scales_at : scales_at + scales.nbytes] = False
+        assert (packed[row, padding] == untouched[row, padding]).all(), f"seed {seed}: padding"
         decoded = of_fp8(codes) if payload == FP8 else codes.view(np.int8).astype(np.float32)
         values[row] = decoded * scales.repeat(128)[:hidden]
     back = rng.permutation(num_rows)[: max(1, rows)] % max(1, rows)

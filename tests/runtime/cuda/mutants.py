@@ -30,7 +30,9 @@ from arena import Arena, Checked
 from switchgear_runtime.cuda.library import load
 
 CSRC = Path(__file__).parents[3] / "csrc"
-COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-x", "c++")
+FLAGS = "-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-math-errno"
+TRAPS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"  # an index outside an array ends the process
+COMPILE = ("g++", *FLAGS.split(), *TRAPS.split(), "-x", "c++")
 TIMEOUT_S = 30.0
 CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by source, with the number of seeds
     "router.cu": [(checks_routing.check_router, 40)],
@@ -46,7 +48,11 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "sampler.cu": [(checks_sampler.check_sampler, 60)],
     "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
 }
-HEADERS = {"bucket.h": "dispatch.cu", "gemm_tile.h": "gemm.cu", "numbers.h": "payload.cu"}  # and a source that has them
+HEADERS = {  # and the sources that show a mutant of them
+    "bucket.h": ("dispatch.cu",),
+    "gemm_tile.h": ("gemm.cu",),
+    "numbers.h": ("payload.cu", "rows.cu"),
+}
 OPERATORS = {
     "+": "-",
     "-": "+",
@@ -74,6 +80,23 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("router.cu", "if (thread % WARP != 0) return;", "", "every lane writes the same"),
     ("router.cu", "const int64_t floats", "3 * a.num_experts", "more shared memory than needed"),
     ("router.cu", "TopkRouter::TOKENS * floats", "* 5", "more shared memory than needed"),
+    ("gemm_tile.h", "int SUMS_STRIDE", "", "any padding will do"),
+    ("gemm_tile.h", "int64_t SUMS_BYTES", "", "the stages are larger"),
+    ("gemm_tile.h", "- begin + ROWS - 1) / ROWS", "ROWS + 1) / ROWS", "an empty tile more"),
+    ("numbers.h", "size < 0x3C800000", "<=", "both ways give 2^-6"),
+    ("numbers.h", "if (size < 8)", "", "both ways give 2^-6"),
+    ("numbers.h", "if (code > 0x7E)", ">=", "the same code"),
+    ("numbers.h", "if (x < -87.0f)", "<=", "a bound of no meaning"),
+    ("numbers.h", "if (x > 88.0f)", ">=", "a bound of no meaning"),
+    ("payload.cu", "const int64_t vectors = ", "", "one by one, the values are the same"),
+    ("payload.cu", "vectors = a.hidden % VECTOR", "", "one by one, the values are the same"),
+    ("payload.cu", "group < num_scales; group +=", "group <= num_scales", "a round that does nothing"),
+    ("payload.cu", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
+    ("payload.cu", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
+    ("payload.cu", "if (thread % WARP == 0 && group", "!= 0", "every lane has the same"),
+    ("attention.cu", "int64_t PADDING = ", "", "any padding will do"),
+    ("gemm.cu", "STRIDE = DEPTH + 8", "", "any padding will do"),
+    ("rows.cu", "if (thread % WARP == 0) sums", "!=", "every lane has the same"),
 ]
 
 
@@ -86,8 +109,8 @@ class Mutant:
     text: str  # of the whole file
 
     @property
-    def source(self) -> str:
-        return HEADERS.get(self.file, self.file)
+    def sources(self) -> tuple[str, ...]:
+        return HEADERS.get(self.file, (self.file,))
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.before.strip()}  ->  {self.after.strip()}"
@@ -160,8 +183,11 @@ class Nursery:
         return target if built.returncode == 0 else None
 
     def is_noticed(self, mutant: Mutant) -> bool:
-        path = self.build(mutant.source, mutant)
-        return path is None or not self.passes(mutant.source, path)
+        for source in mutant.sources:
+            path = self.build(source, mutant)
+            if path is None or not self.passes(source, path):
+                return True
+        return False
 
     def passes(self, source: str, path: Path) -> bool:
         """Whether all checks pass, in a fork, which may crash or hang."""
@@ -197,7 +223,7 @@ def main() -> int:
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         nursery = Nursery(Path(folder))
-        for source in sorted({mutant.source for mutant in mutants}):
+        for source in sorted({source for mutant in mutants for source in mutant.sources}):
             path = nursery.build(source)
             assert path is not None, f"{source} does not compile"
             assert nursery.passes(source, path), f"{source} fails its checks unchanged"
