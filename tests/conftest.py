@@ -11,6 +11,6 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder() -> Iterator[None]:
     """Packed weights of tests do not belong among the user's."""
-    with tempfile.TemporaryDirectory(prefix="switchgear-cache-") as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory(prefix="pytest-switchgear-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", folder)
         yield

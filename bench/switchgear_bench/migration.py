@@ -57,7 +57,7 @@ def run(setup: Setup) -> dict[str, Any]:
     rng = np.random.default_rng(setup.seed)
     num_blocks = -(-setup.steps // (setup.block_steps - SETTLE_STEPS))
     arms = np.concatenate([rng.permutation(len(ARMS)) for _ in range(num_blocks)])
-    with tempfile.TemporaryDirectory(prefix="switchgear-migration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-migration-") as folder:
         answers = _run_workers(setup, [bool(arm == 2) for arm in arms], Path(folder))
         arrays = [dict(np.load(Path(folder) / f"rank{rank}.npz")) for rank in range(setup.ranks)]
     wall_RN = np.stack([np.diff(one["ended_s"]) for one in arrays])

@@ -19,6 +19,7 @@ from switchgear_bench.serve_worker import Worker
 
 _IDLE_FRACTION_MAX = 0.05  # of one core, of a worker that waits for its turn
 _SETTLE_WINDOW_S, _SETTLE_TIMEOUT_S = 0.2, 10.0
+_ATTEMPTS = 4  # of one turn
 _LOCK_HELD_S = 90.0
 _EARLY_FRACTION_MAX = 0.1  # of the decoded tokens: made while other prompts were still in prefill
 _SEED_STEP = 1000
@@ -99,11 +100,19 @@ def _settle(worker: Worker) -> None:
 
 
 def turn(case: Case, worker: Worker, waiting: Sequence[Worker], vocab_size: int, seed: int) -> dict[str, Any]:
-    """The worker's answer, checked; the others stood still meanwhile."""
-    before_s = [other.cpu_s() for other in waiting]
-    start_s = time.monotonic()
-    answer = worker.run(case.request(vocab_size, seed))
-    _check_idle(waiting, before_s, time.monotonic() - start_s)
+    """The worker's answer, checked; the others stood still meanwhile, else the turn does not count and is taken again
+    (a placement planner, for one, thinks once when a window of load closes, which may be in another one's turn)."""
+    for attempt in range(_ATTEMPTS):
+        before_s = [other.cpu_s() for other in waiting]
+        start_s = time.monotonic()
+        answer = worker.run(case.request(vocab_size, seed))
+        try:
+            _check_idle(waiting, before_s, time.monotonic() - start_s)
+        except NotMeasured:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            continue
+        break
     _settle(worker)
     check(case, answer, vocab_size)
     return answer

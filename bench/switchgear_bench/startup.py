@@ -40,7 +40,7 @@ def run(
     rng, vocab_size = random.Random(seed), load_spec(model).vocab_size
     prompts = [[rng.randrange(vocab_size) for _ in range(_PROMPT_TOKENS)] for _ in range(_NUM_PROMPTS)]
     for num_ranks in ranks:
-        with tempfile.TemporaryDirectory(prefix="switchgear-startup-") as folder:
+        with tempfile.TemporaryDirectory(prefix="bench-startup-") as folder:
             task = {
                 "model": model,
                 "prompts": prompts,

@@ -68,7 +68,7 @@ int attention_block(Decoder& decoder, const sg_layer& layer, const sg_step& step
 int mlp_block(Decoder& decoder, const sg_layer& layer, const sg_step& step);
 // `peers` is not used with one rank.
 int moe_block(Decoder& decoder, const sg_layer& layer, const sg_step& step, Peers& peers);
-// The slot of each (token, k): static, by hash, or by quotas from the counts of all ranks.
+// The slot of each (token, k): static, by hash, or by quotas from the counts of all ranks; then by the token's version.
 int choose_slots(Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
                  int64_t top_k, int32_t* slot_ids_TK, Peers& peers);
 // y = down(silu(gate(x)) * up(x)) for the normed rows in work.normed.

@@ -65,8 +65,12 @@ struct sg_placement {
   const void* const* w2_packed_S;
   const int32_t* experts_S;            // logical expert of each slot, -1: none
   const int32_t* slot_table_E;         // slot that each logical expert's tokens go to where no quotas say otherwise
-  int64_t slots_per_rank, first_slot;  // experts that may be lent to this rank have slots too
+  int64_t slots_per_rank, first_slot;  // experts that may be lent to this rank have slots too, and variants
   const void* quotas;                  // of placement/quotas.h, or null
+  // Or null. By model version (row) and expert: the slot within a rank of the weights that are this version's, -1:
+  // those of the expert's own slots. Every rank has these weights, in the same slots.
+  const int32_t* variants_NE;
+  int64_t num_versions;
 };
 
 // One all-to-all: sends send[r] to each rank r and points recv[r] at what came; valid until the second-next one.
@@ -107,6 +111,7 @@ struct sg_step {
   const int32_t* tenants_S;       // row of routed_NLE that each sequence's tokens count in
   const int32_t* forced_ids_LTK;  // or null; experts that take the place of the router's, for experiments
   int32_t balance;  // 1: layers exchange their counts and split by quotas; 2: and may lend. The same on all ranks
+  const int32_t* versions_S;  // row of variants_NE that each sequence's tokens see, or null: all those of the slots
 };
 
 #define SG_EXCHANGE_FAILED 2

@@ -1,5 +1,6 @@
 // Which replica each token takes: in a step that balances, the ranks first tell each other how many tokens of this
-// layer want each expert, and all compute the same quotas (placement/quotas.h).
+// layer want each expert, and all compute the same quotas (placement/quotas.h). Then tokens of a model version that has
+// other weights for an expert go to the slot of these, on the rank that was chosen.
 #include <algorithm>
 #include <cstring>
 
@@ -43,10 +44,8 @@ int gather_counts(const sg_step& step, const int32_t* counts_E, int64_t num_expe
   return SG_OK;
 }
 
-}  // namespace
-
-int choose_slots(Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
-                 int64_t top_k, int32_t* slot_ids_TK, Peers& peers) {
+int choose_replicas(Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
+                    int64_t top_k, int32_t* slot_ids_TK, Peers& peers) {
   const int64_t num_experts = decoder.spec.num_experts, num_pairs = step.num_tokens * top_k;
   if (placement.quotas != nullptr && sg_quotas_choice(placement.quotas) == SG_CHOICE_HASH) {
     return sg_quotas_choose(placement.quotas, ids_TK, step.num_tokens, top_k, slot_ids_TK);
@@ -65,6 +64,35 @@ int choose_slots(Decoder& decoder, const sg_placement& placement, const sg_step&
   if (const int status = gather_counts(step, counts_E, num_experts, counts_RE, peers); status != SG_OK) return status;
   if (sg_quotas_plan(placement.quotas, counts_RE, step.rank, lends, nullptr) != SG_OK) return SG_ERROR;
   return sg_quotas_choose(placement.quotas, ids_TK, step.num_tokens, top_k, slot_ids_TK);
+}
+
+int choose_variants(const Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
+                    int64_t top_k, int32_t* slot_ids_TK) {
+  const int64_t num_experts = decoder.spec.num_experts;
+  for (int64_t t = 0; t < step.num_tokens; ++t) {
+    const int32_t version = step.versions_S[step.seq_ids_T[t]];
+    if (version < 0 || version >= placement.num_versions) {
+      return fail("versions_S[%d]=%d is outside the %lld versions that this layer knows", step.seq_ids_T[t], version,
+                  static_cast<long long>(placement.num_versions));
+    }
+    const int32_t* variants_E = placement.variants_NE + version * num_experts;
+    for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+      const int32_t slot = variants_E[ids_TK[i]];
+      if (slot < 0) continue;
+      slot_ids_TK[i] =
+          static_cast<int32_t>(slot_ids_TK[i] / placement.slots_per_rank * placement.slots_per_rank) + slot;
+    }
+  }
+  return SG_OK;
+}
+
+}  // namespace
+
+int choose_slots(Decoder& decoder, const sg_placement& placement, const sg_step& step, const int32_t* ids_TK,
+                 int64_t top_k, int32_t* slot_ids_TK, Peers& peers) {
+  const int status = choose_replicas(decoder, placement, step, ids_TK, top_k, slot_ids_TK, peers);
+  if (status != SG_OK || step.versions_S == nullptr || placement.variants_NE == nullptr) return status;
+  return choose_variants(decoder, placement, step, ids_TK, top_k, slot_ids_TK);
 }
 
 }  // namespace sg::model

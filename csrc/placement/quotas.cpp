@@ -235,7 +235,7 @@ bool fill(Layout& layout, const sg_quotas_spec& spec) {
   layout.choice = spec.choice;
   layout.lending = spec.choice >= SG_CHOICE_WATERFILL ? spec.lending : 0;
   layout.expert_rows = spec.expert_rows;
-  layout.stride = spec.num_slots + (layout.lending > 0 ? spec.num_experts : 0);
+  layout.stride = spec.num_slots + (layout.lending > 0 ? spec.num_experts : 0) + spec.num_variants;
   layout.at_ER.assign(static_cast<size_t>(spec.num_experts * spec.num_ranks), -1);
   for (int64_t r = 0; r < spec.num_ranks; ++r) {
     for (int64_t s = 0; s < spec.num_slots; ++s) {

@@ -2,7 +2,7 @@
 //
 // A handle is one layer's placement. What it computes, and why every rank computes the same, is told in its slow
 // reference, runtime/switchgear_runtime/moe/quotas.py; a test holds the two equal in every number. Slot s of rank r is
-// r * stride + s, and expert e lent to that rank r * stride + num_slots + e.
+// r * stride + s, and expert e lent to that rank r * stride + num_slots + e; num_variants slots follow, of no concern.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@ struct sg_quotas_spec {
   int64_t num_ranks, num_experts, num_slots;  // num_slots: of one rank
   const int32_t* held_RS;                     // logical expert of each slot, -1: none; copied
   int64_t choice, lending, expert_rows;
+  int64_t num_variants;
 };
 
 // Null when memory is short, or with an error when an expert has no slot.

@@ -53,6 +53,7 @@ class FlatBatch:
     block_tables_SB: list[list[int]]  # right-padded with 0 to the widest
     sampling_rows: list[int]  # index into T of each sampling sequence's last token
     prompt_rows: list[int] = field(default_factory=list)  # index into T of each token that scores the next one
+    versions_S: list[int] = field(default_factory=list)  # of the model, by sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +113,5 @@ class Batch:
             block_tables_SB=block_tables_SB,
             sampling_rows=sampling_rows,
             prompt_rows=prompt_rows,
+            versions_S=[entry.sequence.version for entry in self.scheduled],
         )

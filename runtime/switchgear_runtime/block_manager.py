@@ -1,11 +1,11 @@
 """Who holds which KV-cache block, and which blocks can be shared: `BlockManager`. Imports no torch.
 
 A block is free (nobody holds it) or used (`ref_counts > 0`). A full block whose K and V are in the cache can be
-published under a hash that covers every token from position 0 and the tenant's salt; a later sequence with the same
-beginning then shares it. A published block that nobody holds can still be found while it waits in the free list, oldest
-first, to be taken.
+published under a hash that covers every token from position 0, the tenant's salt and the model's version; a later
+sequence with the same beginning then shares it. A published block that nobody holds can still be found while it waits
+in the free list, oldest first, to be taken.
 
-    hash(block i) = blake2b(hash(block i-1) + tokens of block i);  hash(block -1) = blake2b(tenant, cache salt)
+    hash(block i) = blake2b(hash(block i-1) + tokens of block i);  hash(block -1) = blake2b(tenant, cache salt, version)
 
 Nobody writes to a shared block: only full blocks are published, and a sequence always recomputes its last token, so it
 writes to blocks of its own.
@@ -146,4 +146,6 @@ class BlockManager:
 
 def _root(sequence: Sequence) -> bytes:
     tenant, salt = sequence.tenant.encode(), sequence.cache_salt.encode()
-    return blake2b(b"%d:%s%d:%s" % (len(tenant), tenant, len(salt), salt), digest_size=_HASH_BYTES).digest()
+    version = b"%d" % sequence.version if sequence.version else b""  # the checkpoint's own hashes know no versions
+    text = b"%d:%s%d:%s%s" % (len(tenant), tenant, len(salt), salt, version)
+    return blake2b(text, digest_size=_HASH_BYTES).digest()

@@ -183,6 +183,7 @@ class Engine:
         if decision.epoch != group.expert_map.epoch:
             self.membership.flip(decision.epoch)
             self._flipped = True
+            self._reject_unknown_versions()
         else:
             self.membership.settle()
         return decision
@@ -272,6 +273,7 @@ class Engine:
                     group.wake_step = max(group.wake_step, message.step)
             case messages.BeginGeneration():
                 self.membership.begin(message)
+                self._reject_unknown_versions()
             case messages.EndGeneration():
                 if self.membership.ends(message):  # answered, also from a park: so the controller sees who lives
                     reason = f"the controller ended this generation: {message.reason}"
@@ -304,9 +306,26 @@ class Engine:
             self.scheduler.abort(known.sequence_id)
         try:
             self._check_token_ids(message)
+            self._check_version(message.version)
             self.scheduler.add(Sequence.from_submit(message))
         except RequestError as error:
             self._send(messages.Rejected(message.sequence_id, message.incarnation, str(error)))
+
+    def _check_version(self, version: int) -> None:
+        """Between generations the next one's versions decide."""
+        group = self.membership.group
+        if group is not None and not group.versions.knows(version):
+            oldest, latest = group.versions.oldest, group.versions.latest
+            raise RequestError(f"version={version}: this rank computes versions {oldest}..{latest}", param="version")
+
+    def _reject_unknown_versions(self) -> None:
+        """Sequences that the map or generation which has just come cannot compute; a server that counts leaves none."""
+        for sequence in self.scheduler.sequences:
+            try:
+                self._check_version(sequence.version)
+            except RequestError as error:
+                self.scheduler.abort(sequence.sequence_id)
+                self._send(messages.Rejected(sequence.sequence_id, sequence.incarnation, str(error)))
 
     def _check_token_ids(self, message: Submit) -> None:
         """An id outside the vocabulary would break a step, and with it everybody's generation."""

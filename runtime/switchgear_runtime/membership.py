@@ -1,4 +1,4 @@
-"""Which generation this rank is in, and with which expert map it computes: `Membership`.
+"""Which generation this rank is in, and with which expert map and versions of the model it computes: `Membership`.
 
     begin(BeginGeneration) -> group: transport, step, expert map -> leave    (then wait for the next BeginGeneration)
     stage(StageMap) ... take(StageOutcome) ... all ranks have staged it -> flip(epoch) -> settle   (between two steps)
@@ -21,9 +21,10 @@ from switchgear_runtime.messages import BeginGeneration, DropMap, EndGeneration,
 from switchgear_runtime.migration.pace import Pace
 from switchgear_runtime.migration.peers import ExpertPeers
 from switchgear_runtime.migration.stager import StageJob, StageOutcome, Stager
-from switchgear_runtime.model.staged_map import StagedMap
+from switchgear_runtime.model.staged_map import StagedMap, digest_of
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.system import System
 
 STAGE_JOBS_MAX = 8  # waiting; who sends more does not look at the answers
@@ -40,7 +41,8 @@ class Group:
     descriptor: GenerationDescriptor
     transport: Transport
     expert_map: ExpertMap
-    map_digest: int
+    versions: ModelVersions
+    map_digest: int  # of both
     step: int = 0
     wake_step: int = -1  # the latest park that a Wake ended
     peers: ExpertPeers | None = None
@@ -96,10 +98,12 @@ class Membership:
         if descriptor.generation <= self._over_generation:
             return  # its end has arrived already; to meet the others would only wait for the dead
         expert_map = self._first_map(message)
+        versions = ModelVersions() if message.versions is None else ModelVersions.from_json(message.versions)
         self._await_stager()
         transport = self._open_transport(descriptor)
-        self.group = Group(descriptor, transport, expert_map, expert_map.digest(), last_epoch=expert_map.epoch)
-        self._runner.begin(transport, expert_map)
+        digest = digest_of(expert_map, versions)
+        self.group = Group(descriptor, transport, expert_map, versions, digest, last_epoch=expert_map.epoch)
+        self._runner.begin(transport, expert_map, versions)
         if self._open_peers is not None:
             self.group.peers = self._open_peers(descriptor)
         log.info("rank %d: in generation %d of %d ranks", self._rank, descriptor.generation, descriptor.world_size)
@@ -187,6 +191,7 @@ class Membership:
             message=message,
             epoch=epoch,
             current=lambda: group.expert_map,
+            versions=lambda: group.versions,
             peers=group.peers,
             pace=Pace(self._system, message.bytes_per_s),
             started_s=self._system.now(),
@@ -204,6 +209,10 @@ class Membership:
             return self._refuse(generation, job.epoch, outcome.reason)
         if job.epoch <= group.expert_map.epoch:
             return self._refuse(generation, job.epoch, f"epoch {group.expert_map.epoch} is in use already")
+        if not staged.versions.follows(group.versions):
+            return self._refuse(
+                generation, job.epoch, "other versions of the model came into force while it was staged"
+            )
         group.staged = staged
         return MapStaged(
             rank=self._rank,
@@ -229,9 +238,9 @@ class Membership:
         staged, group.staged = group.staged, None
         assert staged is not None
         assert staged.epoch == epoch
-        group.retired = [layer.experts for layer in self._runner.moe_layers]
+        group.retired = [layer.placement for layer in self._runner.moe_layers]
         self._runner.flip(staged)
-        group.expert_map, group.map_digest = staged.expert_map, staged.digest
+        group.expert_map, group.versions, group.map_digest = staged.expert_map, staged.versions, staged.digest
         group.dropped = {dropped for dropped in group.dropped if dropped > epoch}
 
     def settle(self) -> None:

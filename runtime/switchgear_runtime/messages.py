@@ -23,10 +23,11 @@ ITEMS_MAX = 1 << 20  # longest array or map: prompts and expert-load rows
 
 class BeginGeneration(msgspec.Struct, tag="begin_generation", frozen=True):
     """`expert_map`: ExpertMap.to_json of the map to compute with, the same for all ranks and of the descriptor's epoch;
-    None: the contiguous one."""
+    None: the contiguous one. `versions`: ModelVersions.to_json; None: the checkpoint is the only one."""
 
     descriptor: GenerationDescriptor
     expert_map: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
 
 
 class EndGeneration(msgspec.Struct, tag="end_generation", frozen=True):
@@ -44,11 +45,13 @@ class StageMap(msgspec.Struct, tag="stage_map", frozen=True, kw_only=True):
     `expert_map`: ExpertMap.to_json, of an epoch later than any that this generation has heard of; once staged, it takes
     the place of an earlier one that waits for its flip. `bytes_per_s`: bounds what this rank
     reads or copies for it; None: unbounded. `source`: where the experts come from that this rank has no packed copy of:
-    another rank that computes with them ("peer"), or the checkpoint; "auto": what costs least.
+    another rank that computes with them ("peer"), or the checkpoint; "auto": what costs least. `versions`:
+    ModelVersions.to_json, in force from the flip on; None: those in force stay.
     """
 
     generation: int
     expert_map: dict[str, Any]
+    versions: dict[str, Any] | None = None
     bytes_per_s: int | None = None
     source: Literal["auto", "peer", "checkpoint"] = "auto"
 
@@ -83,7 +86,8 @@ class WireSampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
-    """A sequence for this rank. `output_token_ids`: emitted before (by another rank, another life); the next index follows them."""
+    """A sequence for this rank. `output_token_ids`: emitted before (by another rank, another life); the next index follows
+    them. `version`: of the model (ModelVersions), for all its life; a rank that does not know it answers Rejected."""
 
     sequence_id: int
     incarnation: int  # rises each time the server hands the sequence to a rank; comes back in every token
@@ -92,6 +96,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
     sampling: WireSampling
     tenant: str = ""
     cache_salt: str = ""
+    version: int = 0
 
 
 class Submits(msgspec.Struct, tag="submits", frozen=True):

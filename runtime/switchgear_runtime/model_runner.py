@@ -1,15 +1,14 @@
 """One rank's model, its KV cache and its place in a generation: `ModelRunner.forward(batch)` gives the logits.
 
-Life: construct (all weights) -> `begin(transport, expert_map)` for each generation -> `forward` each step. Meanwhile
-another thread may `stage` a later epoch's experts beside those in use; `flip`, between steps, makes it the current one.
-Experts already here are never read again.
+Life: construct (all weights) -> `begin(transport, expert_map, versions)` for each generation -> `forward` each step.
+Meanwhile another thread may `stage` a later epoch's experts beside those in use; `flip`, between steps, makes it the
+current one. Experts already here are never read again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +27,8 @@ from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
 from switchgear_runtime.model.backend import Backend, HostBackend
 from switchgear_runtime.model.checkpoint import Checkpoint
+from switchgear_runtime.model.expert_file import read_expert_file
+from switchgear_runtime.model.map_builder import MapBuilder, ReadExpert
 from switchgear_runtime.model.matrices import expert_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
@@ -37,18 +38,16 @@ from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
-from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.moe.layer import MoELayer
-from switchgear_runtime.moe.lent_experts import LentExperts
+from switchgear_runtime.moe.layer_placement import ExpertTensors
 from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 from switchgear_runtime.moe.replica_choice import ReplicaChoice
 from switchgear_runtime.moe.token_log import TokenLog
 
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
 PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
-
-ReadStaged = Callable[[int, int], ExpertWeights]  # (MoE layer, logical expert) -> its packed weights
 
 
 class ModelRunner:
@@ -88,7 +87,7 @@ class ModelRunner:
         self._store = self._backend.store(checkpoint, self.dtype)
         self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
-        self._check(expert_map)
+        self._check(expert_map, ModelVersions())
         self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
         self._native = self._backend.decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
@@ -110,7 +109,10 @@ class ModelRunner:
         self._transport: Transport | None = None
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
-        self._place(self._prepare(expert_map, self.read_expert))
+        self.versions = ModelVersions()
+        self._has_variants = False  # some sequences may see other weights than those in the slots
+        self._builder = MapBuilder(spec, self._store, self.moe_layers, self.replica_choice, self._native, rank=rank)
+        self._place(self._builder.build(expert_map, self.versions, self.read_expert))
         self._store.publish()
 
     @property
@@ -154,14 +156,17 @@ class ModelRunner:
             parts = {**parts, "forced_routing": self._forced.digest}
         return " ".join(f"{name}={value}" for name, value in parts.items())
 
-    def begin(self, transport: Transport, expert_map: ExpertMap) -> None:
-        """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays."""
+    def begin(self, transport: Transport, expert_map: ExpertMap, versions: ModelVersions | None = None) -> None:
+        """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays. `versions`: None:
+        the checkpoint is the only one."""
         if transport.rank != self.rank:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
         self.world_size = transport.world_size
-        self._check(expert_map)
-        self._lend(transport)
-        self._place(self._prepare(expert_map, self.read_expert))
+        versions = versions or ModelVersions()
+        self._check(expert_map, versions)
+        one_host = isinstance(transport, ShmTransport | LoopbackTransport)
+        self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)
+        self._place(self._builder.build(expert_map, versions, self.read_expert))
         self._store.publish()
         self._connect(transport)
 
@@ -175,11 +180,14 @@ class ModelRunner:
         """Whether every expert of the model is a page of this host's weight cache away."""
         return bool(self._store.shares_weights)
 
-    def stage(self, expert_map: ExpertMap, read: ReadStaged | None = None) -> StagedMap:
-        """Everything `flip` needs, made in another thread while steps run. `read` (default: `read_expert`) gives the
-        experts that this rank does not compute with yet; what it raises passes through."""
-        self._check(expert_map)
-        staged = self._prepare(expert_map, read or self.read_expert)
+    def stage(
+        self, expert_map: ExpertMap, versions: ModelVersions | None = None, read: ReadExpert | None = None
+    ) -> StagedMap:
+        """Everything `flip` needs, made in another thread while steps run. `versions`: None: those in force. `read`
+        (default: `read_expert`) gives the experts that this rank does not hold yet; what it raises passes through."""
+        versions = versions or self.versions
+        self._check(expert_map, versions)
+        staged = self._builder.build(expert_map, versions, read or self.read_expert)
         self._store.publish()
         return staged
 
@@ -191,9 +199,22 @@ class ModelRunner:
         self._place(staged)
         self._connect(self._transport)
 
-    def read_expert(self, moe_layer: int, expert: int, pace: Callable[[int], None] | None = None) -> ExpertWeights:
-        """From the host's weight cache, or else packed from the checkpoint. `pace` is told of every piece."""
-        weights: ExpertWeights = self._store.expert(self.spec.moe_layers[moe_layer], expert, pace)
+    def read_expert(
+        self,
+        moe_layer: int,
+        expert: int,
+        swap: ExpertSwap | None = None,
+        pace: Callable[[int], None] | None = None,
+    ) -> ExpertWeights:
+        """From the host's weight cache, or else packed from the checkpoint; with `swap`, from its file. `pace` is told of
+        every piece."""
+        layer = self.spec.moe_layers[moe_layer]
+        weights: ExpertWeights
+        if swap is None:
+            weights = self._store.expert(layer, expert, pace)
+        else:
+            tensors = read_expert_file(swap, self.spec, self.checkpoint.names, pace)
+            weights = self._store.pack_expert(layer, expert, *tensors)
         return weights
 
     def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
@@ -201,16 +222,15 @@ class ModelRunner:
         weights: ExpertWeights = self._store.empty_expert(self.spec.moe_layers[moe_layer], expert)
         return weights
 
-    def held_expert(self, moe_layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
-        """The packed weights (gate and up, down) of an expert that this rank computes with now; from any thread."""
-        experts = self.moe_layers[moe_layer].experts
-        if experts is None:
+    def held_expert(self, moe_layer: int, expert: int, sha256: str = "") -> ExpertTensors | None:
+        """The packed weights (gate and up, down) of an expert, those of the checkpoint or of the file with this digest,
+        if this rank computes with them now; from any thread."""
+        placement = self.moe_layers[moe_layer].placement
+        found = None if placement is None else placement.find(expert, sha256)
+        if found is None:
             return None
-        (slots,) = np.nonzero(experts.experts == expert)
-        if not len(slots):
-            return None
-        to_host = self._store.to_host
-        return to_host(experts.w13_S[slots[0]]), to_host(experts.w2_S[slots[0]])
+        gate_up, down = found
+        return self._store.to_host(gate_up), self._store.to_host(down)
 
     def begin_step(self, decision: Decision) -> None:
         """Before `forward`: how this step spreads tokens over replicas, from what all ranks have agreed on."""
@@ -232,6 +252,7 @@ class ModelRunner:
         return logits
 
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
+        versions_S = self._versions_of(flat) if self._has_variants else None
         if self._native is not None:
             return self._native.hidden_states(
                 flat,
@@ -240,10 +261,18 @@ class ModelRunner:
                 load=self.load,
                 forced_ids_LTK=self._forced_ids_LTK,
                 balance=self.replica_choice.step.mode,
+                versions_S=versions_S,
             )
+        for layer in self.moe_layers:
+            layer.versions_T = None if versions_S is None else versions_S[flat.seq_ids_T]
         with torch.inference_mode():
             token_ids_T = torch.tensor(flat.token_ids_T, dtype=torch.int64)
             return self._decoder.hidden_states(token_ids_T, AttentionMetadata.from_batch(flat), self.kv_cache)
+
+    def _versions_of(self, flat: FlatBatch) -> NDArray[np.int32] | None:
+        """Rows of Variants.slots_NE; None: all see what the slots hold."""
+        rows_S = np.array(self.versions.rows(flat.versions_S), np.int32)
+        return rows_S if rows_S.any() else None
 
     def _force(self, ids_LTK: NDArray[np.int32]) -> None:
         """The experts of the step's tokens, whatever the routers say."""
@@ -268,50 +297,14 @@ class ModelRunner:
         for chunk in torch.split(rows, num_rows):
             yield self._logits(x_TD, chunk)
 
-    def _check(self, expert_map: ExpertMap) -> None:
+    def _check(self, expert_map: ExpertMap, versions: ModelVersions) -> None:
+        versions.check(num_layers=self.spec.num_moe_layers, num_experts=self.spec.num_experts)
         expected = (self.world_size, self.spec.num_moe_layers, self.spec.num_experts)
         actual = (expert_map.num_ranks, expert_map.num_layers, expert_map.num_experts)
         if actual != expected:
             raise ConfigError(
                 f"expert map is for (ranks, layers, experts) = {actual}; this model and cluster have {expected}"
             )
-
-    def _prepare(self, expert_map: ExpertMap, read: ReadStaged) -> StagedMap:
-        slots, num_new, new_bytes = [], 0, 0
-        choice = self.replica_choice
-
-        def count(moe_layer: int, expert: int) -> ExpertWeights:
-            nonlocal num_new, new_bytes
-            weights: ExpertWeights = self._store.on_device(read(moe_layer, expert))
-            num_new += 1
-            new_bytes += sum(weight.data.nbytes for weight in weights)
-            return weights
-
-        for index, layer in enumerate(self.moe_layers):
-            slots.append(
-                ExpertSlots.load(
-                    expert_map.local_experts(index, self.rank),
-                    self.rank * choice.stride(expert_map),
-                    hidden=self.spec.hidden_size,
-                    ffn=self.spec.moe.ffn,
-                    format=self._store.expert_format,
-                    read=partial(count, index),
-                    held=layer.experts,
-                )
-            )
-        slot_tables_LE = torch.from_numpy(choice.strided(expert_map, expert_map.slot_tables(self.rank)))
-        quotas_L = [choice.quotas(expert_map, index) for index in range(len(slots))]
-        lent_L = [choice.slots_for_lent(layer.lent) for layer in self.moe_layers]
-        return StagedMap(
-            expert_map=expert_map,
-            digest=expert_map.digest(),
-            slots=slots,
-            slot_tables_L=list(slot_tables_LE),
-            quotas_L=quotas_L,
-            native=None if self._native is None else self._native.prepare(slots, slot_tables_LE, quotas_L, lent_L),
-            num_new=num_new,
-            new_bytes=new_bytes,
-        )
 
     def _expert_names(self, expert_map: ExpertMap) -> list[str]:
         """Of the matrices that this rank needs."""
@@ -323,34 +316,18 @@ class ModelRunner:
         return names
 
     def _place(self, staged: StagedMap) -> None:
-        for index, layer in enumerate(self.moe_layers):
-            layer.place(staged.slots[index], staged.slot_tables_L[index], staged.quotas_L[index])
+        for layer, placement in zip(self.moe_layers, staged.layers, strict=True):
+            layer.place(placement)
         if self._native is not None:
             assert staged.native is not None
             self._native.place(staged.native)
-        self.expert_map = staged.expert_map
-
-    def _lend(self, transport: Transport) -> None:
-        """Have every expert's weights at hand, where that takes no copy: on one host, whose ranks map one file."""
-        one_host = isinstance(transport, ShmTransport | LoopbackTransport)
-        self.lends = self.replica_choice.lends and one_host and self.world_size > 1
-        if not self.lends or all(layer.lent is not None for layer in self.moe_layers):
-            return
-        for index, (decoder_layer, layer) in enumerate(zip(self.spec.moe_layers, self.moe_layers, strict=True)):
-            weights = [
-                self.held_expert(index, expert) or self._store.lendable(decoder_layer, expert)
-                for expert in range(self.spec.num_experts)
-            ]
-            known = [pair for pair in weights if pair is not None]
-            if len(known) < len(weights):
-                self.lends = False
-                return
-            layer.lend(LentExperts.of([w13 for w13, _ in known], [w2 for _, w2 in known]))
+        self.expert_map, self.versions = staged.expert_map, staged.versions
+        self._has_variants = bool(staged.versions.live)
 
     def _connect(self, transport: Transport) -> None:
         dispatcher = Dispatcher(
             transport,
-            slots_per_rank=self.replica_choice.stride(self.expert_map),
+            slots_per_rank=self.replica_choice.stride(self.expert_map, self.versions.num_variants),
             payload=self.dtype,
             timeout_s=self.config.step_timeout_s,
         )

@@ -77,6 +77,11 @@ class Scheduler:
                 return self.max_num_batched_tokens
         return total
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that are not finished, in order of arrival."""
+        return list(self._by_id.values())
+
     def get(self, sequence_id: int) -> Sequence | None:
         return self._by_id.get(sequence_id)
 

@@ -28,6 +28,7 @@ class Sequence:
     sampling: WireSampling
     tenant: str = ""
     cache_salt: str = ""
+    version: int = 0  # of the model; never changes
     status: Literal["waiting", "running", "finished"] = "waiting"
     arrival: int = 0  # rises with each sequence added; the last arrived is preempted first
     num_computed_tokens: int = 0
@@ -47,6 +48,7 @@ class Sequence:
             sampling=message.sampling,
             tenant=message.tenant,
             cache_salt=message.cache_salt,
+            version=message.version,
         )
 
     @property

@@ -28,7 +28,9 @@ SAMPLING = m.WireSampling(
     logprobs=2,
     seed=2**64 - 1,
 )
-SUBMIT = m.Submit(sequence_id=7, incarnation=2, prompt_token_ids=[1, 2], output_token_ids=[5], sampling=SAMPLING)
+SUBMIT = m.Submit(
+    sequence_id=7, incarnation=2, prompt_token_ids=[1, 2], output_token_ids=[5], sampling=SAMPLING, version=3
+)
 STATS = m.RankStats(1, 2, 3, 4, 5, 6, 7, 8)
 FRAME = m.StepFrame(
     rank=1,
@@ -48,8 +50,9 @@ def test_round_trips() -> None:
         SUBMIT,
         m.Submits([SUBMIT, SUBMIT]),
         m.BeginGeneration(descriptor),
-        m.BeginGeneration(descriptor, expert_map),
+        m.BeginGeneration(descriptor, expert_map, {"oldest": 0, "swaps": []}),
         m.StageMap(generation=2, expert_map=expert_map, bytes_per_s=1 << 20, source="peer"),
+        m.StageMap(generation=2, expert_map=expert_map, versions={"oldest": 0, "swaps": []}),
         m.DropMap(2, 5),
         m.Abort(3),
         m.Wake(1, 2),

@@ -139,13 +139,21 @@ class SimPeers:
         self._placement = placement
         self._is_closed = False
 
-    def fetch(self, source: int, moe_layer: int, expert: int, out: tuple[memoryview, memoryview], pace: Pace) -> None:
+    def fetch(
+        self,
+        source: int,
+        moe_layer: int,
+        expert: int,
+        out: tuple[memoryview, memoryview],
+        pace: Pace,
+        sha256: str = "",
+    ) -> None:
         for half in (0, 1):
             self._system.sleep(self._system.random.random() * 0.004)
             if self._is_closed:
                 raise TransportAborted("the channel is closed", rank=self._rank)
             runner = self._runner_of(source)
-            held = None if runner is None else runner.held_expert(moe_layer, expert)
+            held = None if runner is None else runner.held_expert(moe_layer, expert, sha256)
             if held is None:
                 raise PeerLost(f"rank {source} has no expert {expert}", rank=self._rank, peers=(source,))
             out[half][:] = held[half].numpy().data

@@ -28,11 +28,9 @@ from switchgear_runtime.cuda.moe import DeviceMoE, DevicePlacement, DeviceStep
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
-from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
-from switchgear_runtime.moe.lent_experts import LentExperts
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
-from switchgear_runtime.moe.native_quotas import NativeQuotas
 
 _SCORINGS = ("softmax", "sigmoid")
 
@@ -54,19 +52,10 @@ class DeviceDecoder:
         self._lm_head_bias = on_device(self._lm_head.bias_N, kernels.device)
         self._exchange: tuple[Transport, DeviceExchange] | None = None
 
-    def prepare(
-        self,
-        slots: Sequence[ExpertSlots],
-        slot_tables_LE: Tensor,
-        _quotas_L: Sequence[NativeQuotas | None],
-        _lent_L: Sequence[LentExperts | None],
-    ) -> list[DevicePlacement]:
+    def prepare(self, layers: Sequence[LayerPlacement]) -> list[DevicePlacement]:
         """What `place` takes. Any thread, any time; complete when it returns."""
         device = self._kernels.device
-        placements = [
-            DevicePlacement.of(layer_slots, table_E, device)
-            for layer_slots, table_E in zip(slots, slot_tables_LE, strict=True)
-        ]
+        placements = [DevicePlacement.of(layer, device) for layer in layers]
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         return placements
@@ -86,10 +75,14 @@ class DeviceDecoder:
         load: ExpertLoad,
         forced_ids_LTK: NDArray[np.int32] | None = None,
         balance: int = 0,
+        versions_S: NDArray[np.int32] | None = None,
     ) -> Tensor:
         """x_TD fp32 on the device, after the last layer; counts into the step's load. An empty batch takes part in every
         MoE layer. `balance` is the layers' own (StepBalance). Errors of the transport pass through."""
         assert balance < 2, "lending is not for devices"
+        for layer in self._layers:
+            if layer.moe is not None:
+                layer.moe.see(None if versions_S is None else versions_S[flat.seq_ids_T])
         kernels, device = self._kernels, self._kernels.device
         with torch.inference_mode():
             batch = DeviceBatch.of(flat, device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
@@ -21,6 +22,7 @@ from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
 from switchgear_runtime.errors import TransportError
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 
 PAIR_BYTES = 8
 
@@ -36,7 +38,10 @@ class DevicePlacement:
     slot_of_E: Tensor  # of this rank's tokens, where no quotas split them; int32
 
     @classmethod
-    def of(cls, slots: ExpertSlots, slot_table_E: Tensor, device: torch.device) -> DevicePlacement:
+    def of(cls, layer: LayerPlacement, device: torch.device) -> DevicePlacement:
+        assert layer.lent is None, "lending is not for devices"
+        slots = layer.all_slots
+
         def addresses(weights_S: Sequence[Tensor]) -> Tensor:
             return torch.tensor([w.data_ptr() if w.numel() else 0 for w in weights_S], dtype=torch.int64).to(device)
 
@@ -45,7 +50,7 @@ class DevicePlacement:
             w13_S=addresses(slots.w13_S),
             w2_S=addresses(slots.w2_S),
             experts_S=torch.from_numpy(np.array(slots.experts, np.int32)).to(device),
-            slot_of_E=slot_table_E.to(device),
+            slot_of_E=layer.slot_table_E.to(device),
         )
 
 
@@ -73,6 +78,10 @@ class DeviceMoE:
         self._router_ED = layer.router.weight.data
         self.placement: DevicePlacement | None = None
 
+    def see(self, versions_T: NDArray[np.int32] | None) -> None:
+        """Which model version each of the step's tokens sees (Variants.slots_NE); None: all the oldest."""
+        self._layer.versions_T = versions_T
+
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By the branch's unrounded input."""
         logits_TE = self._kernels.linear(h_TD, self._router_ED)
@@ -90,7 +99,7 @@ class DeviceMoE:
         if step.forced_ids_LTK is not None:
             topk_ids_TK = step.forced_ids_LTK[layer.index]
         slot_ids_TK = self._remap(topk_ids_TK, placement)
-        plan = kernels.plan_dispatch(slot_ids_TK, step.num_ranks, len(placement.slots.experts))
+        plan = kernels.plan_dispatch(slot_ids_TK, step.num_ranks, layer.slots_per_rank)
         rows, pairs = self._dispatch(h_TD, plan, step)
         returned = self._compute(rows, pairs, placement, step)
         (back,) = step.exchange.exchange([returned], timeout_s=step.timeout_s)
@@ -106,9 +115,12 @@ class DeviceMoE:
         return y_TD
 
     def _remap(self, topk_ids_TK: Tensor, placement: DevicePlacement) -> Tensor:
-        """By the counts of this batch on all ranks, on the host, as the CPU does; else the static slot."""
-        quotas, mode = self._layer.quotas, self._layer.step.mode
-        if quotas is not None and (quotas.is_hash or (mode and quotas.can_plan(lends=False))):
+        """On the host, as the CPU does, where the counts of all ranks or a token's version decide; else the static slot."""
+        host, mode = self._layer.placement, self._layer.step.mode
+        assert host is not None
+        quotas = host.quotas
+        by_counts = quotas is not None and (quotas.is_hash or (mode and quotas.can_plan(lends=False)))
+        if by_counts or (host.variants is not None and self._layer.versions_T is not None):
             return self._layer.remap(topk_ids_TK.cpu()).to(self._kernels.device)
         return self._kernels.remap(topk_ids_TK, placement.slot_of_E)
 

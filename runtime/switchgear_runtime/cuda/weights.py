@@ -78,6 +78,16 @@ class DeviceWeightStore:
         gate_up, down = (self.matrices[name] for name in expert_matrix_names(layer, expert))
         return self._empty(gate_up), self._empty(down)
 
+    def pack_expert(self, layer: int, expert: int, gate_up_NK: Tensor, down_NK: Tensor) -> ExpertWeights:
+        """Weights that are not the checkpoint's."""
+        gate_up, down = (
+            _weight(matrix, self._copied(self._checked(matrix, weight_NK.to(torch.bfloat16))), None)
+            for matrix, weight_NK in zip(
+                (self.matrices[name] for name in expert_matrix_names(layer, expert)), (gate_up_NK, down_NK), strict=True
+            )
+        )
+        return gate_up, down
+
     def on_device(self, weights: ExpertWeights) -> ExpertWeights:
         """What `expert` gives already is; what came from elsewhere is copied."""
         gate_up, down = weights

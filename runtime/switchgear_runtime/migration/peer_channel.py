@@ -4,8 +4,8 @@ Each rank listens for one generation, on the address at which it reaches the ser
 generation's store, which only its ranks can read. Whoever connects proves the token and makes the other end prove it,
 as on the link (link.py). Then, as often as wanted:
 
-    puller -> source   MoE layer[u32] expert[u32]
-    source -> puller   1 or 0: whether it computes with that expert; if so gate and up, then down: their packed bytes
+    puller -> source   MoE layer[u32] expert[u32] sha256[32]: of the file of its weights; zeros: the checkpoint's
+    source -> puller   1 or 0: whether it computes with these; if so gate and up, then down: their packed bytes
 
 The source reads weights that a step only reads too, and immutable ones, so nobody waits for anybody.
 """
@@ -38,9 +38,10 @@ from switchgear_runtime.migration.pace import Pace, StagingCancelled
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.system import System
 
-MAGIC = b"SGX1"
+MAGIC = b"SGX2"
 PIECE_BYTES = 256 << 10
-_REQUEST = struct.Struct("<II")
+_REQUEST = struct.Struct("<II32s")
+_NO_FILE = bytes(32)
 _LOOK_S = 0.2  # for a cancelled job, while a peer's address is awaited
 _HANDSHAKE_S = 5.0  # of a guest, in all
 _ACCEPT_PAUSE_S = 0.5  # when the process has no descriptor left for a guest
@@ -99,12 +100,21 @@ class PeerChannel:
 
     # --- the puller -------------------------------------------------------------------------------------------------
 
-    def fetch(self, source: int, moe_layer: int, expert: int, out: tuple[memoryview, memoryview], pace: Pace) -> None:
+    def fetch(
+        self,
+        source: int,
+        moe_layer: int,
+        expert: int,
+        out: tuple[memoryview, memoryview],
+        pace: Pace,
+        sha256: str = "",
+    ) -> None:
         try:
             connection = self._connection(source, pace)
-            connection.sendall(_REQUEST.pack(moe_layer, expert))
+            connection.sendall(_REQUEST.pack(moe_layer, expert, bytes.fromhex(sha256) or _NO_FILE))
             if _receive(connection, 1) != b"\x01":
                 text = f"rank {source} does not compute with expert {expert} of MoE layer {moe_layer}"
+                text += f" as the file with sha256 {sha256} has it" * bool(sha256)
                 raise TransportError(text, rank=self._rank, peers=(source,))
             for part in out:
                 for start in range(0, len(part), PIECE_BYTES):
@@ -234,10 +244,10 @@ class PeerChannel:
             data += part
         return data
 
-    def _held(self, moe_layer: int, expert: int) -> tuple[memoryview, memoryview] | None:
+    def _held(self, moe_layer: int, expert: int, digest: bytes) -> tuple[memoryview, memoryview] | None:
         if moe_layer >= len(self._runner.moe_layers):
             return None
-        held = self._runner.held_expert(moe_layer, expert)
+        held = self._runner.held_expert(moe_layer, expert, "" if digest == _NO_FILE else digest.hex())
         return None if held is None else (held[0].numpy().data, held[1].numpy().data)
 
     # --- both -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from switchgear_runtime.model.staged_map import StagedMap
 from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
+from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 from switchgear_runtime.system import System
 
 _IDLE_WAIT_S = 60.0
@@ -30,12 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StageJob:
-    """A StageMap that was accepted, and the circumstances. `current` gives the map in use; `peers`: None where ranks
-    have no channel for experts."""
+    """A StageMap that was accepted, and the circumstances. `current`, `versions`: the map and the model's versions in
+    use; `peers`: None where ranks have no channel for experts."""
 
     message: StageMap
     epoch: int
     current: Callable[[], ExpertMap]
+    versions: Callable[[], ModelVersions]
     peers: ExpertPeers | None
     pace: Pace
     started_s: float
@@ -141,7 +143,10 @@ class Stager:
         try:
             expert_map = ExpertMap.from_json(job.message.expert_map)
             self._check(job, expert_map)
-            staged = self._runner.stage(expert_map, lambda layer, expert: self._read(job, layer, expert))
+            versions = self._versions(job)
+            staged = self._runner.stage(
+                expert_map, versions, lambda layer, expert, swap: self._read(job, layer, expert, swap)
+            )
         except StagingCancelled:
             return None
         except (SwitchgearError, OSError) as error:
@@ -170,27 +175,48 @@ class Stager:
                 f"{self._runner.pool_slots}; move fewer at a time, or raise survive"
             )
 
-    def _read(self, job: StageJob, moe_layer: int, expert: int) -> ExpertWeights:
-        """An expert that this rank does not compute with."""
+    def _versions(self, job: StageJob) -> ModelVersions:
+        current = job.versions()
+        if job.message.versions is None:
+            return current
+        versions = ModelVersions.from_json(job.message.versions)
+        if not versions.follows(current):
+            raise ConfigError(
+                f"model versions {versions.oldest}..{versions.latest}: they do not follow from those in force, "
+                f"{current.oldest}..{current.latest}"
+            )
+        return versions
+
+    def _read(self, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None) -> ExpertWeights:
+        """Weights that this rank does not hold."""
         source, pace = job.message.source, job.pace
         if pace.cancelled:
             raise StagingCancelled
-        if job.peers is None or source == "checkpoint" or (source == "auto" and self._runner.shares_weights):
-            return self._runner.read_expert(moe_layer, expert, pace)
+        if job.peers is None or source == "checkpoint" or not self._is_from_peer(job, moe_layer, expert, swap):
+            return self._runner.read_expert(moe_layer, expert, swap, pace)
         try:
-            return self._fetch(job, job.peers, moe_layer, expert)
+            return self._fetch(job, job.peers, moe_layer, expert, swap)
         except TransportError as error:
             if source == "peer":
                 raise
             log.info("rank %d: expert %d of MoE layer %d comes from disk: %s", self._rank, expert, moe_layer, error)
-            return self._runner.read_expert(moe_layer, expert, pace)
+            return self._runner.read_expert(moe_layer, expert, swap, pace)
 
-    def _fetch(self, job: StageJob, peers: ExpertPeers, moe_layer: int, expert: int) -> ExpertWeights:
+    def _is_from_peer(self, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None) -> bool:
+        """Only a file has what no slot holds yet. What slots hold comes from there, if not from a shared weight cache."""
+        if swap is None:
+            return job.message.source == "peer" or not self._runner.shares_weights
+        return job.versions().settled(moe_layer, expert) == swap
+
+    def _fetch(
+        self, job: StageJob, peers: ExpertPeers, moe_layer: int, expert: int, swap: ExpertSwap | None
+    ) -> ExpertWeights:
         current = job.current()
         holders = [slot // current.slots_per_rank for slot in current.replicas(moe_layer, expert)]
         gate_up, down = self._runner.empty_expert(moe_layer, expert)
         out = gate_up.data.numpy().data, down.data.numpy().data
-        peers.fetch(holders[(self._rank + expert) % len(holders)], moe_layer, expert, out, job.pace)
+        sha256 = "" if swap is None else swap.sha256
+        peers.fetch(holders[(self._rank + expert) % len(holders)], moe_layer, expert, out, job.pace, sha256)
         return gate_up, down
 
 

@@ -20,22 +20,14 @@ from switchgear_runtime.model.decoder import Decoder
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.weight_store import WeightStore
-from switchgear_runtime.moe.experts import ExpertSlots
-from switchgear_runtime.moe.lent_experts import LentExperts
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
-from switchgear_runtime.moe.native_quotas import NativeQuotas
 
 
 class StepDecoder(Protocol):
     """Runs a Decoder's steps as a whole: NativeDecoder says what each method does."""
 
-    def prepare(
-        self,
-        slots: Sequence[ExpertSlots],
-        slot_tables_LE: Tensor,
-        quotas_L: Sequence[NativeQuotas | None],
-        lent_L: Sequence[LentExperts | None],
-    ) -> Any: ...
+    def prepare(self, layers: Sequence[LayerPlacement]) -> Any: ...
 
     def place(self, placements: Any) -> None: ...
 
@@ -48,6 +40,7 @@ class StepDecoder(Protocol):
         load: ExpertLoad,
         forced_ids_LTK: NDArray[np.int32] | None = None,
         balance: int = 0,
+        versions_S: NDArray[np.int32] | None = None,
     ) -> Tensor: ...
 
     def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor: ...

@@ -30,11 +30,9 @@ from switchgear_runtime.model import native_structs as c
 from switchgear_runtime.model.attention import Attention
 from switchgear_runtime.model.decoder import Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
-from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
-from switchgear_runtime.moe.lent_experts import LentExperts
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
-from switchgear_runtime.moe.native_quotas import NativeQuotas
 from switchgear_runtime.ops import PackedWeight
 from switchgear_runtime.packing import FORMATS
 
@@ -105,34 +103,30 @@ class NativeDecoder:
                 return False
         return all(isinstance(norm, RMSNorm) for norm in norms)
 
-    def prepare(
-        self,
-        slots: Sequence[ExpertSlots],
-        slot_tables_LE: Tensor,
-        quotas_L: Sequence[NativeQuotas | None],
-        lent_L: Sequence[LentExperts | None],
-    ) -> NativePlacements:
-        """What `place` takes: each MoE layer's experts and the slots of this rank's tokens. Any thread, any time.
-        `lent_L`: where experts may be lent; each then has a slot."""
-        num_layers = len(slots)
-        placements = (c.Placement * num_layers)()
-        kept: list[object] = [slots, list(slot_tables_LE), quotas_L, lent_L]  # views: they keep their memory alive
-        for index, (experts, quotas, lent) in enumerate(zip(slots, quotas_L, lent_L, strict=True)):
-            w13, w2 = (
-                np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-                for tensors in (experts.w13_S, experts.w2_S)
-            )
+    def prepare(self, layers: Sequence[LayerPlacement]) -> NativePlacements:
+        """What `place` takes. Any thread, any time."""
+        placements = (c.Placement * len(layers))()
+        kept: list[object] = [layers]
+        for index, layer in enumerate(layers):
+            experts, variants = layer.experts, layer.variants
+            w13, w2 = _pointers(experts.w13_S), _pointers(experts.w2_S)
             held = np.ascontiguousarray(experts.experts, np.int32)
-            if lent is not None:
-                w13, w2, held = lent.extend(w13, w2, held)
+            if layer.lent is not None:
+                w13, w2, held = layer.lent.extend(w13, w2, held)
+            if variants is not None:
+                w13 = np.concatenate([w13, _pointers(variants.w13_V)])
+                w2 = np.concatenate([w2, _pointers(variants.w2_V)])
+                held = np.concatenate([held, variants.experts_V])
             placements[index] = c.Placement(
                 w13_packed_S=w13.ctypes.data,
                 w2_packed_S=w2.ctypes.data,
                 experts_S=held.ctypes.data,
-                slot_table_E=slot_tables_LE[index].data_ptr(),
+                slot_table_E=layer.slot_table_E.data_ptr(),
                 slots_per_rank=len(held),
                 first_slot=experts.first_slot,
-                quotas=None if quotas is None else quotas.handle,
+                quotas=None if layer.quotas is None else layer.quotas.handle,
+                variants_NE=None if variants is None else variants.slots_NE.ctypes.data,
+                num_versions=0 if variants is None else len(variants.slots_NE),
             )
             kept += (held, w13, w2)
         return NativePlacements(placements, kept)
@@ -153,9 +147,11 @@ class NativeDecoder:
         load: ExpertLoad,
         forced_ids_LTK: NDArray[np.int32] | None = None,
         balance: int = 0,
+        versions_S: NDArray[np.int32] | None = None,
     ) -> Tensor:
         """x_TD, fp32, after the last layer; counts into the step's load. An empty batch takes part in every MoE layer.
-        `forced_ids_LTK`: experts in place of the router's. `balance`: as StepBalance.mode. Errors of the transport pass through."""
+        `forced_ids_LTK`: experts in place of the router's. `balance`: as StepBalance.mode. `versions_S`: as
+        MoELayer.versions_T, by sequence. Errors of the transport pass through."""
         token_ids_T, positions_T, slots_T = (
             np.array(values, np.int64) for values in (flat.token_ids_T, flat.positions_T, flat.slots_T)
         )
@@ -184,6 +180,7 @@ class NativeDecoder:
             tenants_S=load.step_tenants_Q.ctypes.data,
             forced_ids_LTK=None if forced_ids_LTK is None else forced_ids_LTK.ctypes.data,
             balance=balance,
+            versions_S=None if versions_S is None else versions_S.ctypes.data,
         )
         status = self._library.sg_decoder_step(self._handle, ctypes.byref(step))
         error = self._exchange.end()
@@ -282,6 +279,10 @@ def _view(address: int | None, num_bytes: int) -> memoryview:
     if not num_bytes:
         return memoryview(b"")
     return memoryview((ctypes.c_uint8 * num_bytes).from_address(address or 0)).cast("B")
+
+
+def _pointers(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
+    return np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
 
 
 def _dtype(tensor: Tensor) -> int:

@@ -105,6 +105,8 @@ class Placement(ctypes.Structure):
         ("slots_per_rank", c_int64),
         ("first_slot", c_int64),
         ("quotas", c_void_p),
+        ("variants_NE", c_void_p),
+        ("num_versions", c_int64),
     ]
 
 
@@ -153,6 +155,7 @@ class Step(ctypes.Structure):
         ("tenants_S", c_void_p),
         ("forced_ids_LTK", c_void_p),
         ("balance", c_int32),
+        ("versions_S", c_void_p),
     ]
 
 

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from switchgear_runtime.moe.expert_map import ExpertMap
-from switchgear_runtime.moe.experts import ExpertSlots
-from switchgear_runtime.moe.native_quotas import NativeQuotas
+from switchgear_runtime.moe.layer_placement import LayerPlacement
+from switchgear_runtime.moe.model_versions import ModelVersions
+
+
+def digest_of(expert_map: ExpertMap, versions: ModelVersions) -> int:
+    """Ranks whose steps may run together have the same."""
+    return expert_map.digest() ^ versions.digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -18,12 +21,11 @@ class StagedMap:
     """Immutable and made beside the map in use; `ModelRunner.flip` only points to it."""
 
     expert_map: ExpertMap
-    digest: int
-    slots: Sequence[ExpertSlots]  # by MoE layer
-    slot_tables_L: Sequence[Tensor]  # by MoE layer, [E]: where this rank's tokens go
-    quotas_L: Sequence[NativeQuotas | None]  # by MoE layer: how they split over replicas
+    versions: ModelVersions
+    digest: int  # of both
+    layers: Sequence[LayerPlacement]  # by MoE layer
     native: Any  # what the decoder that runs whole steps takes (NativePlacements, of a device DevicePlacement); or None
-    num_new: int  # (layer, expert) pairs that this rank did not hold when it began
+    num_new: int  # (layer, expert) pairs whose weights this rank did not hold when it began
     new_bytes: int  # of their packed weights
 
     @property

@@ -115,11 +115,23 @@ class WeightStore:
         gate_up, down = (_weight(matrix, self.cache.pool.take(matrix.num_bytes)) for matrix in matrices)
         return gate_up, down
 
+    def pack_expert(self, layer: int, expert: int, gate_up_NK: Tensor, down_NK: Tensor) -> ExpertWeights:
+        """Weights that are not the checkpoint's, packed as its own expert's are; in memory of this rank."""
+        weights = self.empty_expert(layer, expert)
+        for name, tensor_NK, weight in zip(
+            expert_matrix_names(layer, expert), (gate_up_NK, down_NK), weights, strict=True
+        ):
+            self._pack(self.matrices[name], tensor_NK, weight.data)
+        return weights
+
     def _fill(self, matrix: Matrix, out: Tensor) -> None:
         weight_NK = self._read(matrix)
         if matrix.name == EMBEDDING:
             out.view(self.dtype).view(weight_NK.shape).copy_(weight_NK)
             return
+        self._pack(matrix, weight_NK, out)
+
+    def _pack(self, matrix: Matrix, weight_NK: Tensor, out: Tensor) -> None:
         if weight_NK.dtype == torch.float16:
             weight_NK = weight_NK.float()
         try:

@@ -95,20 +95,21 @@ class ForcedRouting:
 def draw(counts_E: Int64, top_k: int, key: Sequence[int]) -> NDArray[np.uint16]:
     """Rows [M, K] of different experts, each in K / sum(counts) * counts of the rows but for rounding; an expert that
     would be in more than all of them is in all. Systematic sampling (Madow 1949): the experts, in a random order, lie
-    end to end with lengths as their shares, and a row takes those at K points of equal distance."""
+    end to end with lengths as their shares, and a row takes those at K points of equal distance. The first point of each
+    order is drawn too: else two experts would be rounded the same way in every order, and orders could not even it out."""
     num_experts = len(counts_E)
     shares_E = _capped(counts_E, top_k)
-    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(NUM_ORDERS * num_experts)
-    order_GE = np.argsort(bits.reshape(NUM_ORDERS, num_experts), axis=1, kind="stable")
-    # In integers, so that no two points of a row fall into one expert: with n draws an order, points lie 2n * sum
-    # apart, an expert is 2n * K * share long, and draw i begins at (2i + 1) * sum.
+    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(NUM_ORDERS * (num_experts + 1))
+    order_GE = np.argsort(bits[NUM_ORDERS:].reshape(NUM_ORDERS, num_experts), axis=1, kind="stable")
+    # In integers, so that no two points of a row fall into one expert: with n draws an order, points lie n * sum
+    # apart, an expert is n * K * share long, and draw i begins at i * sum + start, start < sum.
     total = int(shares_E.sum())
-    ends_GE = (2 * DRAWS_PER_ORDER * top_k) * np.cumsum(shares_E[order_GE], axis=1)
-    first_I = (2 * np.arange(DRAWS_PER_ORDER) + 1) * total
-    points_IK = first_I[:, None] + 2 * DRAWS_PER_ORDER * total * np.arange(top_k)
+    start_G = (bits[:NUM_ORDERS] % np.uint64(total)).astype(np.int64)
+    ends_GE = (DRAWS_PER_ORDER * top_k) * np.cumsum(shares_E[order_GE], axis=1)
+    points_IK = total * (np.arange(DRAWS_PER_ORDER)[:, None] + DRAWS_PER_ORDER * np.arange(top_k))
     rows = [
-        order_E[np.searchsorted(ends_E, points_IK, side="right")]
-        for order_E, ends_E in zip(order_GE, ends_GE, strict=True)
+        order_E[np.searchsorted(ends_E, points_IK + start, side="right")]
+        for order_E, ends_E, start in zip(order_GE, ends_GE, start_G.tolist(), strict=True)
     ]
     return np.concatenate(rows).astype(np.uint16)
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.experts import ExpertSlots
-from switchgear_runtime.moe.lent_experts import LentExperts
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
-from switchgear_runtime.moe.native_quotas import NativeQuotas
 from switchgear_runtime.moe.replica_choice import StepBalance
 from switchgear_runtime.moe.router import TopKRouter
 
@@ -42,38 +42,47 @@ class MoELayer:
         self.expert_format = expert_format  # of the experts' packed weights
         self.load = load
         self.shared = shared
-        self.experts: ExpertSlots | None = None
-        self.slot_table_E: Tensor | None = None
+        self.placement: LayerPlacement | None = None
         self.forced_ids_TK: Tensor | None = None  # of this step's tokens, in place of the router's (forced_routing.py)
-        self.quotas: NativeQuotas | None = None
-        self.lent: LentExperts | None = None
+        self.versions_T: NDArray[np.int32] | None = (
+            None  # of this step's tokens (Variants.slots_NE); None: all the oldest
+        )
         self.step = StepBalance()  # the runner's, shared by all layers
         self._dispatcher: Dispatcher | None = None
 
-    def place(self, experts: ExpertSlots, slot_table_E: Tensor, quotas: NativeQuotas | None = None) -> None:
-        """The epoch's experts of this rank, and for each logical expert the slot this rank's tokens go to (int32)
-        where no quotas split them."""
-        self.experts = experts
-        self.slot_table_E = slot_table_E
-        self.quotas = quotas
-
-    def lend(self, lent: LentExperts) -> None:
-        """Any expert's weights, where this rank may compute with those of others."""
-        self.lent = lent
+    def place(self, placement: LayerPlacement) -> None:
+        """The epoch's experts of this rank, and where its tokens go."""
+        self.placement = placement
 
     @property
-    def all_slots(self) -> ExpertSlots:
-        """Those of the map and those for lent experts."""
-        assert self.experts is not None
-        return self.experts if self.lent is None else self.lent.beside(self.experts)
+    def experts(self) -> ExpertSlots | None:
+        """Those of the map."""
+        return None if self.placement is None else self.placement.experts
+
+    @property
+    def slots_per_rank(self) -> int:
+        """As slot ids count them."""
+        assert self._dispatcher is not None
+        return self._dispatcher.slots_per_rank
 
     def connect(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     def remap(self, topk_ids_TK: Tensor) -> Tensor:
-        """Logical experts -> one physical replica each: static, or by the counts of this batch on all ranks."""
-        assert self.slot_table_E is not None
-        quotas, lends = self.quotas, self.step.mode == 2
+        """Logical experts -> one physical replica each, and there the weights of the token's model version."""
+        assert self.placement is not None
+        slot_ids_TK = self._replicas(self.placement, topk_ids_TK)
+        variants = self.placement.variants
+        if variants is None or self.versions_T is None:
+            return slot_ids_TK
+        assert self._dispatcher is not None
+        slots_per_rank = self._dispatcher.slots_per_rank
+        slots = variants.choose(slot_ids_TK.numpy(), topk_ids_TK.numpy(), self.versions_T, slots_per_rank)
+        return torch.from_numpy(slots)
+
+    def _replicas(self, placement: LayerPlacement, topk_ids_TK: Tensor) -> Tensor:
+        """Static, or by the counts of this batch on all ranks."""
+        quotas, lends = placement.quotas, self.step.mode == 2
         if quotas is not None and (quotas.is_hash or (self.step.mode and quotas.can_plan(lends=lends))):
             assert self._dispatcher is not None
             topk_ids = topk_ids_TK.numpy()
@@ -82,16 +91,17 @@ class MoELayer:
                 counts_RE = self._dispatcher.all_gather_counts(counts_E)
                 quotas.plan(counts_RE, self._dispatcher.transport.rank, lends=lends)
             return torch.from_numpy(quotas.choose(topk_ids))
-        return torch.index_select(self.slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
+        return torch.index_select(placement.slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         assert self._dispatcher is not None
+        assert self.placement is not None
         topk_weights_TK, topk_ids_TK = self.router(x_TD)
         if self.forced_ids_TK is not None:
             topk_ids_TK = self.forced_ids_TK
         slot_ids_TK = self.remap(topk_ids_TK)
         recv, handle = self._dispatcher.dispatch(x_TD, slot_ids_TK)
-        slots = self.all_slots
+        slots = self.placement.all_slots
         rows = slots(recv)
         y_TD = self._dispatcher.combine(rows, topk_weights_TK, handle)
         if self.shared is not None:

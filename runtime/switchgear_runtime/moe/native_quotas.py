@@ -30,6 +30,7 @@ class _Spec(ctypes.Structure):
         ("choice", c_int64),
         ("lending", c_int64),
         ("expert_rows", c_int64),
+        ("num_variants", c_int64),
     ]
 
 
@@ -62,9 +63,9 @@ class QuotasPlan:
 
 
 class NativeQuotas:
-    """Of one layer's placement, held_RS: logical expert of each slot of each rank."""
+    """Of one layer's placement, held_RS: logical expert of each slot of each rank. `num_variants`: as Planner's."""
 
-    def __init__(self, held_RS: Int32, num_experts: int, balance: Balance) -> None:
+    def __init__(self, held_RS: Int32, num_experts: int, balance: Balance, *, num_variants: int = 0) -> None:
         held_RS = np.ascontiguousarray(held_RS, np.int32)
         self.num_ranks, self.num_slots = held_RS.shape
         self.num_experts = num_experts
@@ -77,6 +78,7 @@ class NativeQuotas:
             choice=CHOICES.index(balance.choice),
             lending=balance.lending,
             expert_rows=balance.expert_rows,
+            num_variants=num_variants,
         )
         handle = self._library.sg_quotas_create(ctypes.byref(spec))
         if not handle:

@@ -58,14 +58,15 @@ class Instances:
 
 
 class Planner:
-    """One layer's placement. Slot s of rank r is r * stride + s; expert e lent to it is r * stride + S + e."""
+    """One layer's placement. Slot s of rank r is r * stride + s; expert e lent to it is r * stride + S + e. The last
+    `num_variants` slots of a rank are not chosen here (ModelVersions)."""
 
-    def __init__(self, held_RS: Int32, num_experts: int, balance: Balance) -> None:
+    def __init__(self, held_RS: Int32, num_experts: int, balance: Balance, *, num_variants: int = 0) -> None:
         self.num_ranks, self.num_slots = held_RS.shape
         self.num_experts = num_experts
         self.balance = balance
         self.lending = balance.lending if balance.exact else 0
-        self.stride = self.num_slots + (num_experts if self.lending else 0)
+        self.stride = self.num_slots + (num_experts if self.lending else 0) + num_variants
         self.empty = Instances()
         for rank, slots in enumerate(held_RS.tolist()):
             for slot, expert in enumerate(slots):

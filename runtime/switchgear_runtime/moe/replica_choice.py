@@ -2,7 +2,7 @@
 
 A layer's slots are those of the expert map and, where experts may be lent, one more per logical expert on every rank:
 slot s of rank r is then r * stride + s, and expert e lent to it r * stride + S + e. So messages, grouped products and
-combine know nothing of lending.
+combine know nothing of lending. The last slots of each rank are those of newer model versions (Variants).
 
 Letters: L MoE layers, E logical experts, R ranks, S slots a rank has of one layer.
 """
@@ -50,24 +50,24 @@ class ReplicaChoice:
         """Whether experts may be lent, as far as the settings go."""
         return self.balance.exact and self.balance.lending > 0
 
-    def stride(self, expert_map: ExpertMap) -> int:
-        return expert_map.slots_per_rank + (self.num_experts if self.lends else 0)
+    def stride(self, expert_map: ExpertMap, num_variants: int = 0) -> int:
+        return expert_map.slots_per_rank + (self.num_experts if self.lends else 0) + num_variants
 
     def slots_for_lent(self, lent: LentExperts | None) -> LentExperts | None:
         """A layer's, also where this rank has no weights for them; None: nothing is ever lent."""
         return (lent or LentExperts.none(self.num_experts)) if self.lends else None
 
-    def strided(self, expert_map: ExpertMap, slots: Int32) -> Int32:
+    def strided(self, expert_map: ExpertMap, slots: Int32, num_variants: int = 0) -> Int32:
         """The map's slots as slots that are `stride` a rank."""
         ranks, slots = np.divmod(slots, expert_map.slots_per_rank)
-        return np.ascontiguousarray(ranks * self.stride(expert_map) + slots, np.int32)
+        return np.ascontiguousarray(ranks * self.stride(expert_map, num_variants) + slots, np.int32)
 
-    def quotas(self, expert_map: ExpertMap, layer: int) -> NativeQuotas | None:
+    def quotas(self, expert_map: ExpertMap, layer: int, num_variants: int = 0) -> NativeQuotas | None:
         """None: every token takes its static slot."""
         if self.balance.choice == "static" or expert_map.num_ranks == 1:
             return None
         held_RS = expert_map.physical_to_logical_LP[layer].reshape(expert_map.num_ranks, -1)
-        return NativeQuotas(held_RS, self.num_experts, self.balance)
+        return NativeQuotas(held_RS, self.num_experts, self.balance, num_variants=num_variants)
 
     def begin_step(self, num_tokens: int, num_ranks: int, *, lends: bool) -> None:
         """`num_tokens`: of all ranks. `lends`: whether every rank can."""

@@ -91,7 +91,7 @@ def test_tokens_do_not_depend_on_placement(lab: Lab, device: str, choice: str) -
     cluster.pump(lambda run: num_finished(run) == len(submits) or bool(run.faults))
     assert not cluster.run_result.faults
     run = cluster.stop()
-    assert run.epochs == {rank: [0, 1, 2] for rank in range(3)}
+    assert all(run.epochs[rank][-2:] == [1, 2] for rank in range(3))
     assert_as_alone(lab, submits, run)
 
 

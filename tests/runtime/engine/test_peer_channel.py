@@ -7,18 +7,22 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from expert_swaps import write_expert
 from tiny_cluster import make_config, make_runner, make_tiny_checkpoint
 
+from switchgear_runtime.comm.loopback import LoopbackHub
 from switchgear_runtime.errors import PeerLost, TransportAborted, TransportError, TransportTimeout
 from switchgear_runtime.link import GREETING, NONCE_BYTES, PROOF_BYTES
 from switchgear_runtime.migration import peer_channel
 from switchgear_runtime.migration.pace import Pace, StagingCancelled
 from switchgear_runtime.migration.peer_channel import MAGIC, PeerChannel, open_peer_channel
 from switchgear_runtime.model_runner import ModelRunner
+from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.system import RealSystem
 
 SYSTEM = RealSystem(seed=5)
@@ -63,11 +67,11 @@ def open_channel(
     return PeerChannel(runner, store, rank=rank, world_size=2, address=address, timeout_s=timeout_s, system=SYSTEM)
 
 
-def fetch(pair: Pair, expert: int, pace: Pace | None = None) -> list[bytes]:
+def fetch(pair: Pair, expert: int, pace: Pace | None = None, sha256: str = "") -> list[bytes]:
     _, runners, channels = pair
     weights = runners[1].empty_expert(1, expert)
     gate_up, down = (weight.data.numpy().data for weight in weights)
-    channels[1].fetch(0, 1, expert, (gate_up, down), pace or Pace(SYSTEM, None))
+    channels[1].fetch(0, 1, expert, (gate_up, down), pace or Pace(SYSTEM, None), sha256)
     return [bytes(gate_up), bytes(down)]
 
 
@@ -79,6 +83,30 @@ def test_the_bytes_are_those_of_the_source(pair: Pair) -> None:
         fetch(pair, 7)
     assert caught.value.peers == (0,)
     fetch(pair, 2)  # the connection is still good
+
+
+def test_another_version_is_never_given(pair: Pair, tmp_path: Path) -> None:
+    """While a swap is live the source has both; once it is settled only the file's."""
+    source, system = pair[1][0], RealSystem()
+    file = write_expert(tmp_path / "x", Path(source.config.model), layer=1, expert=3, seed=1)
+    versions, expert_map = file.next_of(ModelVersions()), source.expert_map
+    (swap,) = versions.swaps
+    given = {
+        sha: [part.data.numpy().tobytes() for part in source.read_expert(1, 3, of)]
+        for sha, of in (("", None), (file.sha256, swap))
+    }
+    transport = LoopbackHub(2, system).transport(0)
+    try:
+        source.begin(transport, expert_map, versions)
+        assert {sha: fetch(pair, 3, sha256=sha) for sha in given} == given
+        source.begin(transport, expert_map, versions.with_oldest(1))
+        assert fetch(pair, 3, sha256=file.sha256) == given[file.sha256]
+        for sha256 in ("", "0" * 63 + "1"):
+            with pytest.raises(TransportError, match=f"expert 3 of MoE layer 1.*{sha256}"):
+                fetch(pair, 3, sha256=sha256)
+        assert fetch(pair, 2) == [part.data.numpy().tobytes() for part in pair[1][1].read_expert(1, 2)]
+    finally:
+        source.begin(transport, expert_map)
 
 
 def test_pace_bounds_the_bytes_per_second(pair: Pair) -> None:

@@ -19,6 +19,7 @@ from switchgear_runtime.link import RankLink
 from switchgear_runtime.link_store import LinkStore
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.rank_worker import RankWorker, RankWorkerConfig
 from switchgear_runtime.system import RealSystem
 
@@ -33,9 +34,9 @@ class SlowToBegin:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def begin(self, transport: Transport, expert_map: ExpertMap) -> None:
+    def begin(self, transport: Transport, expert_map: ExpertMap, versions: ModelVersions) -> None:
         time.sleep(self._seconds)
-        self._runner.begin(transport, expert_map)
+        self._runner.begin(transport, expert_map, versions)
 
 
 def test_who_loads_while_a_generation_begins_is_waited_for(tmp_path: Path) -> None:

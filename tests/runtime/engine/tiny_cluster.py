@@ -153,7 +153,9 @@ class Cluster:
         self._tasks = [self.system.spawn(f"rank-{rank}", engine.run) for rank, engine in enumerate(self.engines)]
         self.begin(generation)
 
-    def begin(self, generation: int, expert_map: ExpertMap | None = None) -> None:
+    def begin(
+        self, generation: int, expert_map: ExpertMap | None = None, versions: dict[str, Any] | None = None
+    ) -> None:
         descriptor = GenerationDescriptor(
             term=1,
             generation=generation,
@@ -162,7 +164,7 @@ class Cluster:
             channel=f"g{generation}",
         )
         for inbox in self.inboxes:
-            inbox.put(BeginGeneration(descriptor, None if expert_map is None else expert_map.to_json()))
+            inbox.put(BeginGeneration(descriptor, None if expert_map is None else expert_map.to_json(), versions))
 
     def stage(self, expert_map: ExpertMap, *, but: int | None = None, generation: int = 1, **fields: Any) -> None:
         for rank, inbox in enumerate(self.inboxes):

@@ -184,11 +184,13 @@ def make_sequence(token_ids: Sequence[int], block_table: Sequence[int]) -> Token
     )
 
 
-def make_runner(model_dir: Path, *, rank: int = 0, world_size: int = 1, **overrides: Any) -> ModelRunner:
+def make_runner(
+    model_dir: Path, *, rank: int = 0, world_size: int = 1, native: bool = True, **overrides: Any
+) -> ModelRunner:
     settings: dict[str, Any] = {"num_kv_blocks": 64, "max_num_batched_tokens": 512, "max_num_seqs": 64} | overrides
     checkpoint = Checkpoint(model_dir)
     config = EngineConfig(model=str(model_dir), **settings)
-    return ModelRunner(config, checkpoint.spec, checkpoint, rank=rank, world_size=world_size)
+    return ModelRunner(config, checkpoint.spec, checkpoint, rank=rank, world_size=world_size, native=native)
 
 
 def contiguous_map(runner: ModelRunner) -> ExpertMap:

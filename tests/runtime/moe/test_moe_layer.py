@@ -17,6 +17,7 @@ from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.moe.reference import SharedWeights, reference_moe, reference_sparsemixer
 from switchgear_runtime.moe.router import TopKRouter, sparsemixer
@@ -88,13 +89,18 @@ class Case:
             hidden=self.hidden,
             ffn=self.spec.ffn,
             format=self.format,
-            read=lambda expert: self.pack(self.w13_E2FD[expert], self.w2_EDF[expert]),
+            read=lambda expert: data_of(self.pack(self.w13_E2FD[expert], self.w2_EDF[expert])),
         )
-        layer.place(slots, torch.from_numpy(expert_map.slot_table(0, rank)))
+        slot_table_E = torch.from_numpy(expert_map.slot_table(0, rank))
+        layer.place(LayerPlacement(experts=slots, slot_table_E=slot_table_E))
         layer.connect(
             Dispatcher(transport, slots_per_rank=expert_map.slots_per_rank, payload=self.dtype, timeout_s=20.0)
         )
         return layer
+
+
+def data_of(weights: tuple[ops.PackedWeight, ops.PackedWeight]) -> tuple[torch.Tensor, torch.Tensor]:
+    return weights[0].data, weights[1].data
 
 
 @pytest.mark.parametrize("seed", FRESH_SEEDS)
@@ -164,10 +170,10 @@ def test_a_token_crosses_once_per_destination_and_returns_once_per_expert(dtype:
 def test_experts_are_kept_not_read_again() -> None:
     reads: list[int] = []
 
-    def read(expert: int) -> tuple[ops.PackedWeight, ops.PackedWeight]:
+    def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         reads.append(expert)
         w13, w2 = torch.full((6, 5), float(expert)), torch.full((5, 3), float(expert))
-        return ops.pack(w13, "f32", gate_up=True), ops.pack(w2, "f32")
+        return data_of((ops.pack(w13, "f32", gate_up=True), ops.pack(w2, "f32")))
 
     sizes: dict[str, Any] = {"hidden": 5, "ffn": 3, "format": "f32", "read": read}
     first = ExpertSlots.load(np.array([4, 1, -1], np.int32), 3, **sizes)
@@ -179,3 +185,7 @@ def test_experts_are_kept_not_read_again() -> None:
     assert second.w13_S[0] is first.w13_S[1]  # shared, not copied
     assert second.w2_S[2] is first.w2_S[0]
     assert unpack(second.w13_S[1], "f32", 6, 5, gate_up=True).unique().tolist() == [2.0]
+    third = ExpertSlots.load(np.array([1, 2, 4], np.int32), 3, held=second, digests={2: "file"}, **sizes)
+    assert reads == [4, 1, 2, 2]  # other weights of the same expert
+    assert third.w13_S[0] is second.w13_S[0]
+    assert ExpertSlots.load(third.experts, 3, held=third, digests={2: "file"}, **sizes) is third

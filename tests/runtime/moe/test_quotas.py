@@ -87,10 +87,12 @@ def test_legal_and_native_is_the_reference_on_random_instances() -> None:
     rng = np.random.default_rng(SEED)
     for turn in range(1000):
         case, balance = Case(rng), draw_balance(rng)
-        planner = Planner(case.held_RS, case.num_experts, balance)
+        num_variants = int(rng.integers(3))
+        planner = Planner(case.held_RS, case.num_experts, balance, num_variants=num_variants)
         plan = planner.plan(case.counts_RE)
         check_legal(case, planner, plan)
-        fast = NativeQuotas(case.held_RS, case.num_experts, balance)
+        fast = NativeQuotas(case.held_RS, case.num_experts, balance, num_variants=num_variants)
+        assert fast.stride == planner.stride
         explained = fast.explain(case.counts_RE)
         where = f"seed {SEED}, turn {turn}, {balance}"
         if plan is None:
