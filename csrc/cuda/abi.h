@@ -206,7 +206,7 @@ struct sg_cuda_attention {
   const int64_t* positions_T;
   const float* sinks_H;  // or null
   void* out_THC;
-  float* work;  // [sg_cuda_attention_work(...)]
+  float* work;  // [sg_cuda_attention_work(...)]; null where that is 0, or to do without: the bits are the same
   int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size, table_width;
   int64_t max_positions;   // no position is as large
   int64_t sliding_window;  // 0: none

@@ -73,12 +73,12 @@ def check_attention(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
     dtype, out_dtype = seed % 2, int(rng.integers(2))
-    long = seed % 5 == 4  # several parts of 2048 positions
+    long = seed % 5 == 4  # several parts of 256 positions
     kv_heads = int(rng.integers(1, 3))
     heads, size, block_size = kv_heads * int(rng.integers(1, 7)), int(rng.choice([2, 24, 40])), int(rng.choice([4, 16]))
     num_seqs, table_width = (
         int(rng.integers(1, 4)),
-        (int(rng.choice([2100, 6500])) if long else int(rng.integers(1, 90))) // block_size + 1,
+        (int(rng.choice([300, 1500])) if long else int(rng.integers(1, 90))) // block_size + 1,
     )
     num_blocks = num_seqs * table_width
     limit = table_width * block_size
@@ -88,7 +88,7 @@ def check_attention(library: Checked, seed: int) -> None:
     num_tokens = int(rng.integers(1, 4 if long else 7))
     seq_ids = arena.put(rng.integers(0, num_seqs, num_tokens), np.int32)
     positions = arena.put(rng.integers(limit // 2 if long else 0, limit, num_tokens), np.int64)
-    window = int(rng.choice([0, 1, 40, 2100]))
+    window = int(rng.choice([0, 1, 40, 270]))
     sinks = arena.normals(heads) if rng.integers(2) else None
     q_stored, q = stored(arena, rng.standard_normal((num_tokens, heads, size)) * rng.choice([2, 60]), dtype)
     out = arena.room((num_tokens, heads, size), array_type(out_dtype))
@@ -133,6 +133,19 @@ def check_attention(library: Checked, seed: int) -> None:
             total = powers.sum() + (0.0 if sinks is None else np.exp(sinks[head] - scores.max()))
             assert np.allclose(found[t, head], powers @ values / total, **near), f"seed {seed}: token {t}, head {head}"
     together = out.copy()
+    args.work = None
+    library.sg_cuda_paged_attention(ctypes.byref(args), None)
+    assert out.tobytes() == together.tobytes(), f"seed {seed}: part after part"
+    args.work = at(work)
+    many = -(-70 // num_tokens)  # copies of the tokens: too many for parts side by side
+    more = arena.room((many * num_tokens, heads, size), array_type(out_dtype))
+    repeated = [arena.put(np.concatenate([one] * many), one.dtype) for one in (q_stored, seq_ids, positions)]
+    args.q_THC, args.seq_ids_T, args.positions_T = (at(one) for one in repeated)
+    args.out_THC, args.num_tokens = at(more), many * num_tokens
+    if not long or seed % 10 == 4:
+        assert library.sg_cuda_attention_work(many * num_tokens, heads, size, limit) == 0
+        library.sg_cuda_paged_attention(ctypes.byref(args), None)
+        assert more.tobytes() == together.tobytes() * many, f"seed {seed}: many"
     token = int(rng.integers(num_tokens))
     args.q_THC, args.seq_ids_T, args.positions_T = at(q_stored[token]), at(seq_ids[token:]), at(positions[token:])
     args.out_THC, args.num_tokens = at(out[token]), 1
