@@ -116,6 +116,33 @@ struct sg_cuda_combine {
 };
 SG_API int sg_cuda_combine_rows(const struct sg_cuda_combine* args, void* stream);
 
+// peer.cu: an exchange through memory that the ranks' devices have mapped of each other
+// Bytes of a rank's region; zeros at first. Of one exchange a rank gets at most max_rows rows, max_pairs pairs from
+// each.
+SG_API int64_t sg_cuda_peer_bytes(int64_t num_ranks, int64_t max_rows, int64_t max_pairs, int64_t row_bytes);
+struct sg_cuda_peer {
+  void* const* regions_R;  // a table on the device: every rank's region as this device sees it
+  int64_t num_ranks, rank, max_rows, max_pairs, row_bytes;  // row_bytes: a multiple of 16
+  const void* rows_M;                                       // send: by destination
+  const int32_t* rows_begin_R1;                             // send: of each destination
+  const int32_t* pairs_N2;                                  // send: by destination, or null: rows only
+  const int32_t* pairs_begin_R1;                            // send
+  int32_t* sequence;                                        // [1] number of this exchange, from 1 on; collect adds one
+  int32_t* done_R;                                          // [R] zeros, and zeros again after a send
+  int32_t* fault;          // [1]: gets 1 + a rank that did not send in time or more than agreed, else stays
+  int64_t timeout_ns;      // collect
+  int32_t* from_begin_R1;  // collect: where in rows_of the rows of each rank begin (max_rows apart)
+  int32_t* pairs_to_N2;    // collect: what came, one rank's after the other's [R * max_pairs, 2]; or null
+  int32_t* pairs_to_R1;    // collect: prefix sums of these; of rows where there are no pairs
+};
+// Writes rows and pairs into the regions of their ranks, each rank's flag last. All ranks send, then all collect.
+SG_API int sg_cuda_peer_send(const struct sg_cuda_peer* args, void* stream);
+// Waits on the device until all ranks' flags show this exchange; then tells what came. Its rows stay in the region
+// until this rank's next send: on one stream, what reads them comes before that.
+SG_API int sg_cuda_peer_collect(const struct sg_cuda_peer* args, void* stream);
+// Bytes from a region's begin to the first row of an exchange of that number.
+SG_API int64_t sg_cuda_peer_rows_at(const struct sg_cuda_peer* args, int32_t sequence);
+
 // gemm.cu
 enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };
 struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatever the number of rows
@@ -179,7 +206,7 @@ struct sg_cuda_attention {
   const int64_t* positions_T;
   const float* sinks_H;  // or null
   void* out_THC;
-  float* work;  // [sg_cuda_attention_work(...)]
+  float* work;  // [sg_cuda_attention_work(...)]; null where that is 0, or to do without: the bits are the same
   int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size, table_width;
   int64_t max_positions;   // no position is as large
   int64_t sliding_window;  // 0: none

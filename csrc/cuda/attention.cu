@@ -17,7 +17,8 @@ namespace sg::cuda {
 namespace {
 
 constexpr int TILE = WARP;
-constexpr int64_t PART = 2048;  // positions
+constexpr int64_t PART = 256;       // positions
+constexpr int64_t FEW_TOKENS = 64;  // whose parts run side by side
 
 SG_DEVICE float clipped(float x, float clip) { return clip <= 0.0f ? x : x < -clip ? -clip : x > clip ? clip : x; }
 
@@ -55,58 +56,104 @@ struct RopeKv {
   }
 };
 
-// One part of one (token, KV head): its heads' sums of values, maxima and sums of weights.
+// What two states of a softmax (largest score, sum of weights, sums of values) are scaled by when they are merged.
+struct Merge {
+  float top, before, now;
+
+  SG_DEVICE static Merge of(float top, float part_top) {
+    const float larger = part_top > top ? part_top : top;
+    return {larger, exp_float(top - larger), exp_float(part_top - larger)};
+  }
+  SG_DEVICE float sum(float one, float part) const { return fma(one, before, part * now); }
+};
+
+SG_DEVICE void store(const sg_cuda_attention& a, int64_t at, float value) {
+  if (a.out_dtype == SG_FP32) {
+    static_cast<float*>(a.out_THC)[at] = value;
+  } else {
+    static_cast<bf16*>(a.out_THC)[at] = of_float<bf16>(value);
+  }
+}
+
+// Of one (token, KV head): one part of several, written to work, or all, one after the other.
 template <typename T>
-struct AttendPart {
+struct Attend {
   static constexpr int THREADS = 128, WARPS = THREADS / WARP;
   sg_cuda_attention a;
-  int64_t num_parts;
+  bool side_by_side;
 
   static constexpr int64_t PADDING = 4 / sizeof(T);  // elements behind a row of keys: reads then meet all banks
   struct Shared {                                    // offsets of arrays
     int64_t heads, size, stride;                     // query heads, head size, elements from row to row of keys
-    SG_DEVICE int64_t sums() const { return heads * size * 4; }
-    SG_DEVICE int64_t weights() const { return 2 * sums(); }
+    SG_DEVICE int64_t sums() const { return heads * size * 4; }   // of the part
+    SG_DEVICE int64_t merged() const { return sums() + sums(); }  // of the parts before it
+    SG_DEVICE int64_t weights() const { return merged() + sums(); }
     SG_DEVICE int64_t state() const { return weights() + heads * TILE * 4; }
-    SG_DEVICE int64_t keys() const { return state() + heads * 3 * 4; }
+    SG_DEVICE int64_t keys() const { return state() + heads * 5 * 4; }
     SG_DEVICE int64_t values() const { return keys() + TILE * stride * sizeof(T); }
   };
   static int64_t shared_bytes(const sg_cuda_attention& a) {
     const int64_t heads = a.num_heads / a.num_kv_heads, row = (a.head_size + PADDING) * sizeof(T);
-    return heads * (2 * a.head_size + TILE + 3) * 4 + 2 * TILE * row;
+    return heads * (3 * a.head_size + TILE + 5) * 4 + 2 * TILE * row;
   }
 
+  struct Row {  // the token, and where its first head is
+    int64_t token, group, head, first, last;
+  };
+
   SG_DEVICE void operator()(Block& block) const {
-    const int64_t t = block.x / a.num_kv_heads, group = block.x % a.num_kv_heads, heads = a.num_heads / a.num_kv_heads;
-    const int64_t last = a.positions_T[t], size = a.head_size;
+    const int64_t heads = a.num_heads / a.num_kv_heads, t = block.x / a.num_kv_heads, group = block.x % a.num_kv_heads;
+    const int64_t last = a.positions_T[t];
     const int64_t first = a.sliding_window > 0 && last >= a.sliding_window ? last - a.sliding_window + 1 : 0;
-    const int64_t begin = first > block.y * PART ? first : block.y * PART;
-    const int64_t end = least(last + 1, (block.y + 1) * PART);
-    const Shared at{heads, size, size + PADDING};
+    const Row row{t, group, t * a.num_heads + group * heads, first, last};
+    const Shared at{heads, a.head_size, a.head_size + PADDING};
     auto* q = block.shared<float>();
-    auto* sums = block.shared<float>(at.sums());
-    auto* tops = block.shared<float>(at.state());  // of each head: the largest score; the sum of weights; a correction
-    const int64_t head = t * a.num_heads + group * heads;
     block.each([&](int thread) {
-      for (int64_t i = thread; i < heads * size; i += THREADS) {
-        q[i] = to_float(static_cast<const T*>(a.q_THC)[head * size + i]);
-        sums[i] = 0.0f;
+      for (int64_t i = thread; i < heads * a.head_size; i += THREADS) {
+        q[i] = to_float(static_cast<const T*>(a.q_THC)[row.head * a.head_size + i]);
       }
+    });
+    if (side_by_side) {
+      attend(block, at, row, block.y);
+      write_part(block, at, row);
+      return;
+    }
+    for (int64_t part = first / PART; part <= last / PART; ++part) {
+      attend(block, at, row, part);
+      merge(block, at, part == first / PART);
+    }
+    const auto* sums = block.shared<float>(at.merged());
+    const auto* totals = block.shared<float>(at.state()) + 4 * heads;
+    block.solo([&](int thread) {
+      for (int64_t i = thread; i < heads * a.head_size; i += THREADS) {
+        store(a, row.head * a.head_size + i, sums[i] / totals[i / a.head_size]);
+      }
+    });
+  }
+
+  // State, of each head: the part's largest score, its sum of weights, a correction; the first two of all parts before.
+  SG_DEVICE void attend(Block& block, const Shared& at, const Row& row, int64_t part) const {
+    const int64_t begin = row.first > part * PART ? row.first : part * PART;
+    const int64_t end = least(row.last + 1, (part + 1) * PART), heads = at.heads;
+    auto* sums = block.shared<float>(at.sums());
+    auto* tops = block.shared<float>(at.state());
+    block.each([&](int thread) {
+      for (int64_t i = thread; i < heads * at.size; i += THREADS) sums[i] = 0.0f;
       for (int64_t h = thread; h < heads; h += THREADS) {  // a sink is a score without a value, before the others
-        const bool has_sink = a.sinks_H != nullptr && begin == first;
-        tops[h] = has_sink ? a.sinks_H[group * heads + h] : -infinity();
+        const bool has_sink = a.sinks_H != nullptr && begin == row.first && begin < end;
+        tops[h] = has_sink ? a.sinks_H[row.group * heads + h] : -infinity();
         tops[heads + h] = has_sink ? 1.0f : 0.0f;
       }
     });
-    const int32_t* table = a.block_tables_QB + a.seq_ids_T[t] * a.table_width;
+    const int32_t* table = a.block_tables_QB + a.seq_ids_T[row.token] * a.table_width;
     for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
-      load_tile(block, at, table, group, tile, begin, end);
+      load_tile(block, at, table, row.group, tile, begin, end);
       weigh_tile(block, at, tile, begin, end);
       block.each([&](int thread) {
         const auto* weights = block.shared<float>(at.weights());
         const auto* values = block.shared<T>(at.values());
-        for (int64_t i = thread; i < heads * size; i += THREADS) {
-          const int64_t h = i / size, c = i % size;
+        for (int64_t i = thread; i < heads * at.size; i += THREADS) {
+          const int64_t h = i / at.size, c = i % at.size;
           float sum = sums[i] * tops[2 * heads + h];
           for (int64_t p = begin > tile ? begin - tile : 0; p < least(TILE, end - tile); ++p) {
             sum = fma(weights[h * TILE + p], to_float(values[p * at.stride + c]), sum);
@@ -115,7 +162,26 @@ struct AttendPart {
         }
       });
     }
-    finish(block, at, head, begin < end);
+  }
+
+  SG_DEVICE void merge(Block& block, const Shared& at, bool is_first) const {
+    const auto* sums = block.shared<float>(at.sums());
+    auto* merged = block.shared<float>(at.merged());
+    auto* tops = block.shared<float>(at.state());
+    const int64_t heads = at.heads;
+    block.each([&](int thread) {
+      for (int64_t i = thread; i < heads * at.size; i += THREADS) {
+        const int64_t h = i / at.size;
+        merged[i] = is_first ? sums[i] : Merge::of(tops[3 * heads + h], tops[h]).sum(merged[i], sums[i]);
+      }
+    });
+    block.each([&](int thread) {
+      for (int64_t h = thread; h < heads; h += THREADS) {
+        const Merge both = Merge::of(tops[3 * heads + h], tops[h]);
+        tops[4 * heads + h] = is_first ? tops[heads + h] : both.sum(tops[4 * heads + h], tops[heads + h]);
+        tops[3 * heads + h] = is_first ? tops[h] : both.top;
+      }
+    });
   }
 
   SG_DEVICE void load_tile(Block& block, const Shared& at, const int32_t* table, int64_t group, int64_t tile,
@@ -175,32 +241,20 @@ struct AttendPart {
     block.each([](int) {});
   }
 
-  SG_DEVICE void finish(Block& block, const Shared& at, int64_t head, bool has_any) const {
+  SG_DEVICE void write_part(Block& block, const Shared& at, const Row& row) const {
     const auto* sums = block.shared<float>(at.sums());
     const auto* tops = block.shared<float>(at.state());
     block.solo([&](int thread) {
-      for (int64_t i = thread; i < at.heads * a.head_size; i += THREADS) {
-        const int64_t h = i / a.head_size, c = i % a.head_size;
-        if (num_parts == 1) {
-          store(a, (head + h) * a.head_size + c, sums[i] / tops[at.heads + h]);
-          continue;
-        }
-        float* part = a.work + ((head + h) * num_parts + block.y) * (a.head_size + 2);
+      for (int64_t i = thread; i < at.heads * at.size; i += THREADS) {
+        const int64_t h = i / at.size, c = i % at.size;
+        float* part = a.work + ((row.head + h) * block.num_y + block.y) * (at.size + 2);
         part[c] = sums[i];
         if (c == 0) {
-          part[a.head_size] = tops[h];
-          part[a.head_size + 1] = has_any ? tops[at.heads + h] : 0.0f;
+          part[at.size] = tops[h];
+          part[at.size + 1] = tops[at.heads + h];
         }
       }
     });
-  }
-
-  SG_DEVICE static void store(const sg_cuda_attention& a, int64_t at, float value) {
-    if (a.out_dtype == SG_FP32) {
-      static_cast<float*>(a.out_THC)[at] = value;
-    } else {
-      static_cast<bf16*>(a.out_THC)[at] = of_float<bf16>(value);
-    }
   }
 };
 
@@ -216,26 +270,32 @@ struct MergeParts {
     block.solo([&](int thread) {
       for (int64_t c = thread; c < a.head_size; c += THREADS) {
         float top = 0.0f, total = 0.0f, value = 0.0f;
-        bool has_any = false;
+        bool is_first = true;
         for (int64_t p = 0; p < num_parts; ++p) {
           const float* part = parts + p * stride;
           const float part_top = part[a.head_size], part_total = part[a.head_size + 1];
           if (part_total <= 0.0f) continue;
-          if (!has_any) {
-            top = part_top, total = part_total, value = part[c], has_any = true;
-            continue;
-          }
-          const float new_top = part_top > top ? part_top : top;
-          const float before = exp_float(top - new_top), now = exp_float(part_top - new_top);
-          total = fma(total, before, part_total * now);
-          value = fma(value, before, part[c] * now);
-          top = new_top;
+          const Merge both = Merge::of(top, part_top);
+          total = is_first ? part_total : both.sum(total, part_total);
+          value = is_first ? part[c] : both.sum(value, part[c]);
+          top = is_first ? part_top : both.top;
+          is_first = false;
         }
-        AttendPart<float>::store(a, block.x * a.head_size + c, value / total);
+        store(a, block.x * a.head_size + c, value / total);
       }
     });
   }
 };
+
+template <typename T>
+int launch_attend(const sg_cuda_attention& a, int64_t num_parts, void* stream) {
+  const bool side_by_side = num_parts > 1;
+  const Attend<T> kernel{a, side_by_side};
+  const int64_t blocks = a.num_tokens * a.num_kv_heads;
+  if (launch("paged_attention", kernel, blocks, num_parts, kernel.shared_bytes(a), stream) != SG_OK) return SG_ERROR;
+  if (!side_by_side) return SG_OK;
+  return launch("paged_attention", MergeParts{a, num_parts}, a.num_tokens * a.num_heads, 1, 0, stream);
+}
 
 }  // namespace
 
@@ -250,28 +310,21 @@ int sg_cuda_rope_kv(const sg_cuda_kv* args, void* stream) {
 
 int64_t sg_cuda_attention_work(int64_t num_tokens, int64_t num_heads, int64_t head_size, int64_t max_positions) {
   const int64_t num_parts = sg::cuda::ceil_div(max_positions, sg::cuda::PART);
-  return num_parts > 1 ? num_tokens * num_heads * num_parts * (head_size + 2) : 0;
+  if (num_parts <= 1 || num_tokens > sg::cuda::FEW_TOKENS) return 0;
+  return num_tokens * num_heads * num_parts * (head_size + 2);
 }
 
 int sg_cuda_paged_attention(const sg_cuda_attention* args, void* stream) {
   using namespace sg::cuda;
   const sg_cuda_attention& a = *args;
-  const int64_t num_parts = ceil_div(a.max_positions, PART), blocks = a.num_tokens * a.num_kv_heads;
   if (a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0) {
     return sg::fail("num_heads=%lld is no multiple of num_kv_heads=%lld", static_cast<long long>(a.num_heads),
                     static_cast<long long>(a.num_kv_heads));
   }
-  const char* name = "paged_attention";
-  int status = SG_ERROR;
-  if (a.dtype == SG_FP32) {
-    const AttendPart<float> kernel{a, num_parts};
-    status = launch(name, kernel, blocks, num_parts, kernel.shared_bytes(a), stream);
-  } else if (a.dtype == SG_BF16) {
-    const AttendPart<bf16> kernel{a, num_parts};
-    status = launch(name, kernel, blocks, num_parts, kernel.shared_bytes(a), stream);
-  } else {
-    return sg::fail("paged_attention: dtype %d is not 0 or 1", a.dtype);
-  }
-  if (status != SG_OK || num_parts == 1) return status;
-  return launch(name, MergeParts{a, num_parts}, a.num_tokens * a.num_heads, 1, 0, stream);
+  const bool is_split =
+      a.work != nullptr && sg_cuda_attention_work(a.num_tokens, a.num_heads, a.head_size, a.max_positions) > 0;
+  const int64_t num_parts = is_split ? ceil_div(a.max_positions, PART) : 1;
+  if (a.dtype == SG_FP32) return launch_attend<float>(a, num_parts, stream);
+  if (a.dtype == SG_BF16) return launch_attend<bf16>(a, num_parts, stream);
+  return sg::fail("paged_attention: dtype %d is not 0 or 1", a.dtype);
 }

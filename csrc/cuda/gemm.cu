@@ -152,7 +152,7 @@ struct GemmFp32 {
       });
       block.each([&](int thread) {
         const int o = thread % OUTS, first = thread / OUTS * MINE;
-        for (int place = 0; place < least(DEPTH, a.num_k - k); ++place) {
+        for (int place = 0; place < DEPTH; ++place) {
           const float weight = shared[(ROWS + o) * STRIDE + place];
           SG_UNROLL for (int i = 0; i < MINE; ++i) {
             own[thread].rows[i] = fma(shared[(first + i) * STRIDE + place], weight, own[thread].rows[i]);
@@ -177,7 +177,7 @@ int launch_gemm(const sg_cuda_gemm& a, void* stream) {
   // A slot's last tile may be in part empty: one more tile than rows fill, for each slot that can have rows.
   const int64_t partial = grouped ? (a.num_slots < a.max_rows ? a.num_slots : a.max_rows) : 0;
   const int64_t row_tiles = grouped ? a.max_rows / ROWS + partial : ceil_div(a.max_rows, ROWS);
-  const int64_t out_tiles = a.epilogue == SG_SILU_MUL ? ceil_div(a.num_out / 2, OUTS / 2) : ceil_div(a.num_out, OUTS);
+  const int64_t out_tiles = ceil_div(a.num_out, OUTS);
   return launch("gemm_rows", Kernel{a}, row_tiles, out_tiles, Kernel::SHARED_BYTES, stream);
 }
 

@@ -9,6 +9,10 @@
 
 #include "cuda/numbers.h"
 
+#if !defined(__CUDACC__)
+#include <vector>
+#endif
+
 namespace sg::cuda {
 
 template <int M, int N>  // tiles of a warp
@@ -82,10 +86,36 @@ void warp_mma(const Block&, Own<Fragments<M, N>, THREADS>& own) {
   }
 }
 
-inline void copy_async(Line* shared, const Line* from) { *shared = *from; }
-inline void commit_async() {}
+// A copy happens when its thread waits for it, not before.
+struct Copies {
+  struct Copy {
+    Line* to;
+    const Line* from;
+    int64_t commit;
+  };
+  std::vector<Copy> pending;
+  int64_t commits = 0;
+};
+inline thread_local Copies copies_of[1024];
+
+inline void copy_async(Line* shared, const Line* from) {
+  Copies& mine = copies_of[current_thread];
+  mine.pending.push_back({shared, from, mine.commits});
+}
+inline void commit_async() { ++copies_of[current_thread].commits; }
 template <int PENDING>
-void wait_async() {}
+void wait_async() {
+  Copies& mine = copies_of[current_thread];
+  size_t left = 0;
+  for (const Copies::Copy& copy : mine.pending) {
+    if (copy.commit < mine.commits - PENDING) {
+      *copy.to = *copy.from;
+    } else {
+      mine.pending[left++] = copy;
+    }
+  }
+  mine.pending.resize(left);
+}
 #endif
 
 }  // namespace sg::cuda

@@ -22,7 +22,10 @@
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 #define SG_DEVICE inline
 #define SG_UNROLL
 #endif
@@ -87,6 +90,24 @@ SG_DEVICE void atomic_add(int64_t* to, int64_t value) {
 }
 SG_DEVICE void atomic_max(int32_t* to, int32_t value) { atomicMax(to, value); }
 
+// Between ranks. What a thread wrote before fence() is seen by whoever then sees a word that it sets.
+SG_DEVICE void fence() { __threadfence_system(); }
+SG_DEVICE int32_t fetch_add(int32_t* to, int32_t value) { return atomicAdd(to, value); }
+SG_DEVICE void set_word(int32_t* to, int32_t value) {
+  asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+SG_DEVICE int32_t get_word(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.acquire.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+SG_DEVICE int64_t clock_ns() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+SG_DEVICE void rest() { __nanosleep(100); }
+
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -114,6 +135,7 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
 #else
 
 extern "C" int sg_cuda_twin_backwards;  // library.cu
+inline thread_local int current_thread = 0;
 
 class Block {
  public:
@@ -126,7 +148,10 @@ class Block {
   }
   template <typename F>
   void each(F&& f) const {
-    for (int i = 0; i < num_threads; ++i) f(sg_cuda_twin_backwards ? num_threads - 1 - i : i);
+    for (int i = 0; i < num_threads; ++i) {
+      current_thread = sg_cuda_twin_backwards ? num_threads - 1 - i : i;
+      f(current_thread);
+    }
   }
   template <typename F>
   void warps(F&& f) const {
@@ -164,6 +189,16 @@ void atomic_add(T* to, T value) {
 }
 inline void atomic_max(int32_t* to, int32_t value) { *to = *to < value ? value : *to; }
 
+inline void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline int32_t fetch_add(int32_t* to, int32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline void set_word(int32_t* to, int32_t value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+inline int32_t get_word(const int32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline int64_t clock_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+inline void rest() { std::this_thread::yield(); }
+
 template <typename Kernel>
 int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
   static_assert(Kernel::THREADS % WARP == 0, "whole warps");
@@ -171,15 +206,16 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
   const size_t room = static_cast<size_t>(shared_bytes), whole = (room + 2 * GUARD + 15) / 16 * 16;
   auto* bytes = static_cast<unsigned char*>(std::aligned_alloc(16, whole));
   if (bytes == nullptr) return fail("%s: no memory for a block", name);
+  const unsigned char garbage = sg_cuda_twin_backwards ? 0xFF : 0xFB;  // as floats NaN, or -2.6e36
   bool is_whole = true;
   for (int64_t i = 0; i < num_x * num_y && is_whole; ++i) {
     const int64_t at = sg_cuda_twin_backwards ? num_x * num_y - 1 - i : i;
-    std::memset(bytes, 0xFB, whole);
+    std::memset(bytes, garbage, whole);
     Block block{at % num_x, at / num_x, num_x, num_y, bytes + GUARD, Kernel::THREADS};
     kernel(block);
     for (size_t g = 0; g < whole; ++g) {
       if (g == GUARD) g += room;
-      is_whole = is_whole && bytes[g] == 0xFB;
+      is_whole = is_whole && bytes[g] == garbage;
     }
   }
   std::free(bytes);

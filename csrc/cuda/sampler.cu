@@ -29,8 +29,9 @@ struct SampleRow {
 
   struct State {  // the same in every thread, but for `sum` while it is summed
     uint64_t sum;
-    uint64_t total;  // weight of the candidates that are left
-    uint64_t bound;  // that a sum over keys of at least `key` shall reach
+    uint64_t total;    // weight of the candidates that are left
+    uint64_t shorter;  // what it will be
+    uint64_t bound;    // that a sum over keys of at least `key` shall reach
     uint32_t best, key;
     uint32_t limit;     // keys that count for the sum
     uint32_t by_count;  // the sum is of candidates, not of weights
@@ -142,17 +143,14 @@ struct SampleRow {
     });
     block.each([&](int thread) {
       for (int warp = 0; warp < WARPS; ++warp) best[thread] = bests[warp] > best[thread] ? bests[warp] : best[thread];
-      states[thread] = {0, 0, 1, best[thread], best[thread], 0, 0};
+      states[thread] = {0, 0, 0, 1, best[thread], best[thread], 0, 0};
     });
   }
 
   // total = the weight of the shortest prefix that reaches top_p of it, or of those of at least min_p, if that is less.
   SG_DEVICE void cut_by_p(Block& block, States& states, const float* row, double temperature, double top_p,
                           double min_p) const {
-    auto* shorter = block.shared<uint64_t>(WARPS * 8);
-    block.each([&](int thread) {
-      if (thread == 0) *shorter = states[thread].total;
-    });
+    block.solo([&](int thread) { states[thread].shorter = states[thread].total; });
     if (top_p < 1.0) {
       block.solo([&](int thread) {
         State& s = states[thread];
@@ -162,10 +160,10 @@ struct SampleRow {
         s.bound = s.bound < 1 ? 1 : s.bound < s.total ? s.bound : s.total;
       });
       search(block, states, row, temperature);
-      block.each([&](int thread) {
+      block.solo([&](int thread) {
         State& s = states[thread];
         const uint64_t one = weight(s, temperature, s.key);
-        if (thread == 0) *shorter = s.sum + (s.bound - s.sum + one - 1) / one * one;
+        s.shorter = s.sum + (s.bound - s.sum + one - 1) / one * one;
       });
     }
     if (min_p > 0.0) {
@@ -179,13 +177,14 @@ struct SampleRow {
         }
       });
       sum_up(block, states);
-      block.each([&](int thread) {
-        if (thread == 0 && states[thread].sum < *shorter) *shorter = states[thread].sum;
+      block.solo([&](int thread) {
+        State& s = states[thread];
+        s.shorter = s.sum < s.shorter ? s.sum : s.shorter;
       });
     }
-    block.each([&](int thread) {
+    block.solo([&](int thread) {
       State& s = states[thread];
-      s.total = *shorter < s.total ? *shorter : s.total;
+      s.total = s.shorter < s.total ? s.shorter : s.total;
     });
   }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "pack_rows": (POINTER(structs.Rows),),
     "unpack_rows": (POINTER(structs.Rows),),
     "combine_rows": (POINTER(structs.Combine),),
+    "peer_send": (POINTER(structs.Peer),),
+    "peer_collect": (POINTER(structs.Peer),),
     "gemm_rows": (POINTER(structs.Gemm),),
     "embed": (c_void_p, c_int, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "rms_norm": (POINTER(structs.Norm),),
@@ -46,6 +48,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
 _SIZES: dict[str, tuple[Any, ...]] = {  # of functions that return a number of bytes or values
     "bucket_work": (c_int64, c_int64),
     "payload_bytes": (c_int64, c_int),
+    "peer_bytes": (c_int64, c_int64, c_int64, c_int64),
+    "peer_rows_at": (POINTER(structs.Peer), c_int32),
     "attention_work": (c_int64, c_int64, c_int64, c_int64),
 }
 

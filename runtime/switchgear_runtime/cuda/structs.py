@@ -53,6 +53,14 @@ class Combine(ctypes.Structure):
     _fields_ = _fields("p: rows_ND pair_index_TK weights_TK out_TD; q: num_tokens top_k hidden; i: dtype")
 
 
+class Peer(ctypes.Structure):
+    _fields_ = _fields(
+        "p: regions_R; q: num_ranks rank max_rows max_pairs row_bytes;"
+        "p: rows_M rows_begin_R1 pairs_N2 pairs_begin_R1 sequence done_R fault; q: timeout_ns;"
+        "p: from_begin_R1 pairs_to_N2 pairs_to_R1"
+    )
+
+
 class Gemm(ctypes.Structure):
     _fields_ = _fields(
         "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots;"
@@ -92,6 +100,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {  # by their name in abi.h
     "sg_cuda_group": Group,
     "sg_cuda_rows": Rows,
     "sg_cuda_combine": Combine,
+    "sg_cuda_peer": Peer,
     "sg_cuda_gemm": Gemm,
     "sg_cuda_norm": Norm,
     "sg_cuda_kv": Kv,

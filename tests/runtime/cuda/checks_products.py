@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import pytest
 from arena import Arena, Checked, at, of_bf16, to_bf16
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE
+from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, DeviceError
 
 
 def chains(x_MK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
@@ -33,8 +34,10 @@ def check_gemm(library: Checked, seed: int) -> None:
     y_dtype = FP32 if epilogue == ADD else int(rng.choice([FP32, BF16]))
     num_slots = int(rng.integers(1, 7)) if grouped else 1
     sizes = rng.integers(0, 40, num_slots) * rng.integers(0, 2, num_slots) if grouped else rng.integers(0, 140, 1)
-    num_k = int(rng.choice([8, 17, 64, 72, 200]))
+    num_k = int(rng.choice([8, 17, 64, 65, 72, 200, 456]))
     num_out = 2 * int(rng.choice([1, 4, 33, 64, 70, 200]))
+    if epilogue != SILU_MUL:
+        num_out -= seed // 4 % 2
     num_rows, num_x = int(sizes.sum()), int(sizes.sum()) + 3
     x = rng.standard_normal((num_x, num_k)).astype(np.float32)
     w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)
@@ -85,6 +88,20 @@ def check_gemm(library: Checked, seed: int) -> None:
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     arena.check()
+    for wrong in (
+        {"epilogue": -1},
+        {"epilogue": 3},
+        {"epilogue": SILU_MUL, "num_out": 5},
+        {"x_dtype": 2},
+        {"y_dtype": 2},
+        {"epilogue": ADD, "y_dtype": BF16},
+        {"x_dtype": BF16, "tile": 4},
+    ):
+        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, x_dtype=FP32, y_dtype=FP32)
+        for name, value in wrong.items():
+            setattr(refused, name, value)
+        with pytest.raises(DeviceError):
+            library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
     untouched = np.setdiff1d(np.arange(num_x), y_rows)
     assert (y[untouched] == expected[untouched]).all(), f"seed {seed}: a row that is nobody's"
     if y_dtype == BF16:

@@ -82,8 +82,10 @@ def check_payload(library: Checked, seed: int) -> None:
         index = np.arange(num_rows)
     num_now = int(rng.integers(0, num_rows + 1)) if rng.integers(2) else None
     row_bytes = library.sg_cuda_payload_bytes(hidden, payload)
-    size, num_scales = (4, 2, 1, 1)[payload], -(-hidden // 128) * (payload > BF16)
-    assert row_bytes == -(-hidden * size // 16) * 16 + -(-num_scales * 4 // 16) * 16, f"seed {seed}"
+    for some_hidden in (hidden, *rng.integers(1, 20_000, 20).tolist()):
+        num_scales = -(-some_hidden // 128) * (payload > BF16)
+        expected_bytes = sum(-(-part // 16) * 16 for part in (some_hidden * (4, 2, 1, 1)[payload], num_scales * 4))
+        assert library.sg_cuda_payload_bytes(some_hidden, payload) == expected_bytes, f"seed {seed}"
     packed = arena.room((num_rows, row_bytes), np.uint8)
     untouched = packed.copy()
     args = structs.Rows(

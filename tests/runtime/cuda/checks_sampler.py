@@ -38,7 +38,7 @@ def draw(row_V: np.ndarray, temperature: float, top_k: int, top_p: float, min_p:
 def check_sampler(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
-    batch, vocab_size = int(rng.integers(1, 5)), int(rng.choice([1, 7, 512, 513, 1300, 2048]))
+    batch, vocab_size = int(rng.integers(1, 5)), int(rng.choice([1, 2, 4, 7, 512, 513, 1300, 2048]))
     logits = rng.standard_normal((batch, vocab_size)) * rng.choice([1.0, 4.0])
     if seed % 3 == 0:
         logits = np.round(logits)  # ties
@@ -48,6 +48,8 @@ def check_sampler(library: Checked, seed: int) -> None:
     if seed % 5 == 1:
         logits[:, ::2] = -0.0
         logits[:, 1::2] = 0.0
+    if seed % 5 == 2:
+        logits = 1 + rng.integers(0, 4, logits.shape) * 2.0**-23  # one beside the other
     logits_BV = arena.put(logits, np.float32)
     columns = {
         "temperature_B": arena.put(rng.choice([0.0, 0.3, 1.0, 1.0, 3.0], batch), np.float32),

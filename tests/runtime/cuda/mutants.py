@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checks_attention
+import checks_peer
 import checks_products
 import checks_routing
 import checks_rows
@@ -45,6 +46,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "payload.cu": [(checks_rows.check_payload, 40), (checks_rows.check_combine, 16)],
     "gemm.cu": [(checks_products.check_gemm, 32), (checks_products.check_row_independence, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
+    "peer.cu": [(checks_peer.check_peers, 12)],
     "sampler.cu": [(checks_sampler.check_sampler, 60)],
     "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
 }
@@ -94,7 +96,50 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("payload.cu", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
     ("payload.cu", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
     ("payload.cu", "if (thread % WARP == 0 && group", "!= 0", "every lane has the same"),
+    ("sampler.cu", "if (!(value >= -infinity()))", "> -inf", "it is -inf already"),
+    ("sampler.cu", "if (thread % WARP == 0)", "!= 0", "every lane has the same"),
+    (
+        "sampler.cu",
+        "if (s.sum >= s.bound) s.key",
+        ">",
+        "one part in 2^40; of a count, the next key then counts 0 times",
+    ),
+    ("sampler.cu", "if (top_k > 0 && top_k < a.vocab_size)", "", "finds that all are kept"),
+    ("sampler.cu", "s.bound = (target < s.total", "", "where rounding leads to the total itself"),
+    ("sampler.cu", "if (top_p < 1.0)", "<=", "finds that all are kept"),
+    ("sampler.cu", "s.bound = s.bound < 1 ?", "< 2", "one part in 2^40"),
+    ("sampler.cu", "(s.bound - s.sum + one - 1) / one", "- 2", "one part in 2^40"),
+    ("sampler.cu", "if (min_p > 0.0)", ">=", "finds that all are kept"),
+    ("sampler.cu", ">= min_p", "> min_p", "a weight that is min_p to the last bit"),
+    ("sampler.cu", "const int64_t share = ", "", "shares may be larger"),
+    ("sampler.cu", "place >= counts[thread]", "place > counts", "the next thread's token, which that one takes"),
     ("attention.cu", "int64_t PADDING = ", "", "any padding will do"),
+    ("attention.cu", "const int64_t heads = a.num_heads / a.num_kv_heads, row", "* a.num_kv", "more shared memory"),
+    ("attention.cu", "return heads * (3 *", "(4 *", "more shared memory"),
+    ("attention.cu", "return heads * (3 *", "+ 6)", "more shared memory"),
+    ("attention.cu", "return heads * (3 *", "* 5", "more shared memory"),
+    ("attention.cu", "return heads * (3 *", "+ 3 *", "more shared memory"),
+    ("attention.cu", "tile < end; tile", "tile <= end", "a tile without positions changes nothing"),
+    ("attention.cu", "round < at.heads", "<=", "a round without heads"),
+    ("attention.cu", "h < at.heads && tile", "<=", "what a head beyond the last gets is left"),
+    ("attention.cu", "if (c == 0) {", "!=", "every channel's thread has the same"),
+    ("attention.cu", "num_parts * (head_size + 2);", "+ 3", "more work memory"),
+    ("gemm.cu", "const int64_t steps = ", "DEPTH + 1", "a step of zeros"),
+    ("gemm.cu", "step < STAGES - 1; ++step) fetch", "<=", "the same copy twice"),
+    ("gemm.cu", "wait_async<STAGES - 2>", "- 3", "waits for more than it needs"),
+    ("gemm.cu", "fetch(block, sources, step + STAGES - 1", "- 2", "the copy starts later"),
+    ("gemm.cu", "if (step < steps) {", "<=", "zeros that nobody reads"),
+    ("gemm.cu", "STRIDE = DEPTH + 1", "DEPTH + 2", "any padding will do"),
+    ("gemm.cu", "MINE = ROWS * OUTS / THREADS", "+ OUTS", "rows that nobody stores"),
+    ("gemm.cu", "int64_t SHARED_BYTES = (ROWS", "* 5", "more shared memory than needed"),
+    ("gemm.cu", "k < a.num_k; k += DEPTH", "<=", "a step of zeros"),
+    ("gemm.cu", "const int64_t partial = ", ">", "more blocks than needed"),
+    ("gemm.cu", "const int64_t row_tiles = ", "a.max_rows * ROWS", "more blocks than needed"),
+    ("gemm.cu", "const int64_t slots = ", "", "another tile, the same bits"),
+    ("gemm.cu", "const bool is_short = ", "", "another tile, the same bits"),
+    ("gemm.cu", "const bool is_narrow = ", "", "another tile, the same bits"),
+    ("gemm.cu", "a.num_k % LINE == 0", "a.num_k / LINE", "one by one, the values are the same"),
+    ("gemm.cu", "i < LINE; ++i", "<=", "the next line's first value, and what is in the padding"),
     ("gemm.cu", "STRIDE = DEPTH + 8", "", "any padding will do"),
     ("rows.cu", "if (thread % WARP == 0) sums", "!=", "every lane has the same"),
 ]
