@@ -34,14 +34,21 @@ def run_all(device: str) -> list[dict[str, Any]]:
 
     if device == "cuda":
         require_gpu(num_ranks=1, transport="auto")
+    from itertools import chain
+
     from switchgear_bench.gpu import Bounds, Clock, measure, subjects
+    from switchgear_bench.gpu_decode import measure_decode
     from switchgear_runtime.cuda.backend import kernels_of
 
     kernels = kernels_of(device, 0)
     bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
+    is_small = device != "cuda"
     rows = []
-    for subject in subjects(kernels, is_small=device != "cuda"):
-        rows.append({"device": device, **measure(subject, bounds, clock), **_rates(bounds)})
+    for row in chain(
+        (measure(subject, bounds, clock) for subject in subjects(kernels, is_small=is_small)),
+        measure_decode(device, bounds.copy_bytes_per_s, is_small=is_small),
+    ):
+        rows.append({"device": device, **row, **_rates(bounds)})
         print(_line(rows[-1]), flush=True)
     return rows
 
@@ -63,9 +70,10 @@ def _rates(bounds: Any) -> dict[str, float]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    baseline = f"{row['ratio_to_baseline']:>8.2f}x {row['baseline']}" if row["baseline"] else ""
     return (
         f"{row['kernel']:<10}{row['shape']:<24}{row['num_tokens']:>6}{row['time_us']:>12.1f}{row['bound_us']:>12.1f}"
-        f"{row['fraction_of_bound']:>8.2f} {row['bound_by']:<6}{row['ratio_to_baseline']:>8.2f}x {row['baseline']}"
+        f"{row['fraction_of_bound']:>8.2f} {row['bound_by']:<6}{baseline}"
     )
 
 

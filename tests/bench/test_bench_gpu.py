@@ -21,10 +21,10 @@ def test_rows_through_the_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = tmp_path / "rows.json"
     assert main(["bench", "gpu", "--device", "twin", "--output", str(path)]) == 0
     written = json.loads(path.read_text())
-    assert {row["kernel"] for row in written["rows"]} == {"dispatch", "combine", "experts"}
+    assert {row["kernel"] for row in written["rows"]} == {"dispatch", "combine", "experts", "decode"}
     assert all(row["device"] == "twin" and row["time_us"] > 0 < row["bound_us"] for row in written["rows"])
     assert written["machine"]["GPUs"] == "none" or has_gpu
-    assert "experts" in capsys.readouterr().out.splitlines()[-1]
+    assert "decode" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.skipif(has_gpu, reason="this machine has a GPU")
