@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import pytest
 
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.facts import Gpu, GpuFacts, Package, gather_facts
-from switchgear_runtime.cuda.preflight import DeviceUnavailable, Obstacle, needs_nccl, obstacles, require_gpu
+from switchgear_runtime.cuda.preflight import (
+    DRIVER_FOR_CUDA,
+    TORCH_INDEX,
+    DeviceUnavailable,
+    Obstacle,
+    needs_nccl,
+    obstacles,
+    require_gpu,
+)
 from switchgear_runtime.cuda.report import gpu_report
 from switchgear_runtime.errors import ConfigError
 
@@ -175,3 +185,21 @@ def test_serve_says_what_is_missing() -> None:
 def test_settings_that_do_not_go_together(changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         EngineConfig(**changes)
+
+
+def test_the_two_extras_are_apart_and_documented() -> None:
+    """cu12 and cu13 name packages of one CUDA each, exclude each other, and are what the fixes and docs/GPU.md say."""
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    guide = (root / "docs" / "GPU.md").read_text(encoding="utf-8")
+    for major, nccl, cupy in ((12, NCCL12, CUPY12), (13, NCCL13, CUPY13)):
+        packages = [
+            re.split(r"[<>=]", wanted)[0] for wanted in project["project"]["optional-dependencies"][f"cu{major}"]
+        ]
+        assert packages == [nccl.name, cupy.name]
+        assert {nccl.cuda_major, cupy.cuda_major} == {major}
+        assert f"pip install 'switchgear[cu{major}]'" in guide
+        assert DRIVER_FOR_CUDA[major] in guide
+        assert TORCH_INDEX[major] in guide
+    (pair,) = project["tool"]["uv"]["conflicts"]
+    assert {part["extra"] for part in pair} == {"cu12", "cu13"}
