@@ -74,6 +74,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "placement",
     "moe.forced_routing",
     "moe.load_window",
+    "moe.model_versions",
     "moe.routing_trace",
     "moe.token_log",
     "moe.rehome",

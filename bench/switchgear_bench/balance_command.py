@@ -12,6 +12,8 @@ from typing import Any
 ROWS_BALANCED = 4096  # from so many rows a rank on, the split must be even
 MAX_OVER_MEAN = 1.03
 BATCH = 32  # whose step must hardly notice
+RECORDING_STEPS = 48
+FRACTION_MAX = 0.01  # of that step, for recording the load and choosing replicas
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -35,7 +37,9 @@ def step_line(step: Mapping[str, Any]) -> str:
     return (
         f"Two ranks, batch {step['batch']}, 12 layers of 64 experts: {step['plan_us']:.1f} us a layer for quotas and slots "
         f"(static slots {step['static_us']:.1f} us), {step['added_step_us']:.0f} us a step with the exchanges."
-    ) + (served_line(step["served"]) if "served" in step else "")
+    ) + "".join(
+        line(step[name]) for name, line in (("served", served_line), ("recording", recording_line)) if name in step
+    )
 
 
 def served_line(served: Mapping[str, Any]) -> str:
@@ -45,6 +49,22 @@ def served_line(served: Mapping[str, Any]) -> str:
         f"of it. Decoding, {rates['static']:.0f} tokens/s with static slots, {ratios['balanced']:.3f} of that balanced; an A/A "
         f"arm {ratios['static again']:.3f}."
     )
+
+
+def recording_line(recording: Mapping[str, Any]) -> str:
+    return (
+        f" Recording the load of that batch takes {recording['recording_us']:.1f} us of a step of "
+        f"{recording['step_us'] / 1e3:.1f} ms (one rank, {recording['num_threads']} threads): "
+        f"{100 * recording['fraction']:.2f} %."
+    )
+
+
+def step_misses(step: Mapping[str, Any]) -> list[str]:
+    """Whether recording and choosing take more of the step than they may."""
+    if "served" not in step or "recording" not in step:
+        return []
+    fraction = step["served"]["added_fraction"] + step["recording"]["fraction"]
+    return [f"recording and choosing take {fraction:.2%} of a step"] if fraction > FRACTION_MAX else []
 
 
 def misses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -75,7 +95,10 @@ class BalanceCommand:
         )
         parser.add_argument("--num-draws", type=int, default=10, help="batches a case (default: 10)")
         parser.add_argument("--seed", type=int, default=1, help="default: 1")
-        parser.add_argument("--model", help="also decode a batch of it on two ranks, balanced and not")
+        parser.add_argument(
+            "--model",
+            help="also decode a batch of it on two ranks, balanced and not, and time how its load is recorded",
+        )
         parser.add_argument("--num-repeats", type=int, default=5, help="turns of each arm with --model (default: 5)")
         parser.add_argument("--output", type=Path, help="write the rows as JSON to this file")
 
@@ -92,14 +115,21 @@ class BalanceCommand:
         ]
         step = step_cost(BATCH)
         if arguments.model:
-            from switchgear_bench.balance_step import measure
+            from switchgear_bench import balance_step, load_recording
 
-            step["served"] = measure(
+            step["served"] = balance_step.measure(
                 arguments.model, BATCH, num_repeats=arguments.num_repeats, added_step_us=step["added_step_us"]
+            )
+            step["recording"] = load_recording.measure(
+                arguments.model,
+                BATCH,
+                num_threads=machine.num_cores(),
+                num_steps=RECORDING_STEPS,
+                num_repeats=arguments.num_repeats,
             )
         print(markdown(rows))
         print(f"\n{step_line(step)}")
-        short = misses(rows)
+        short = misses(rows) + step_misses(step)
         print("\n".join(["", *short]) if short else "\nEvery large batch is even, and no step is predicted slower.")
         if arguments.output:
             header = machine.describe() | {"when": datetime.now(UTC).isoformat(timespec="seconds")}

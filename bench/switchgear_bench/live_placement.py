@@ -27,7 +27,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     PLACED: {"placement": "adaptive", "placement_window_s": 2.0},
 }
 _FIRST_MOVE_TIMEOUT_S = 40.0
-_REPORT_S = 1.3  # ranks tell their load about once a second, and when they park
+REPORT_S = 1.3  # ranks tell their load about once a second, and when they park
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +99,12 @@ def _measure(
         arms = list(llms)
         random.Random(repeat).shuffle(arms)
         for arm in arms:
-            seconds, tokens[arm] = _generate(llms[arm], traffic, vocab_size, 100 + repeat)
+            seconds, tokens[arm] = generate(llms[arm], traffic, vocab_size, 100 + repeat)
             if repeat:
                 rates[arm].append(traffic.num_timed_tokens / seconds)
         if any(tokens[arm] != tokens[STATIC] for arm in arms):
             raise NotMeasured(f"{traffic.name}: tokens differ between {', '.join(arms)}")
-    time.sleep(_REPORT_S)
+    time.sleep(REPORT_S)
     after = {arm: _rows(llm) for arm, llm in llms.items()}
     return {
         "traffic": traffic.name,
@@ -129,11 +129,11 @@ def _wait_for_move(traffic: Traffic, llm: LLM, vocab_size: int) -> None:
     while llm.expert_load().epoch == 0:
         if time.monotonic() > deadline_s:
             raise NotMeasured(f"{traffic.name}: no expert moved within {_FIRST_MOVE_TIMEOUT_S:g} s of skewed traffic")
-        _generate(llm, traffic, vocab_size, seed)
+        generate(llm, traffic, vocab_size, seed)
         seed += 1
 
 
-def _generate(llm: LLM, traffic: Traffic, vocab_size: int, seed: int) -> tuple[float, list[list[int]]]:
+def generate(llm: LLM, traffic: Traffic, vocab_size: int, seed: int) -> tuple[float, list[list[int]]]:
     params = SamplingParams(max_tokens=traffic.new_tokens, temperature=0.0, ignore_eos=True)
     prompts = traffic.prompts(vocab_size, seed)
     start_s = time.perf_counter()

@@ -89,7 +89,7 @@ def _migration(result: Result) -> str:
 
 
 def _live_placement(result: Result) -> str:
-    return f"{live_placement_command.markdown(result['rows'])}\n\n{machine_line(result['header'])}"
+    return f"{live_placement_command.tables(result['rows'])}\n\n{machine_line(result['header'])}"
 
 
 def _startup(result: Result) -> str:

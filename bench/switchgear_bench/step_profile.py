@@ -23,6 +23,7 @@ from switchgear_bench import probes
 from switchgear_bench.greedy import greedy
 from switchgear_bench.serve import NotMeasured
 from switchgear_bench.serve_bound import distinct_experts_uniform
+from switchgear_bench.timed_load import TimedLoad
 from switchgear_runtime.comm.loopback import LoopbackHub
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.engine import Engine, EngineMessage
@@ -54,7 +55,7 @@ _PARTS = {
 
 
 @dataclass(slots=True)
-class _Steps:
+class Steps:
     """Of one run: seconds and phases of each step that decoded the whole batch, and what the batch looked like."""
 
     wall_s: list[float] = field(default_factory=list)
@@ -65,7 +66,7 @@ class _Steps:
 class _Run:
     """`bandwidth` in bytes per second and `peak` in FLOPs per second: what the machine gave before and after."""
 
-    steps: _Steps
+    steps: Steps
     bandwidth: float
     peak: float
 
@@ -86,25 +87,15 @@ def profile(
     num_repeats: int = 5,
 ) -> Iterator[dict[str, Any]]:
     """A row a batch size: medians over the repeats, each of them a median over its steps."""
-    spec = load_spec(model_dir)
-    config = EngineConfig(
-        model=model_dir,
-        quantization="none" if precision == "bf16" else precision,
-        num_threads=num_threads,
-        max_model_len=prompt_tokens + num_steps + 2 * WARM_STEPS,
-        max_num_batched_tokens=2048,
-        enable_prefix_caching=False,
-    )
-    checkpoint = Checkpoint(model_dir, spec)
-    runner = ModelRunner(config, spec, checkpoint, rank=0, world_size=1)
+    one = OneRank.of(model_dir, precision=precision, num_threads=num_threads, num_tokens_max=prompt_tokens + num_steps)
+    spec, checkpoint = one.runner.spec, one.runner.checkpoint
     found = matrices(
         spec,
         checkpoint.names,
         lm_head=checkpoint.lm_head,
-        dtype=str(runner.dtype).removeprefix("torch."),
-        quantization=config.quantization,
+        dtype=str(one.runner.dtype).removeprefix("torch."),
+        quantization=one.runner.config.quantization,
     )
-    one = _OneRank(config, runner)
     try:
         for batch_size in batch_sizes:
             runs = []
@@ -119,12 +110,14 @@ def profile(
         one.stop()
 
 
-class _OneRank:
+class OneRank:
     """An engine without a server."""
 
     def __init__(self, config: EngineConfig, runner: ModelRunner) -> None:
-        self._runner = runner
+        self.runner = runner
         self._phase_ns = runner.profile()
+        self.load = TimedLoad(runner.spec.num_moe_layers, runner.spec.num_experts, self._phase_ns)
+        runner.load = self.load
         self._system = RealSystem(seed=0)
         self._inbox: Inbox[EngineMessage] = Inbox(self._system)
         self._frames: list[tuple[float, NDArray[np.int64], StepFrame]] = []
@@ -149,6 +142,20 @@ class _OneRank:
         )
         self._next_id = 0
 
+    @classmethod
+    def of(cls, model_dir: str, *, precision: str, num_threads: int, num_tokens_max: int) -> OneRank:
+        """`num_tokens_max`: of a sequence, without the steps that warm up."""
+        spec = load_spec(model_dir)
+        config = EngineConfig(
+            model=model_dir,
+            quantization="none" if precision == "bf16" else precision,
+            num_threads=num_threads,
+            max_model_len=num_tokens_max + 2 * WARM_STEPS,
+            max_num_batched_tokens=2048,
+            enable_prefix_caching=False,
+        )
+        return cls(config, ModelRunner(config, spec, Checkpoint(model_dir, spec), rank=0, world_size=1))
+
     def _send(self, message: FromRank) -> None:
         """In the engine's thread, which alone runs: who waits is woken once, at the end."""
         encode(message)  # a rank does so for its link; it is a part of the step
@@ -162,10 +169,10 @@ class _OneRank:
         if self._num_unfinished == 0:
             self._ended.set()
 
-    def run(self, batch_size: int, prompt_tokens: int, num_steps: int, *, seed: int) -> _Steps:
+    def run(self, batch_size: int, prompt_tokens: int, num_steps: int, *, seed: int) -> Steps:
         """Decode a batch of random prompts."""
         rng = random.Random(seed)
-        vocab_size, num_output = self._runner.spec.vocab_size, num_steps + 2 * WARM_STEPS
+        vocab_size, num_output = self.runner.spec.vocab_size, num_steps + 2 * WARM_STEPS
         self._num_unfinished = batch_size
         self._frames.clear()
         self._ended.clear()
@@ -181,7 +188,7 @@ class _OneRank:
                 )
             )
         self._next_id += batch_size
-        steps = _Steps()
+        steps = Steps()
         if not self._ended.wait(TIMEOUT_S):
             raise NotMeasured(f"batch {batch_size}: no end within {TIMEOUT_S:g} s")
         if self._fault is not None:

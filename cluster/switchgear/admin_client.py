@@ -37,6 +37,11 @@ class AdminClient:
     def apply(self, expert_map: dict[str, Any]) -> OrderReply:
         return self.call("POST", "/admin/placement/apply", OrderReply, expert_map)
 
+    def load_expert(self, layer: int, expert: int, path: str) -> OrderReply:
+        """A new model version; returns once new sequences get it. `path`: absolute, as server and ranks see it."""
+        body = {"layer": layer, "expert": expert, "path": path}
+        return self.call("POST", "/admin/placement/load-expert", OrderReply, body)
+
     def pin(self, pins: list[tuple[int, int, list[int]]]) -> PlacementStatus:
         """(layer, expert, ranks) of all pins there will be."""
         body = {"pins": [{"layer": layer, "expert": expert, "ranks": ranks} for layer, expert, ranks in pins]}

@@ -118,7 +118,7 @@ class Cluster:
             start_timeout_s=config.start_timeout_s,
             max_restarts=config.max_restarts,
             restart_window_s=config.restart_window_s,
-            begin_map=lambda num_ranks: self.placement.begin_map(num_ranks),
+            begin_with=lambda num_ranks: self.placement.begin(num_ranks),
         )
         self._links = LinkServer(
             system=self._system,

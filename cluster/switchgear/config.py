@@ -65,7 +65,9 @@ class ServeConfig:
         256 << 20, "Bytes of experts that placement may move per second, over all ranks; 0: no limit."
     )
     expert_map: str | None = setting(
-        None, "File with the placement to start with, as `switchgear placement show --save` writes it."
+        None,
+        "File with the placement to start with, as `switchgear placement show --save` writes it; experts that were loaded "
+        "from files (`load-expert`) are not in it.",
     )
     start_timeout_s: float = setting(120.0, "Deadline for all ranks to load the model and join, in seconds.")
     drain_timeout_s: float = setting(30.0, "How long a shutdown lets running requests finish, in seconds.")

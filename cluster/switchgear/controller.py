@@ -32,6 +32,7 @@ from switchgear.actions import (
     StartRank,
     Sweep,
 )
+from switchgear.placement.in_force import InForce
 from switchgear.restart_budget import RestartBudget
 from switchgear.roster import RankLife, Roster
 from switchgear.scaling import Scaling
@@ -39,7 +40,6 @@ from switchgear.store import Store, Term
 from switchgear_runtime.errors import RequestError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, EndGeneration, Fault, Hello, Stop, Wake, Waking
-from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.system import System
 
 EXIT_GRACE_S = 0.3  # from a lost link to the process's exit, which knows the signal
@@ -60,13 +60,13 @@ class Controller:
         start_timeout_s: float = 120.0,
         max_restarts: int = 8,
         restart_window_s: float = 300.0,
-        begin_map: Callable[[int], ExpertMap | None] = lambda _: None,
+        begin_with: Callable[[int], InForce | None] = lambda _: None,
     ) -> None:
         self._ranks = Roster(num_ranks)
         self._term = Term(store, owner)
         self._system = system
         self._start_timeout_s = start_timeout_s
-        self._begin_map = begin_map  # of a generation of so many ranks; None: the contiguous one
+        self._begin_with = begin_with  # at the start of a generation of so many ranks; None: the contiguous map
         self._budget = RestartBudget(max_restarts=max_restarts, window_s=restart_window_s, system=system)
         self._scaling = Scaling(self._ranks, system)
         self._phase: Literal["forming", "begun", "ready", "broken", "stopping", "failed"] = "forming"
@@ -371,16 +371,16 @@ class Controller:
         self._faults, self._verdict, self._woken_step = [], None, None
         for rank in self._ranks.members:
             rank.entered, rank.parked_step, rank.faulted = False, None, False
-        expert_map = self._begin_map(len(self._ranks.members))
+        in_force = self._begin_with(len(self._ranks.members))
         self._descriptor = GenerationDescriptor(
             term=self._term.number,
             generation=self._generation,
             world_size=len(self._ranks.members),
-            epoch=0 if expert_map is None else expert_map.epoch,
+            epoch=0 if in_force is None else in_force.expert_map.epoch,
             channel=f"{self._system.randbits(128):032x}",
             hosts=tuple(hello.host for hello in self.hellos),
         )
-        begin = BeginGeneration(self._descriptor, None if expert_map is None else expert_map.to_json())
+        begin = BeginGeneration(self._descriptor) if in_force is None else in_force.begin(self._descriptor)
         return [SendTo(rank_id, begin) for rank_id, _ in self._ranks.of("member")]
 
     def _wake(self, step: int, *, but: int | None = None) -> list[Action]:

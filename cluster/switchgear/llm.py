@@ -13,6 +13,8 @@ from switchgear.config import split_settings
 from switchgear.conversation import chat_prompt
 from switchgear.loop_thread import LoopThread
 from switchgear.outputs import Delta, ExpertLoad, RequestOutput
+from switchgear.placement.report import status_of
+from switchgear.placement.status import PlacementStatus
 from switchgear.progress import Progress
 from switchgear.prompts import (
     Message,
@@ -118,6 +120,10 @@ class LLM:
         """Sums since the start."""
         return self._loop.call(_expert_load(self._cluster), _CALL_TIMEOUT_S)
 
+    def placement_status(self) -> PlacementStatus:
+        """What placement has done since the start, and what it is about to do."""
+        return self._loop.call(_placement_status(self._cluster), _CALL_TIMEOUT_S)
+
     def get_tokenizer(self) -> Tokenizer | None:
         """None where the checkpoint has none."""
         return self._cluster.core.tokenizer
@@ -185,6 +191,10 @@ async def _read(run: Run) -> tuple[list[WireDelta], bool]:
 
 async def _abort(run: Run) -> None:
     run.abort()
+
+
+async def _placement_status(cluster: Cluster) -> PlacementStatus:
+    return status_of(cluster.placement.controller)
 
 
 async def _expert_load(cluster: Cluster) -> ExpertLoad:

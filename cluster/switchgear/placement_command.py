@@ -1,4 +1,4 @@
-"""`switchgear placement show|plan|apply|rebalance|pin`: what lies where in a running server, and orders to change it."""
+"""`switchgear placement show|plan|apply|rebalance|pin|load-expert`: what lies where in a running server, and orders."""
 
 from __future__ import annotations
 
@@ -35,14 +35,26 @@ class PlacementCommand:
         pin = orders.add_parser("pin", help="keep experts on chosen ranks in all plans to come; alone: show the pins")
         pin.add_argument("pins", nargs="*", metavar="LAYER:EXPERT=RANK,...", help="exactly these ranks hold it")
         pin.add_argument("--clear", action="store_true", help="drop the earlier pins")
-        for order in (show, plan, rebalance, apply, pin):
+        load = orders.add_parser(
+            "load-expert",
+            help="give one expert the weights of a file; running sequences keep the old ones",
+            description="Give one expert the weights of a safetensors file (gate_proj.weight, up_proj.weight and "
+            "down_proj.weight, or the checkpoint's names of that expert) as a new version of the model. Sequences that "
+            "run finish with the weights they began with. Keep the file where it is, for server and ranks to read: a "
+            "rank that is replaced reads it again. A server that is started anew begins with the checkpoint, and maps "
+            "that are saved know nothing of it.",
+        )
+        load.add_argument("file", type=Path, metavar="FILE")
+        load.add_argument("--layer", type=int, required=True, help="which of the MoE layers, from 0")
+        load.add_argument("--expert", type=int, required=True, help="which expert of that layer, from 0")
+        for order in (show, plan, rebalance, apply, pin, load):
             add_admin_flags(order)
 
     def run(self, arguments: argparse.Namespace) -> int:
         from switchgear.admin_client import AdminClient
 
         with AdminClient(arguments.url, admin_key_of(arguments)) as client:
-            getattr(self, arguments.order)(client, arguments)
+            getattr(self, arguments.order.replace("-", "_"))(client, arguments)
         return 0
 
     def show(self, client: AdminClient, arguments: argparse.Namespace) -> None:
@@ -75,6 +87,9 @@ class PlacementCommand:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{arguments.file} has no expert map: {error}") from None
         _print(client.apply(expert_map))
+
+    def load_expert(self, client: AdminClient, arguments: argparse.Namespace) -> None:
+        _print(client.load_expert(arguments.layer, arguments.expert, str(arguments.file.expanduser().absolute())))
 
     def pin(self, client: AdminClient, arguments: argparse.Namespace) -> None:
         kept = [] if arguments.clear else client.placement().pinned

@@ -5,7 +5,7 @@ from __future__ import annotations
 from switchgear.byte_size import format_bytes
 from switchgear.placement.status import OrderReply, PlacementStatus
 
-MOVES_SHOWN = 20
+MOVES_SHOWN = SWAPS_SHOWN = 20
 
 
 def status_lines(status: PlacementStatus) -> list[str]:
@@ -26,8 +26,9 @@ def status_lines(status: PlacementStatus) -> list[str]:
     if status.hold_windows:
         lines.append(f"holds still for {status.hold_windows} windows: {status.regretted_plans} plans were regretted")
     if (moving := status.migration) is not None:
+        new = f" and model version {moving.model_version}" if moving.model_version != status.model_version else ""
         lines.append(
-            f"migrating {moving.experts} experts ({format_bytes(moving.bytes)}) to epoch {moving.epoch} for "
+            f"migrating {moving.experts} experts ({format_bytes(moving.bytes)}) to epoch {moving.epoch}{new} for "
             f"{moving.seconds:.1f} s; waits for ranks {moving.waits_for_ranks}"
         )
     if (window := status.window) is not None:
@@ -36,12 +37,23 @@ def status_lines(status: PlacementStatus) -> list[str]:
         lines.append(f"  max/mean by layer: {' '.join(f'{value:.2f}' for value in window.imbalance_by_layer)}")
         hottest = ", ".join(f"{layer}:{expert} ({tokens})" for layer, expert, tokens in window.hottest)
         lines.append(f"  hottest layer:expert (tokens): {hottest}")
+    if status.model_version:
+        older = f", sequences run on {status.oldest_version} and later" * (status.oldest_version < status.model_version)
+        lines.append(f"model version {status.model_version}{older}")
+    lines += [
+        f"  version {swap.version}: layer {swap.layer} expert {swap.expert} from {swap.path}"
+        f"{'' if swap.settled else ' (beside the weights before)'}"
+        for swap in status.swaps[-SWAPS_SHOWN:]
+    ]
+    if len(status.swaps) > SWAPS_SHOWN:
+        lines.append(f"  and {len(status.swaps) - SWAPS_SHOWN} older ones (--json has all)")
     lines += [f"pinned: layer {layer} expert {expert} on ranks {ranks}" for layer, expert, ranks in status.pinned]
     return lines
 
 
 def reply_lines(reply: OrderReply) -> list[str]:
-    done = f"epoch {reply.epoch} is in force" if reply.done else f"epoch {reply.epoch} stays; this would be done"
+    version = f", model version {reply.model_version}" if reply.model_version else ""
+    done = f"epoch {reply.epoch}{version}" + (" is in force" if reply.done else " stays; this would be done")
     lines = [f"{done}: {reply.reason}" if reply.reason else done]
     if reply.predicted_before_s is not None and reply.predicted_after_s is not None:
         lines.append(

@@ -112,6 +112,9 @@ def _placement(now: Snapshot) -> Text:
         text.append("ALARM  ", style="bold red")
     if now.get("placement_migrating"):
         text.append("migrating  ", style="yellow")
+    if version := now.get("placement_model_version"):
+        text.append(f"model version {version:.0f}", style="bold")
+        text.append(f" ({live:.0f} live swaps)  " if (live := now.get("placement_live_swaps")) else "  ")
     committed = now.get("placement_migrations_total", "committed")
     text.append(f"{now.get('placement_plans_total'):.0f} plans, {committed:.0f} committed, ")
     text.append(f"{now.get('placement_migrated_experts_total'):.0f} experts, ")

@@ -83,6 +83,7 @@ enum sg_phase {
   SG_PHASE_ATTENTION_PRODUCTS,  // norm, Q, K, V, output projection
   SG_PHASE_ATTENTION,           // rope, cache write, attention
   SG_PHASE_ROUTER,              // norm, gate, top-k
+  SG_PHASE_LOAD,                // counting who wanted which expert, and what came here
   SG_PHASE_REPLICAS,            // the exchange of counts, with the wait for the peers; quotas, and a slot for each pair
   SG_PHASE_DISPATCH,            // rows to messages, the wait for the peers', grouping by slot
   SG_PHASE_EXPERTS,

@@ -58,9 +58,10 @@ int route(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, co
     return SG_ERROR;
   }
   if (step.forced_ids_LTK != nullptr && force(moe, step, num_experts, ids) != SG_OK) return SG_ERROR;
+  work.clock.mark(SG_PHASE_ROUTER);
   count_routed(decoder, moe, step, ids);
   *routed = {weights, slot_ids};
-  work.clock.mark(SG_PHASE_ROUTER);
+  work.clock.mark(SG_PHASE_LOAD);
   const int status = choose_slots(decoder, placement, step, ids, moe.top_k, slot_ids, peers);
   work.clock.mark(SG_PHASE_REPLICAS);
   return status;
@@ -193,6 +194,7 @@ int compute(Decoder& decoder, const sg_moe& moe, const sg_placement& placement, 
   for (int64_t s = 0; s < num_slots; ++s) {
     if (placement.experts_S[s] >= 0) counts[placement.experts_S[s]] += work.rows_per_slot[static_cast<size_t>(s)];
   }
+  work.clock.mark(SG_PHASE_LOAD);
   return SG_OK;
 }
 

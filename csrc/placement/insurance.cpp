@@ -53,6 +53,10 @@ Path Layer::insure(int64_t stale_max) {
   settle(kSettleSweepsFirst);
   path.moves.push_back(static_cast<int32_t>(moves_));
   path.level_max.push_back(expected_max());
+  widen_slack(2, &path);
+  settle(kSettleSweepsFirst);
+  path.moves.push_back(static_cast<int32_t>(moves_));
+  path.level_max.push_back(expected_max());
   return path;
 }
 

@@ -29,8 +29,8 @@ extern "C" struct sg_placement_search_args {
 // One path of placements per layer; search.h.
 SG_API int sg_placement_search(const sg_placement_search_args* args);
 
-// The same arguments; two points per layer: the start, and it with free slots filled, after at most steps_max stale
-// replicas are gone; insurance.cpp.
+// The same arguments; three points per layer: the start; it with free slots filled, after at most steps_max stale
+// replicas are gone (insurance.cpp); and that with replicas swapped where there is little slack (slack.cpp).
 SG_API int sg_placement_insure(const sg_placement_search_args* args);
 
 // The rows of each slot, [L, P], where replicas share an expert's rows so that ranks' rows are even.

@@ -1,6 +1,6 @@
-// Local search over the placement of one layer. layer_reference.py, search_reference.py and insurance_reference.py of
-// cluster/switchgear/placement say what it does and are equal to the bit: the same operations in the same order.
-// Letters: E logical experts, R ranks, S slots per rank, P = R * S slots, K scenarios.
+// Local search over the placement of one layer. layer_reference.py, search_reference.py, insurance_reference.py and
+// slack_reference.py of cluster/switchgear/placement say what it does and are equal to the bit: the same operations in
+// the same order. Letters: E logical experts, R ranks, S slots per rank, P = R * S slots, K scenarios.
 #pragma once
 
 #include <cstddef>
@@ -61,6 +61,19 @@ class Layer {
 
  private:
   using Shares = double[kScenariosMax];
+  struct Sums {  // of some experts
+    double rows = 0.0, squares = 0.0;
+    void add(double value, double sign) {
+      rows += sign * value;
+      squares += sign * (value * value);
+    }
+    double over(double mean, double deviations) const;
+    double under(double mean, double deviations, double others) const;
+  };
+  struct Swap {
+    int32_t slot, expert;
+    double gain;
+  };
   struct Saved {
     std::vector<int32_t> held, num_free;
     std::vector<uint8_t> present;
@@ -95,6 +108,10 @@ class Layer {
   double rows_per_replica(int32_t expert, int64_t fewer) const;
   void drop_stale(int64_t stale_max, Path* path);
   std::vector<int64_t> components() const;
+  double volatility() const;
+  void sum_rows();
+  void widen_slack(int32_t step, Path* path);
+  void offer_swaps(int32_t to, int32_t expert, double mean, double deviations, double others, Swap* best) const;
   bool step(int32_t step, int used, Path* path);
   void save();
   void restore(Path* path, size_t num_edits);
@@ -108,6 +125,7 @@ class Layer {
   std::vector<std::pair<double, int32_t>> order_;  // of fill
   std::vector<double> heat_, level_;
   std::vector<int32_t> cold_;
+  std::vector<Sums> own_R_, reach_R_;  // of each rank's experts that nobody else has, and of all it has
   Saved saved_;
 };
 

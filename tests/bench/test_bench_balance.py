@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from switchgear.cli import main
-from switchgear_bench.balance_command import markdown, misses
+from switchgear.config import bundled_model
+from switchgear_bench import load_recording
+from switchgear_bench.balance_command import markdown, misses, recording_line, step_misses
 
 
 def test_it_writes_rows_and_large_batches_are_even(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +44,13 @@ def test_a_miss_is_named() -> None:
     assert misses([{**row, "arm": "eplb"}]) == []
     arms = [{**row, "arm": arm} for arm in ("static", "ours on static", "eplb", "ours on eplb")]
     assert "| 8 | zipf | 4096 | 1.020 |" in markdown(arms)
+
+
+def test_recording_the_load_is_timed_and_every_pair_was_recorded() -> None:
+    recording = load_recording.measure(str(bundled_model()), 3, num_threads=1, num_steps=4, num_repeats=1)
+    assert 0 < recording["recording_us"] < recording["step_us"]
+    assert recording["fraction"] == pytest.approx(recording["recording_us"] / recording["step_us"])
+    step = {"served": {"added_fraction": 0.004}, "recording": {**recording, "fraction": 0.007}}
+    assert step_misses(step) == ["recording and choosing take 1.10% of a step"]
+    assert not step_misses({"recording": recording})
+    assert "Recording the load" in recording_line(recording)

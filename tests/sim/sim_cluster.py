@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from expert_swaps import ExpertFile
 from sim_follow import FollowingPlacement
 from sim_network import SimNetwork
 from sim_placement import SimPeers, SimPlacement
@@ -153,6 +154,8 @@ class SimCluster:
                 send=self._send,
                 later=lambda delay_s, act: self._network.after(delay_s, "placement", lambda: self._todo.put(act)),
                 wake=lambda: self._perform(self.controller.on_submit()),
+                oldest_version=lambda: self.core.oldest_version,
+                in_force=lambda versions: setattr(self.core, "model_version", versions.latest),
             )
         self._current: Call | None = None
         self.controller = Controller(
@@ -207,6 +210,12 @@ class SimCluster:
     def drop(self) -> None:
         """The server changes its mind about the latest placement."""
         self._todo.put(lambda: self.placement.drop(list(range(self.placement.num_ranks)), self._send))
+
+    def load_expert(self, file: ExpertFile) -> None:
+        """From now on, once the ranks have it, new sequences get this file's weights."""
+        placement = self.placement
+        assert isinstance(placement, FollowingPlacement)
+        self._todo.put(lambda: placement.load_expert(file))
 
     def scale(self, num_ranks: int) -> None:
         def act() -> None:

@@ -1,6 +1,6 @@
 """The real PlacementController in simulation: `FollowingPlacement`, with a planner that dies, hangs and is late.
 
-Stands where `SimPlacement` proposes random maps; the oracle, `check`, is the same.
+Stands where `SimPlacement` proposes random maps, and loads experts; the oracle, `check`, is the same.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
+from expert_swaps import ExpertFile
 from sim_placement import Send, SimPlacement
 from sim_system import SimSystem
 
@@ -24,17 +25,20 @@ from switchgear.placement.events import (
     TellRank,
     WakeRanks,
 )
+from switchgear.placement.in_force import InForce
 from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.worker import answer
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, MapRefused, MapStaged, StepFrame
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 
 PLAN_TIMEOUT_S = 0.5
 
 
 class FollowingPlacement(SimPlacement):
-    """All in the server's thread. `later(delay_s, act)` runs `act` there; `wake` wakes ranks if all are parked."""
+    """All in the server's thread. `later(delay_s, act)` runs `act` there; `wake` wakes ranks if all are parked. The core
+    gives new sequences what it hears by `in_force`."""
 
     def __init__(
         self,
@@ -46,6 +50,8 @@ class FollowingPlacement(SimPlacement):
         send: Send,
         later: Callable[[float, Callable[[], None]], None],
         wake: Callable[[], None],
+        oldest_version: Callable[[], int],
+        in_force: Callable[[ModelVersions], None],
     ) -> None:
         super().__init__(system, num_layers, num_experts, num_ranks)
         self.controller = PlacementController(
@@ -54,13 +60,18 @@ class FollowingPlacement(SimPlacement):
             num_layers=num_layers,
             num_experts=num_experts,
             system=system,
+            oldest_version=oldest_version,
         )
+        self.history: dict[int, ExpertSwap] = {}  # by version: all that were ever in force
+        self.num_settled = 0
+        self._oldest = 0
         self.outcomes: dict[int, Outcome] = {}
         self.num_orders = 0
         self._send = send
         self._later = later
         self._wake = wake
-        self._first: ExpertMap | None = None  # of the generation that begins
+        self._in_force = in_force
+        self._first: InForce | None = None  # of the generation that begins
 
     @property
     def num_ranks(self) -> int:
@@ -70,9 +81,8 @@ class FollowingPlacement(SimPlacement):
     def begin(self, message: BeginGeneration) -> BeginGeneration:
         if self._generation != message.descriptor.generation or self._first is None:
             self._generation = message.descriptor.generation
-            self._first = self.controller.next_map(message.descriptor.world_size)
-        descriptor = msgspec.structs.replace(message.descriptor, epoch=self._first.epoch)
-        return BeginGeneration(descriptor, self._first.to_json())
+            self._first = InForce(self.controller.next_map(message.descriptor.world_size), self.controller.versions)
+        return self._first.begin(msgspec.structs.replace(message.descriptor, epoch=self._first.expert_map.epoch))
 
     def ready(self, descriptor: GenerationDescriptor) -> None:
         self._perform(self.controller.on_generation(descriptor.generation, ("host",) * descriptor.world_size))
@@ -90,6 +100,11 @@ class FollowingPlacement(SimPlacement):
             self._maps, *self._shape, self.num_ranks, num_redundant=int(self._maps.integers(3))
         )
         self._perform(self.controller.apply(self.num_orders, expert_map))
+
+    def load_expert(self, file: ExpertFile) -> None:
+        self.num_orders += 1
+        order = (file.layer, file.expert, str(file.path), file.sha256)
+        self._perform(self.controller.load_expert(self.num_orders, *order))
 
     def drop(self, _ranks: list[int], _send: Send) -> None:
         """The controller drops by itself; here it does when its deadline has come early."""
@@ -127,6 +142,7 @@ class FollowingPlacement(SimPlacement):
                     self._ask(action.request)
                 case Committed():
                     self.flipped_epochs.add(action.expert_map.epoch)
+                    self._committed(action.versions)
                 case WakeRanks():
                     self._wake()
                 case RestartPlanner():
@@ -137,6 +153,13 @@ class FollowingPlacement(SimPlacement):
         deadline_s = self.controller.next_deadline()
         if deadline_s is not None:
             self._later(max(0.0, deadline_s - self._system.now()) + 1e-6, self._tick)
+
+    def _committed(self, versions: ModelVersions) -> None:
+        for swap in versions.swaps:
+            assert self.history.setdefault(swap.version, swap) == swap, "one number for two versions"
+        self.num_settled += versions.oldest > self._oldest
+        self._oldest = versions.oldest
+        self._in_force(versions)
 
     def _tick(self) -> None:
         deadline_s = self.controller.next_deadline()

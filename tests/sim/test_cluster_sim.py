@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from sim_cluster import Call, SimCluster
+from sim_follow import FollowingPlacement
 from sim_system import SimSystem
+from sim_versions import TunedModel, VersionedAlone
 from tiny_cluster import VOCAB_SIZE, Alone, make_config, make_tiny_checkpoint
 
 from switchgear.actions import Scaled
@@ -35,6 +37,8 @@ class Scenario:
     stage: int = 0
     stage_some: int = 0  # the server dies while it tells the ranks
     drop: int = 0
+    load: int = 0  # an expert from a file
+    load_strike: int = 0  # a rank dies in the middle of that
     strike: int = 0  # a rank dies in the middle of a migration: a source, a destination or neither
     kill: int = 0
     hang: int = 0
@@ -51,6 +55,10 @@ DEATHS = Scenario(num_actions=60, submit=10, pause=10, idle=0, abort=0, kill=4)
 SCALING = Scenario(num_actions=60, submit=12, pause=12, idle=1, abort=0, scale=4)
 FOLLOW = Scenario(num_actions=50, submit=14, idle=4, stage=2, drop=1, follow=True)
 FOLLOW_FAULTS = Scenario(num_actions=50, submit=12, idle=4, stage=3, drop=1, strike=2, kill=2, scale=1, follow=True)
+VERSIONS = Scenario(num_actions=60, submit=14, pause=6, idle=2, load=6, stage=1, follow=True)
+VERSIONS_FAULTS = Scenario(
+    num_actions=60, submit=14, pause=6, load=4, load_strike=3, stage=1, drop=1, kill=1, scale=1, follow=True
+)
 SCALING_FAULTS = Scenario(num_actions=60, submit=10, pause=8, idle=1, stage=3, drop=1, kill=2, hang=1, scale=4)
 
 
@@ -58,6 +66,11 @@ SCALING_FAULTS = Scenario(num_actions=60, submit=10, pause=8, idle=1, stage=3, d
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Alone]:
     model_dir = make_tiny_checkpoint(tmp_path_factory.mktemp("sim"), seed=1)
     return model_dir, Alone(model_dir)
+
+
+@pytest.fixture(scope="module")
+def tuned(model: tuple[Path, Alone], tmp_path_factory: pytest.TempPathFactory) -> TunedModel:
+    return TunedModel(model[0], tmp_path_factory.mktemp("tuned"), seed=3)
 
 
 def draw_params(rng: random.Random) -> SamplingParams:
@@ -73,7 +86,9 @@ def draw_params(rng: random.Random) -> SamplingParams:
     )
 
 
-def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tuple[SimCluster, SimSystem]:
+def play(
+    model_dir: Path, seed: int, scenario: Scenario, world_size: int, tuned: TunedModel | None = None
+) -> tuple[SimCluster, SimSystem]:
     system = SimSystem(seed)
     rng = random.Random(f"scenario {seed}")
     config = make_config(
@@ -113,6 +128,12 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
                 cluster.stage(rng.sample(range(world_size), rng.randrange(1, world_size)))
             elif action == "drop":
                 cluster.drop()
+            elif action in ("load", "load_strike"):
+                assert tuned is not None
+                cluster.load_expert(rng.choice(tuned.files))
+                if action == "load_strike":
+                    system.sleep(rng.random() * rng.choice([0.01, 0.1]))
+                    cluster.kill(rng.randrange(cluster.controller.num_ranks))
             elif action == "strike":
                 cluster.stage()
                 system.sleep(rng.random() * rng.choice([0.01, 0.1]))
@@ -131,7 +152,7 @@ def play(model_dir: Path, seed: int, scenario: Scenario, world_size: int) -> tup
     return cluster, system
 
 
-def check(cluster: SimCluster, alone: Alone) -> None:
+def check(cluster: SimCluster, alone: Alone | VersionedAlone) -> None:
     for call in cluster.calls:
         if call.request is None:
             assert call.aborted
@@ -221,6 +242,35 @@ def test_experts_follow_the_load_while_ranks_and_planners_die(model: tuple[Path,
     check(cluster, model[1])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_finish_on_the_version_they_began_with(
+    model: tuple[Path, Alone], tuned: TunedModel, seed: int
+) -> None:
+    cluster, _ = play(model[0], seed, VERSIONS, 3, tuned)
+    check_versions(cluster, tuned)
+    assert not cluster.faults
+    placement = cluster.placement
+    assert isinstance(placement, FollowingPlacement)
+    assert placement.history
+    assert placement.num_settled > 0
+    assert len({submit.version for call in cluster.calls for submit in call.submits}) > 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_experts_are_loaded_while_ranks_and_planners_die(
+    model: tuple[Path, Alone], tuned: TunedModel, seed: int
+) -> None:
+    cluster, _ = play(model[0], seed, VERSIONS_FAULTS, 3, tuned)
+    check_versions(cluster, tuned)
+    assert cluster.num_generations > 1
+
+
+def check_versions(cluster: SimCluster, tuned: TunedModel) -> None:
+    placement = cluster.placement
+    assert isinstance(placement, FollowingPlacement)
+    check(cluster, tuned.oracle(placement.history))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_and_hung_ranks(model: tuple[Path, Alone], seed: int) -> None:
     cluster, _ = play(model[0], seed, FAULTS, 3)
@@ -275,3 +325,11 @@ def test_a_seed_replays_exactly(model: tuple[Path, Alone], scenario: Scenario) -
 def test_many_seeds(model: tuple[Path, Alone], scenario: Scenario, world_size: int, seed: int) -> None:
     cluster, _ = play(model[0], seed, scenario, world_size)
     check(cluster, model[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_many_seeds_of_versions(model: tuple[Path, Alone], tuned: TunedModel, world_size: int, seed: int) -> None:
+    cluster, _ = play(model[0], seed, VERSIONS_FAULTS, world_size, tuned)
+    check_versions(cluster, tuned)

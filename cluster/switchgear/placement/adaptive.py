@@ -4,7 +4,8 @@
 2. It searches each layer from today's placement, where moves cost, and without a byte budget from EPLB's too
    (search.py), and takes from all layers' paths the moves that save most per byte, while they pay (choice.py).
 3. Slots that are still free get replicas, so that the router can level what was not foretold (insurance_reference.py),
-   in layers where that costs next to nothing: in prefill; in decode a replica is weights to read.
+   in layers where that costs next to nothing: in prefill; in decode a replica is weights to read. Replicas are swapped
+   where a rank has little slack (slack_reference.py).
 
 Without a byte budget, and given one window, no layer's predicted maximum is above that of EPLB's placement.
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from switchgear.placement.eplb import eplb_presence
-from switchgear.placement.forecast import Float64, forecast, scenarios_around
+from switchgear.placement.forecast import SCENARIOS_MAX, Float64, forecast, scenarios_around
 from switchgear.placement.limits import pinned, pool_room, start_presence
 from switchgear.placement.outcome import kept, planned
 from switchgear.placement.plan import Bool, PlacementPlan, presence
@@ -26,6 +27,9 @@ from switchgear.placement.problem import Int64, PlacementProblem, checked_window
 from switchgear.placement.search import Scenarios, SearchSettings, chosen_presence, search_from, with_replicas
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.placement import planner
+
+SCENARIOS_MIN = 4
+SCENARIO_SLOTS = 80_000  # of all layers and scenarios, that a plan looks at: so that planning keeps its pace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,7 @@ class AdaptiveSettings:
     steps_max: int = 96  # of a layer's search
     near_steps_max: int = 12  # of those with all scenarios
     insurance: float = 0.03  # of a layer's predicted time, which filling its free slots may cost
+    slack: float = 0.002  # and which swapping replicas to where loads may move may cost
     stale_max: int = 16  # replicas of a layer that are replaced by those of hotter experts in one plan
 
 
@@ -54,7 +59,10 @@ class Adaptive:
         load_LE = forecast(windows)
         if not load_LE.any() and not problem.pinned:
             return kept(self.name, "no load", current, load_LE, problem)
-        scenarios = scenarios_around(load_LE, windows)
+        num_slots = current.num_layers * problem.topology.num_ranks * problem.slots_per_rank
+        scenarios = scenarios_around(
+            load_LE, windows, min(max(SCENARIOS_MIN, SCENARIO_SLOTS // num_slots), SCENARIOS_MAX)
+        )
         searches = [search_from(start_LRE, current, scenarios, problem, self._settings).paths()]
         limit_L = None
         if problem.byte_budget is None:
@@ -110,11 +118,13 @@ class Adaptive:
         shares_L = left // len(moves_L) + (np.arange(len(moves_L)) < left % len(moves_L))
         settings = SearchSettings(steps_max=self.settings.stale_max, target=1.0, per_move=False)
         filled_LRE, before_L, after_L = with_replicas(
-            search_from(present_LRE, current, scenarios, problem, settings, moves_L + np.maximum(shares_L, 0))
+            search_from(present_LRE, current, scenarios, problem, settings, moves_L + np.maximum(shares_L, 0)),
+            filling=self.settings.insurance,
+            swapping=self.settings.slack,
         )
-        accepted_L = after_L <= before_L * (1.0 + self.settings.insurance)
+        accepted_L = np.ones(len(before_L), np.bool_)
         if limit_L is not None:
-            accepted_L &= (after_L <= limit_L) | (after_L <= before_L)
+            accepted_L = (after_L <= limit_L) | (after_L <= before_L)
         room_R = pool_room(current, problem)
         used_R = (present_LRE & ~had_LRE).sum(axis=(0, 2))
         for layer in np.flatnonzero(accepted_L).tolist():

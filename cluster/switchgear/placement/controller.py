@@ -6,17 +6,15 @@ As in controller.py of the cluster: events go in, actions come out, `next_deadli
                                     | no moves, no answer          | refused, late, or the generation ended
                                     '--------> observing <---------'   (the old epoch stays in force)
 
-Numbers of maps are in epochs.py, the budget in byte_bucket.py, what follows from a bad plan in hindsight.py, and the
-alarm for when no decision comes in watchdog.py.
+Numbers of maps are in epochs.py, model versions in versioning.py, the budget in byte_bucket.py, what follows from a bad
+plan in hindsight.py, and the alarm for when no decision comes in watchdog.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
-import numpy as np
-
-from switchgear.placement.byte_bucket import ByteBucket
 from switchgear.placement.cost_model import CostModel
 from switchgear.placement.counters import Counters
 from switchgear.placement.epochs import Epochs, same_place
@@ -26,35 +24,32 @@ from switchgear.placement.events import (
     Outcome,
     PlacementAction,
     PlanReply,
-    PlanRequest,
     RestartPlanner,
     Settle,
-    TellRank,
     WakeRanks,
 )
 from switchgear.placement.hindsight import Hindsight
 from switchgear.placement.migration import Migration
+from switchgear.placement.migrations import Migrations
 from switchgear.placement.observer import LoadObserver, Window
-from switchgear.placement.plan import PlacementPlan, moves_between
+from switchgear.placement.plan import PlacementPlan
+from switchgear.placement.plan_requests import Pins, PlanRequests
 from switchgear.placement.planning import Planning
-from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.route import route_to
 from switchgear.placement.settings import PlacementSettings
-from switchgear.placement.topology import Topology
 from switchgear.placement.watchdog import Watchdog
 from switchgear_runtime.errors import ConfigError, RequestError
-from switchgear_runtime.messages import DropMap, MapRefused, MapStaged, StepFrame
+from switchgear_runtime.messages import MapRefused, MapStaged, StepFrame
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.system import System
 
-WINDOWS_KEPT = 8  # that policies forecast from
-STAGE_GRACE_S = 30.0  # beside what the bytes take, until a migration is dropped
 OFF_PLANS_NOTHING = "placement='off' plans nothing; start with another, or apply a map"
-STAGE_SLOWNESS = 4.0  # times the budgeted rate: a migration slower than that is dropped
 
 
 class PlacementController:
-    """See the module's text. `initial`: the map of the first generation; None: the contiguous one."""
+    """See the module's text. `initial`: the map of the first generation; None: the contiguous one. `oldest_version`: see
+    Versioning."""
 
     def __init__(
         self,
@@ -65,26 +60,22 @@ class PlacementController:
         num_experts: int,
         system: System,
         initial: ExpertMap | None = None,
+        oldest_version: Callable[[], int] | None = None,
     ) -> None:
         self.settings = settings
         self.counters = Counters()
         self.hindsight = Hindsight()
         self.watchdog = Watchdog(settings.patience_s, settings.window_s)
-        self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
-        self.pinned: dict[tuple[int, int], tuple[int, ...]] = {}
         self.last_reason = "no window of load has closed yet"
         self._system = system
-        self._cost = cost
         self.shape = (num_layers, num_experts)
-        self._epochs = Epochs(num_layers, num_experts, initial)
+        epochs = Epochs(num_layers, num_experts, initial)
+        self._migrations = Migrations(settings, cost, epochs, system.now(), oldest_version)
+        self._requests = PlanRequests(settings, cost, self.shape)
         self._observer = LoadObserver(num_layers, num_experts, settings.window_s)
-        self._bucket = ByteBucket(settings.bytes_per_s, settings.window_s, system.now())
         self._generation: int | None = None  # None: no generation is whole
         self._hosts: tuple[str, ...] = ()
         self._planning: Planning | None = None
-        self._migration: Migration | None = None
-        self._dropped: dict[int, Migration] = {}  # of this generation: they may flip all the same
-        self._num_requests = 0
         self._step = 0  # the latest of this generation
 
     # --- what others ask --------------------------------------------------------------------------------------------
@@ -97,18 +88,31 @@ class PlacementController:
     def state(self) -> str:
         if self._generation is None:
             return "waiting"
-        if self._migration is not None:
+        if self.migration is not None:
             return "migrating"
         return "planning" if self._planning is not None else "observing"
 
     @property
     def migration(self) -> Migration | None:
-        return self._migration
+        return self._migrations.under_way
+
+    @property
+    def windows(self) -> deque[Window]:
+        return self._requests.windows
+
+    @property
+    def pinned(self) -> Pins:
+        return self._requests.pinned
+
+    @property
+    def versions(self) -> ModelVersions:
+        """In force, with `expert_map`."""
+        return self._migrations.versioning.in_force
 
     @property
     def expert_map(self) -> ExpertMap | None:
         """In force, or what the next generation begins with."""
-        return self._epochs.current
+        return self._migrations.epochs.current
 
     @property
     def epoch(self) -> int:
@@ -116,7 +120,7 @@ class PlacementController:
 
     @property
     def byte_budget(self) -> int | None:
-        return self._bucket.available(self._system.now())
+        return self._migrations.bucket.available(self._system.now())
 
     def alarm(self) -> str | None:
         return self.watchdog.alarm(self._system.now())
@@ -124,17 +128,20 @@ class PlacementController:
     def next_deadline(self) -> float | None:
         if self._generation is None:
             return None
-        waits = [wait.deadline_s for wait in (self._planning, self._migration) if wait is not None]
+        waits = [wait.deadline_s for wait in (self._planning, self.migration) if wait is not None]
         if self._observer.due_s is not None:
             waits.append(self._observer.due_s)
         elif not waits and self.watchdog.retry_at_s is not None:
             waits.append(self.watchdog.retry_at_s)
+        if self.state == "observing" and (look_at_s := self._migrations.versioning.look_at_s) is not None:
+            waits.append(look_at_s)
         return min(waits, default=None)
 
     def next_map(self, num_ranks: int) -> ExpertMap:
         """What the next generation begins with."""
         columns = self.settings.columns(*self.shape, num_ranks)
-        return self._epochs.next_generation(num_ranks, columns, self.settings.pool_slots(*self.shape, num_ranks))
+        pool_slots = self.settings.pool_slots(*self.shape, num_ranks)
+        return self._migrations.epochs.next_generation(num_ranks, columns, pool_slots)
 
     # --- generations ------------------------------------------------------------------------------------------------
 
@@ -143,7 +150,7 @@ class PlacementController:
         assert self.expert_map is not None
         assert self.expert_map.num_ranks == len(hosts)
         self._generation, self._hosts, self._step = generation, hosts, 0
-        self._dropped.clear()
+        self._migrations.begin_generation()
         self._observer.begin(len(hosts))
         return []
 
@@ -155,7 +162,7 @@ class PlacementController:
         if self._planning is not None:
             actions += self._settle(self._planning.ticket, error=f"the generation ended: {reason}")
             self._planning = None
-        if self._migration is not None:
+        if self.migration is not None:
             actions += self._end_migration("dropped", f"the generation ended: {reason}")
         return actions
 
@@ -171,26 +178,20 @@ class PlacementController:
             self._step = frame.step
         if frame.expert_load is not None or frame.expert_rows is not None:
             self._observer.add(self._system.now(), frame.rank, frame.expert_load, frame.expert_rows)
-        return [*self._on_epoch(frame.epoch), *self.tick()]
+        migration = self._migrations.that_ran(frame.epoch)
+        return [*([] if migration is None else self._commit(migration)), *self.tick()]
 
     def on_staged(self, message: MapStaged) -> list[PlacementAction]:
-        migration = self._migration
-        if message.generation != self._generation or migration is None or message.epoch != migration.epoch:
+        migration = self._migrations.answered(message.generation, message.epoch)
+        if migration is None:
             return []
         last = migration.on_staged(message.rank, message.seconds, message.moved_bytes)
         return [WakeRanks()] if last else []
 
     def on_refused(self, message: MapRefused) -> list[PlacementAction]:
-        migration = self._migration
-        if message.generation != self._generation or migration is None or message.epoch != migration.epoch:
+        if self._migrations.answered(message.generation, message.epoch) is None:
             return []
         return self._drop("refused", f"rank {message.rank} refused the map of epoch {message.epoch}: {message.reason}")
-
-    def _on_epoch(self, epoch: int) -> list[PlacementAction]:
-        if self.expert_map is None or epoch <= self.expert_map.epoch:
-            return []
-        flipped = self._migration if self._migration and self._migration.epoch == epoch else self._dropped.get(epoch)
-        return [] if flipped is None else self._commit(flipped)
 
     # --- events of the planner --------------------------------------------------------------------------------------
 
@@ -242,21 +243,27 @@ class PlacementController:
         """Act on the deadlines that have passed."""
         now = self._system.now()
         actions: list[PlacementAction] = []
-        planning, migration, due_s = self._planning, self._migration, self._observer.due_s
+        planning, migration, due_s = self._planning, self.migration, self._observer.due_s
         if planning is not None and planning.deadline_s <= now:
             self._planning = None
             self.counters.planner_restarts += 1
             reason = f"the planner did not answer within {self.settings.plan_timeout_s:g} s"
             actions += [RestartPlanner(reason), *self._round_failed(planning, reason)]
         if migration is not None and migration.deadline_s <= now:
-            late = migration.waits_for()
-            who = f"ranks {late} did not stage it" if late else "no step ran on it"
-            actions += self._drop(
-                "dropped", f"the map of epoch {migration.epoch}: {who} within {now - migration.begun_s:.0f} s"
-            )
+            actions += self._drop("dropped", migration.late(now))
         if due_s is not None and due_s <= now and self._generation is not None:
             actions += self._close_window(now)
-        return [*actions, *self._retry(now)]
+        actions += self._retry(now)
+        return [*actions, *self._settle_versions(now)]
+
+    def _settle_versions(self, now: float) -> list[PlacementAction]:
+        """The ranks forget those that nobody needs any more."""
+        versions = self._migrations.versioning.settled(now) if self.state == "observing" else None
+        if versions is None:
+            return []
+        assert self.expert_map is not None
+        self.last_reason = f"no sequence has a model version before {versions.oldest}"
+        return self._migrate((self.expert_map,), None, None, versions)
 
     def _retry(self, now: float) -> list[PlacementAction]:
         """The round that failed, on the same windows, unless load is coming that will close another."""
@@ -269,7 +276,7 @@ class PlacementController:
             return []
         self.watchdog.due(now)
         self.hindsight.window_closed()
-        if self._planning is not None or self._migration is not None:
+        if self._planning is not None or self.migration is not None:
             return []
         return self._ask(window_is_new=True)
 
@@ -296,96 +303,84 @@ class PlacementController:
             return self._settle(ticket, error=str(refusal))
         return self._migrate(route, None, ticket)
 
-    def pin(self, pins: dict[tuple[int, int], tuple[int, ...]]) -> None:
+    def load_expert(self, ticket: int, layer: int, expert: int, path: str, sha256: str) -> list[PlacementAction]:
+        """A version of the model in which this expert has the weights of a file, for the sequences to come."""
+        if error := self._why_busy():
+            return self._settle(ticket, error=error)
+        assert self.expert_map is not None
+        try:
+            versions = self._migrations.versioning.loaded(layer, expert, path, sha256)
+        except ConfigError as refusal:
+            return self._settle(ticket, error=str(refusal))
+        self.last_reason = f"model version {versions.latest}: layer {layer} expert {expert} from {path}"
+        return self._migrate((self.expert_map,), None, ticket, versions)
+
+    def pin(self, pins: Pins) -> None:
         """Replace all pins: plans from now on put these experts exactly there. ConfigError if none could."""
         if self.expert_map is None or not self._hosts:
             raise RequestError(
                 "no generation of ranks was whole yet, to check pins against; retry in a moment", status=409
             )
-        self._problem(1, pins).check(self.expert_map)
-        self.pinned = dict(pins)
+        self._requests.pin(pins, self.expert_map, self._hosts, self.byte_budget)
 
     def _why_busy(self) -> str:
         if self._generation is None:
             return "no generation of ranks is whole; retry in a moment"
-        if self._migration is not None:
-            return f"a migration to epoch {self._migration.epoch} is under way; retry when it has ended"
+        if self.migration is not None:
+            return f"a migration to epoch {self.migration.epoch} is under way; retry when it has ended"
         return "a plan is being made; retry in a moment" if self._planning is not None else ""
 
     # --- steps ------------------------------------------------------------------------------------------------------
-
-    def _problem(self, num_steps: int, pins: dict[tuple[int, int], tuple[int, ...]]) -> PlacementProblem:
-        num_ranks, settings = len(self._hosts), self.settings
-        return PlacementProblem(
-            topology=Topology(num_ranks=num_ranks, hosts=self._hosts),
-            slots_per_rank=settings.columns(*self.shape, num_ranks),
-            pool_slots=settings.pool_slots(*self.shape, num_ranks),
-            cost=self._cost,
-            byte_budget=self.byte_budget,
-            replica_budget_per_layer=settings.replicas_per_layer,
-            pinned=pins,
-            num_steps=num_steps,
-        )
 
     def _ask(
         self, *, window_is_new: bool = False, dry: bool = False, ticket: int | None = None
     ) -> list[PlacementAction]:
         assert self.expert_map is not None
-        self._num_requests += 1
-        now, open_window = self._system.now(), self._observer.peek(self._system.now())
-        windows = [*self.windows, *([] if open_window is None else [open_window])][-WINDOWS_KEPT:]
-        loads = [window.routed_LE for window in windows] or [np.zeros(self.shape, np.int64)]
-        pins = {at: on for at, on in self.pinned.items() if max(on) < len(self._hosts)}
-        request = PlanRequest(
-            request_id=self._num_requests,
-            policy=self.settings.planning_policy,
-            windows_WLE=np.stack(loads),
-            current=self.expert_map,
-            problem=self._problem(windows[-1].num_steps if windows else 1, pins),
+        now = self._system.now()
+        request = self._requests.make(
+            self.expert_map,
+            self._hosts,
+            self.byte_budget,
+            open_window=self._observer.peek(now),
             previous=self.hindsight.replaced if window_is_new else None,
         )
         self._planning = Planning(request, now + self.settings.plan_timeout_s, window_is_new, dry, ticket)
         return [AskPlanner(request)]
 
     def _migrate(
-        self, route: tuple[ExpertMap, ...], plan: PlacementPlan | None, ticket: int | None
+        self,
+        route: tuple[ExpertMap, ...],
+        plan: PlacementPlan | None,
+        ticket: int | None,
+        versions: ModelVersions | None = None,
     ) -> list[PlacementAction]:
-        """To the first map of the route, and from there on."""
-        assert self.expert_map is not None
-        now = self._system.now()
-        expert_map = route[0].with_epoch(self._epochs.new())
-        moves = moves_between(self.expert_map, expert_map, Topology(num_ranks=len(self._hosts), hosts=self._hosts))
-        num_bytes = len(moves) * self._cost.expert_bytes
-        self._bucket.take(num_bytes, now)
-        rate = self.settings.bytes_per_s
-        deadline_s = now + STAGE_GRACE_S + (0.0 if rate is None else STAGE_SLOWNESS * num_bytes / rate)
-        self._migration = Migration(expert_map, route[1:], plan, moves, num_bytes, now, deadline_s, ticket)
+        """See Migrations.begin."""
         assert self._generation is not None
-        return [TellRank(*order) for order in self._migration.orders(self._generation, rate)]
+        return self._migrations.begin(
+            route, plan, ticket, versions, generation=self._generation, hosts=self._hosts, now_s=self._system.now()
+        )
 
     def _commit(self, migration: Migration) -> list[PlacementAction]:
         self.counters.committed(len(migration.moves), migration.num_bytes, self._system.now())
-        self.hindsight.committed(None if migration.plan is None else self.expert_map)
-        self._epochs.current = migration.expert_map
-        actions: list[PlacementAction] = [Committed(migration.expert_map)]
-        if migration is self._migration:
-            self._migration = None
+        if migration.versions is self.versions:
+            self.hindsight.committed(None if migration.plan is None else self.expert_map)
+        self._migrations.commit(migration, self._system.now())
+        actions: list[PlacementAction] = [Committed(migration.expert_map, migration.versions)]
+        if migration is self.migration:
+            self._migrations.over(self._system.now())
             if migration.rest:
                 return [*actions, *self._migrate(migration.rest, None, migration.ticket)]
             self.watchdog.done(self._system.now())
             actions += self._settle(migration.ticket, plan=migration.plan)
+        elif self.migration is not None and not self.migration.versions.follows(migration.versions):
+            actions += self._drop("dropped", f"epoch {migration.epoch}, which was given up, is in force after all")
         return actions
 
     def _drop(self, how: str, reason: str) -> list[PlacementAction]:
-        """Tell every rank to forget the map; the old epoch stays in force."""
-        assert self._migration is not None
-        assert self._generation is not None
-        drop = DropMap(self._generation, self._migration.epoch)
-        self._dropped[self._migration.epoch] = self._migration
-        return [*(TellRank(rank, drop) for rank in range(len(self._hosts))), *self._end_migration(how, reason)]
+        return [*self._migrations.drop(), *self._end_migration(how, reason)]
 
     def _end_migration(self, how: str, reason: str) -> list[PlacementAction]:
-        migration, self._migration = self._migration, None
+        migration = self._migrations.over(self._system.now())
         assert migration is not None
         self.counters.migrations[how] += 1
         self.last_reason = reason
@@ -396,4 +391,4 @@ class PlacementController:
     def _settle(
         self, ticket: int | None, *, plan: PlacementPlan | None = None, error: str = ""
     ) -> list[PlacementAction]:
-        return [] if ticket is None else [Settle(ticket, Outcome(plan, self.epoch, error))]
+        return [] if ticket is None else [Settle(ticket, Outcome(plan, self.epoch, error, self.versions.latest))]

@@ -11,6 +11,7 @@ from switchgear.placement.plan import PlacementPlan
 from switchgear.placement.problem import PlacementProblem
 from switchgear_runtime.messages import ToRank
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ModelVersions
 
 Int64 = NDArray[np.int64]
 
@@ -82,18 +83,20 @@ class WakeRanks:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """All ranks compute with this map."""
+    """All ranks compute with this map and these model versions; new sequences get the latest of them."""
 
     expert_map: ExpertMap
+    versions: ModelVersions
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an operator's order ended. `error` empty: as asked for."""
+    """How an operator's order ended. `error` empty: as asked for. `version`: of the model, that new sequences get."""
 
     plan: PlacementPlan | None = None
     epoch: int = 0
     error: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

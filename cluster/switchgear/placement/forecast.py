@@ -19,10 +19,10 @@ Float64 = NDArray[np.float64]
 
 KEEPS = (0.0, 0.35, 0.6, 0.8, 0.9)
 PRIOR_WINDOWS = 1.0  # of evidence that the middle one is right, so that few windows do not decide
-TREND_WINDOWS, PAST_WINDOWS = 2, 5
-SCENARIO_WEIGHT = 0.2  # of each beside the forecast
-DRIFT_MAX = 4.0  # of an expert's load, as a factor
-DRIFT_FLOOR = 0.02  # of the mean load, so that a few tokens more are no drift
+SCENARIOS_MAX = 8
+BACK_WINDOWS = (2, 5)
+DRIFT_MAX = 4.0  # of an expert's share, as a factor
+DRIFT_FLOOR = 0.02  # of the mean share, so that a few tokens more are no drift
 
 
 def forecast(windows_WLE: Int64) -> Float64:
@@ -61,23 +61,29 @@ def forecast(windows_WLE: Int64) -> Float64:
     return load_LE
 
 
-def scenarios_around(load_LE: Float64, windows_WLE: Int64) -> list[tuple[float, Float64]]:
-    """(weight, load): the forecast, what if the drift of the last windows goes on, and what if it turns back."""
-    if len(windows_WLE) < 2:
-        return [(1.0, load_LE)]
-    trend_LE, past_LE = (_drift(windows_WLE, back) for back in (TREND_WINDOWS, PAST_WINDOWS))
-    others = [load_LE * trend_LE, load_LE / trend_LE, load_LE / past_LE]
-    sizes_L1 = load_LE.sum(axis=1, keepdims=True)
-    sized = [other * (sizes_L1 / np.maximum(other.sum(axis=1, keepdims=True), 1e-300)) for other in others]
-    return [(1.0 - len(sized) * SCENARIO_WEIGHT, load_LE), *((SCENARIO_WEIGHT, other) for other in sized)]
+def scenarios_around(
+    load_LE: Float64, windows_WLE: Int64, count_max: int = SCENARIOS_MAX
+) -> list[tuple[float, Float64]]:
+    """(weight, load): the forecast; what if experts' loads change once more as they did from one of the last windows to
+    the next, latest first; and what if what has changed for some windows turns back. All weigh the same: what has happened
+    is what may happen."""
+    sizes_WL1 = windows_WLE.sum(axis=2, keepdims=True).astype(np.float64)
+    shares_WLE = windows_WLE / np.where(sizes_WL1 > 0, sizes_WL1, 1.0) + DRIFT_FLOOR / windows_WLE.shape[2]
+    known_WL1 = sizes_WL1 > 0
+    last = len(windows_WLE) - 1
 
+    def factor_LE(then: int, now: int) -> Float64:
+        known_L1 = known_WL1[then] & known_WL1[now]
+        drift_LE = np.clip(shares_WLE[now] / shares_WLE[then], 1.0 / DRIFT_MAX, DRIFT_MAX)
+        return np.asarray(np.where(known_L1, drift_LE, 1.0))
 
-def _drift(windows_WLE: Int64, back: int) -> Float64:
-    """By which factor each expert's load has changed in so many windows."""
-    then_LE, now_LE = (windows_WLE[index].astype(np.float64) for index in (max(0, len(windows_WLE) - 1 - back), -1))
-    then_LE, now_LE = (load + DRIFT_FLOOR * load.mean(axis=1, keepdims=True) for load in (then_LE, now_LE))
-    ratio_LE = np.divide(now_LE, then_LE, out=np.ones_like(now_LE), where=(then_LE > 0) & (now_LE > 0))
-    return np.asarray(np.clip(ratio_LE, 1.0 / DRIFT_MAX, DRIFT_MAX))
+    back = [1.0 / factor_LE(last - windows, last) for windows in BACK_WINDOWS if windows <= last]
+    again = [factor_LE(now - 1, now) for now in range(last, 0, -1)][: max(1, count_max - 1 - len(back))]
+    loads = [load_LE]
+    for changed_LE in (load_LE * factor for factor in (*again, *back)):
+        scale_L1 = load_LE.sum(axis=1, keepdims=True) / np.maximum(changed_LE.sum(axis=1, keepdims=True), 1e-300)
+        loads.append(changed_LE * scale_L1)
+    return [(1.0 / len(loads), load) for load in loads]
 
 
 def _prior(loss_KL: Float64, evidence_L: Float64) -> Float64:

@@ -4,6 +4,7 @@ Once a layer is even for the load that is foretold, its free slots get replicas 
 replica, so that the router can level what nobody foretold: rows flow between two ranks if they hold replicas of one
 expert, and along chains of such ranks. So a replica goes to a low rank that is not yet connected with its expert's
 ranks. A replica whose expert would be far below the hottest even without it is stale and makes room first.
+At last replicas are swapped where ranks have little slack (slack_reference.py).
 
 Letters: E logical experts, R ranks.
 """
@@ -18,6 +19,7 @@ from switchgear.placement.layer_reference import (
     LayerProblem,
     Path,
 )
+from switchgear.placement.slack_reference import widen_slack
 
 SETTLE_SWEEPS_FIRST = 10
 STALE = 0.8  # of the largest rows a replica has
@@ -25,7 +27,7 @@ CONNECTED = 0.5  # of the mean level
 
 
 def insure(problem: LayerProblem, stale_max: int) -> Path:
-    """By the first scenario. The path has two points, the start and the end."""
+    """By the first scenario. The path has three points: the start, filled, and swapped."""
     layer, path = Layer(problem), Path()
     layer.settle(SETTLE_SWEEPS_FIRST)
     path.moves.append(layer.moves)
@@ -59,6 +61,10 @@ def insure(problem: LayerProblem, stale_max: int) -> Path:
         joined = component_R[best]
         component_R = [home if component == joined else component for component in component_R]
         layer.settle_scenario(0, SETTLE_SWEEPS)  # the others once, at the end
+    layer.settle(SETTLE_SWEEPS_FIRST)
+    path.moves.append(layer.moves)
+    path.level_max.append(layer.expected_max())
+    widen_slack(layer, 2, path)
     layer.settle(SETTLE_SWEEPS_FIRST)
     path.moves.append(layer.moves)
     path.level_max.append(layer.expected_max())

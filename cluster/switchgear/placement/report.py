@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from switchgear.placement.controller import PlacementController
 from switchgear.placement.events import Outcome
 from switchgear.placement.migration import Migration
 from switchgear.placement.observer import Window
-from switchgear.placement.status import MigrationStatus, OrderReply, PlacementStatus, WindowStatus
+from switchgear.placement.status import MigrationStatus, OrderReply, PlacementStatus, SwapStatus, WindowStatus
 
 
 def status_of(controller: PlacementController, *, with_map: bool = True) -> PlacementStatus:
     now_s = controller.now_s
     counters, migration = controller.counters, controller.migration
-    expert_map = controller.expert_map
+    expert_map, versions = controller.expert_map, controller.versions
     return PlacementStatus(
         policy=controller.settings.policy,
         state=controller.state,
@@ -36,6 +38,9 @@ def status_of(controller: PlacementController, *, with_map: bool = True) -> Plac
         migration=None if migration is None else _migration(migration, now_s),
         window=_window(controller.windows[-1]) if controller.windows else None,
         expert_map=expert_map.to_json() if with_map and expert_map is not None else None,
+        model_version=versions.latest,
+        oldest_version=versions.oldest,
+        swaps=[SwapStatus(**asdict(swap), settled=swap.version <= versions.oldest) for swap in versions.swaps],
     )
 
 
@@ -43,11 +48,12 @@ def reply_of(outcome: Outcome, *, dry: bool = False) -> OrderReply:
     """Of an order that was not refused."""
     plan = outcome.plan
     if plan is None:
-        return OrderReply(epoch=outcome.epoch, done=True)
+        return OrderReply(epoch=outcome.epoch, done=True, model_version=outcome.version)
     slots_per_rank = plan.expert_map.slots_per_rank
     return OrderReply(
         epoch=outcome.epoch,
         done=not dry,
+        model_version=outcome.version,
         reason=plan.reason,
         moves=[(move.layer, move.expert, move.slot // slots_per_rank, move.source_rank) for move in plan.moves],
         moved_bytes=plan.moved_bytes,
@@ -60,6 +66,7 @@ def reply_of(outcome: Outcome, *, dry: bool = False) -> OrderReply:
 def _migration(migration: Migration, now_s: float) -> MigrationStatus:
     return MigrationStatus(
         epoch=migration.epoch,
+        model_version=migration.versions.latest,
         experts=len(migration.moves),
         bytes=migration.num_bytes,
         seconds=now_s - migration.begun_s,

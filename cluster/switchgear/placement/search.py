@@ -113,10 +113,14 @@ def chosen_presence(
     return np.stack([held(layer, index) for layer, index in enumerate(chosen)])
 
 
-def with_replicas(search: planner.Search) -> tuple[Bool, Float64, Float64]:
-    """Free slots filled: ([L, R, E], seconds of each layer before, and after)."""
+def with_replicas(search: planner.Search, *, filling: float, swapping: float) -> tuple[Bool, Float64, Float64]:
+    """Free slots filled, where that costs a layer no more than this fraction of its predicted time, and then replicas
+    swapped likewise: ([L, R, E], seconds of each layer before, and after)."""
     num_layers, num_ranks, num_experts = search.had_LRE.shape
-    filled = search.insured()
-    held_LP = np.stack([filled.held(layer, 1) for layer in range(num_layers)])
+    paths = search.insured()
+    before_L, filled_L, swapped_L = paths.level_max_LN[:, :3].T
+    point_L = np.where(filled_L <= before_L * (1.0 + filling), 1, 0)
+    point_L = np.where((point_L == 1) & (swapped_L <= filled_L * (1.0 + swapping)), 2, point_L)
+    held_LP = [paths.held(layer, point) for layer, point in enumerate(point_L.tolist())]
     present_LRE = np.stack([presence_of(held_P, num_ranks, num_experts) for held_P in held_LP])
-    return present_LRE, filled.level_max_LN[:, 0], filled.level_max_LN[:, 1]
+    return present_LRE, before_L, paths.level_max_LN[np.arange(num_layers), point_L]

@@ -23,6 +23,8 @@ from switchgear.placement.events import (
     TellRank,
     WakeRanks,
 )
+from switchgear.placement.expert_file import check_place, sha256_of
+from switchgear.placement.in_force import InForce
 from switchgear.placement.planner_process import Planner, PlannerLost
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.messages import FromRank, MapRefused, MapStaged, StepFrame, ToRank
@@ -33,7 +35,8 @@ log = logging.getLogger(__name__)
 
 
 class PlacementService:
-    """`send`, `wake` and `committed` are the cluster's; all calls come on its event loop's thread."""
+    """`send`, `wake` and `committed` are the cluster's; all calls come on its event loop's thread. `file_bytes_max`: of an
+    expert's weights."""
 
     def __init__(
         self,
@@ -43,7 +46,8 @@ class PlacementService:
         system: System,
         send: Callable[[int, ToRank], None],
         wake: Callable[[], None],
-        committed: Callable[[ExpertMap], None],
+        committed: Callable[[Committed], None],
+        file_bytes_max: int = 0,
     ) -> None:
         self.controller = controller
         self._planner = planner
@@ -51,6 +55,7 @@ class PlacementService:
         self._send = send
         self._wake = wake
         self._committed = committed
+        self._file_bytes_max = file_bytes_max
         self._tickets = itertools.count(1)
         self._orders: dict[int, asyncio.Future[Outcome]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,9 +65,9 @@ class PlacementService:
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def begin_map(self, num_ranks: int) -> ExpertMap:
+    def begin(self, num_ranks: int) -> InForce:
         """What a generation that begins now computes with."""
-        return self.controller.next_map(num_ranks)
+        return InForce(self.controller.next_map(num_ranks), self.controller.versions)
 
     @property
     def map_in_force(self) -> dict[str, Any] | None:
@@ -96,6 +101,13 @@ class PlacementService:
 
     async def apply(self, expert_map: ExpertMap) -> Outcome:
         return await self._order(lambda ticket: self.controller.apply(ticket, expert_map))
+
+    async def load_expert(self, layer: int, expert: int, path: str) -> Outcome:
+        """Ends when new sequences get the weights of this file for this expert, or when it is known that they will not.
+        RequestError if the file cannot be an expert's."""
+        check_place(layer, expert, self.controller.shape)
+        sha256 = await asyncio.to_thread(sha256_of, path, self._file_bytes_max)
+        return await self._order(lambda ticket: self.controller.load_expert(ticket, layer, expert, path, sha256))
 
     async def _order(self, give: Callable[[int], list[PlacementAction]]) -> Outcome:
         """The controller settles every ticket, each of its states having a deadline."""
@@ -143,8 +155,9 @@ class PlacementService:
                 case WakeRanks():
                     self._wake()
                 case Committed():
-                    log.info("epoch %d is in force: %s", action.expert_map.epoch, self.controller.last_reason)
-                    self._committed(action.expert_map)
+                    epoch, version = action.expert_map.epoch, action.versions.latest
+                    log.info("epoch %d, model version %d: %s", epoch, version, self.controller.last_reason)
+                    self._committed(action)
                 case Settle():
                     order = self._orders.get(action.ticket)
                     if order is not None and not order.done():

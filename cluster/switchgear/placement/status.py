@@ -24,14 +24,27 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One under way."""
 
     epoch: int
+    model_version: int
     experts: int
     bytes: int
     seconds: float  # since it began
     waits_for_ranks: list[int]
 
 
+class SwapStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An expert that was loaded from a file. `settled`: no running sequence needs the weights it had before."""
+
+    version: int
+    layer: int
+    expert: int
+    path: str
+    sha256: str
+    settled: bool
+
+
 class PlacementStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`expert_map`: ExpertMap.to_json of the map in force. `alarm`: why nobody watches the placement, if so."""
+    """`expert_map`: ExpertMap.to_json of the map in force. `alarm`: why nobody watches the placement, if so.
+    `model_version`: of new sequences; the ranks know those from `oldest_version` on."""
 
     policy: str
     state: str
@@ -55,6 +68,9 @@ class PlacementStatus(msgspec.Struct, frozen=True, kw_only=True):
     migration: MigrationStatus | None
     window: WindowStatus | None
     expert_map: dict[str, Any] | None
+    model_version: int = 0
+    oldest_version: int = 0
+    swaps: list[SwapStatus] = []
 
 
 class OrderReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +78,7 @@ class OrderReply(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: int
     done: bool
+    model_version: int = 0  # of new sequences
     reason: str = ""
     moves: list[tuple[int, int, int, int | None]] = []  # layer, expert, rank, source rank
     moved_bytes: int = 0

@@ -8,6 +8,8 @@ from switchgear.config import ServeConfig
 from switchgear.launcher.base import Launcher
 from switchgear.placement.controller import PlacementController
 from switchgear.placement.cost_model import CostModel
+from switchgear.placement.events import Committed
+from switchgear.placement.expert_file import file_bytes_max
 from switchgear.placement.planner_process import Planner, PlannerProcess
 from switchgear.placement.service import PlacementService
 from switchgear.placement.settings import PlacementSettings
@@ -52,13 +54,21 @@ def make_placement(
         num_experts=spec.num_experts,
         system=system,
         initial=initial,
+        oldest_version=lambda: core.oldest_version,
     )
 
-    def committed(expert_map: ExpertMap) -> None:
-        core.epoch = expert_map.epoch
+    def committed(new: Committed) -> None:
+        core.epoch, core.model_version = new.expert_map.epoch, new.versions.latest
 
-    planner = _planner(launcher)
-    return PlacementService(controller, planner, system=system, send=send, wake=wake, committed=committed)
+    return PlacementService(
+        controller,
+        _planner(launcher),
+        system=system,
+        send=send,
+        wake=wake,
+        committed=committed,
+        file_bytes_max=file_bytes_max(spec),
+    )
 
 
 def cost_of(spec: DecoderSpec, engine: EngineConfig) -> CostModel:

@@ -60,6 +60,7 @@ class ServerCore:
         self.load = LoadTable(facts)
         self.generation = 0
         self.epoch = 0
+        self.model_version = 0  # of new sequences; each keeps the one it began with
         self.draining = False
         self.num_discarded_tokens = 0  # late ones, of sequences that ended or moved
         self.num_carried = 0  # sequences that went on with another rank than they were on
@@ -83,9 +84,16 @@ class ServerCore:
         return len(self._sequences)
 
     @property
+    def oldest_version(self) -> int:
+        """Of the model, that a sequence needs."""
+        return min((one.version for one in self._sequences.values()), default=self.model_version)
+
+    @property
     def system_fingerprint(self) -> str | None:
-        """OpenAI's word for what a seed's tokens depend on beside the request: the ranks' numeric fingerprint."""
-        return self._fingerprint
+        """OpenAI's word for what a seed's tokens depend on beside the request: the ranks' numeric fingerprint, and the
+        model version of a request that comes now."""
+        known = self._fingerprint is not None and self.model_version > 0
+        return f"{self._fingerprint}_v{self.model_version}" if known else self._fingerprint
 
     def check(
         self, prompts: object, params: SamplingParams | Sequence[SamplingParams], *, add_special: bool = True
@@ -282,6 +290,7 @@ class ServerCore:
             tokenizer=self.tokenizer,
             tenant=tenant,
             cache_salt=cache_salt,
+            version=self.model_version,
         )
         self._num_submitted += 1
         self._sequences[sequence.sequence_id] = sequence
@@ -388,13 +397,4 @@ class ServerCore:
             self._give_up_place(sequence)
         if self.observer:
             self.observer.finished(reason, self._system.now() - request.arrival_s)
-        finish = Finish(
-            reason=reason,
-            seed=sequence.sampling.seed,
-            num_prompt_tokens=len(sequence.prompt_token_ids),
-            num_output_tokens=len(sequence.output_token_ids),
-            num_cached_tokens=sequence.num_cached_tokens,
-            stop_reason=stop_reason,
-            error=error,
-        )
-        self._emit(sequence, token_ids or [], text, logprobs, finish)
+        self._emit(sequence, token_ids or [], text, logprobs, sequence.finish(reason, stop_reason, error))

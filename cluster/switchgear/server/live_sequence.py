@@ -12,9 +12,10 @@ import msgspec
 
 from switchgear.server.admission import Admission
 from switchgear.server.detokenizer import Detokenizer
-from switchgear.server.events import FinishReason, TokenLogprob
+from switchgear.server.events import Finish, FinishReason, TokenLogprob
 from switchgear.server.stop_strings import StopStrings
 from switchgear.tokenizer import Tokenizer
+from switchgear_runtime.errors import SwitchgearError
 from switchgear_runtime.messages import PromptLogprobs, Submit, TokenOutput, WireSampling
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class LiveSequence:
     stops: StopStrings
     tenant: str
     cache_salt: str
+    version: int = 0  # of the model, to the end
     rank: int | None = None  # while it waits for one
     incarnation: int = 0  # how often it was sent to a rank
     num_unanswered_bytes: int = 0  # of its last Submit, until the first token
@@ -64,6 +66,7 @@ class LiveSequence:
         tokenizer: Tokenizer | None,
         tenant: str,
         cache_salt: str,
+        version: int,
     ) -> LiveSequence:
         """One choice of an admitted prompt."""
         params = admission.params
@@ -80,6 +83,7 @@ class LiveSequence:
             stops=StopStrings(params.stop, include_in_output=params.include_stop_str_in_output),
             tenant=tenant,
             cache_salt=cache_salt,
+            version=version,
         )
 
     def submit(self) -> Submit:
@@ -95,6 +99,7 @@ class LiveSequence:
             sampling=sampling,
             tenant=self.tenant,
             cache_salt=self.cache_salt,
+            version=self.version,
         )
 
     @property
@@ -145,6 +150,18 @@ class LiveSequence:
         if stopped_by_token:
             return text, "stop", token.token_id if token.token_id in self.stop_token_ids else None
         return text, "length", None
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None, error: SwitchgearError | None) -> Finish:
+        """What its caller is told at the end."""
+        return Finish(
+            reason=reason,
+            seed=self.sampling.seed,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_output_tokens=len(self.output_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            stop_reason=stop_reason,
+            error=error,
+        )
 
 
 def token_logprob(token: TokenOutput) -> TokenLogprob | None:

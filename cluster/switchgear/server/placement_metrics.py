@@ -32,6 +32,14 @@ class PlacementCollector(Collector):
             "steps_since_commit": ("Steps since a map was last committed.", float(status.steps_since_commit)),
             "hold_windows": ("Windows still to pass without a move.", float(status.hold_windows)),
             "migrating": ("1 while experts move.", float(status.migration is not None)),
+            "model_version": (
+                "Of the model, that new sequences get; 0 is the checkpoint.",
+                float(status.model_version),
+            ),
+            "live_swaps": (
+                "Experts loaded from files whose weights before some running sequence may need.",
+                float(sum(not swap.settled for swap in status.swaps)),
+            ),
         }
         if status.plan_age_s is not None:
             gauges["plan_age_seconds"] = ("Since a map was last committed.", status.plan_age_s)

@@ -1,4 +1,4 @@
-"""The admin routes of placement: show, plan, apply, rebalance, pin. The key is checked in auth.py."""
+"""The admin routes of placement: show, plan, apply, rebalance, load-expert, pin. The key is checked in auth.py."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     pins: list[Pin]
 
 
+class LoadExpert(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`path`: of a safetensors file, absolute, as the server and every rank see it."""
+
+    layer: int
+    expert: int
+    path: str
+
+
 class PlacementRoutes:
     def __init__(self, frontend: Frontend, placement: PlacementService) -> None:
         self._frontend = frontend
@@ -46,6 +54,7 @@ class PlacementRoutes:
             Route(f"{base}/plan", self.plan, methods=["POST"]),
             Route(f"{base}/rebalance", self.rebalance, methods=["POST"]),
             Route(f"{base}/apply", self.apply, methods=["POST"]),
+            Route(f"{base}/load-expert", self.load_expert, methods=["POST"]),
             Route(f"{base}/pin", self.pin, methods=["PUT"]),
         ]
 
@@ -71,6 +80,11 @@ class PlacementRoutes:
         except (ConfigError, msgspec.DecodeError) as error:
             raise RequestError(str(error)) from None
         return _reply(await self._placement.apply(expert_map))
+
+    async def load_expert(self, request: Request) -> Response:
+        """Answers once new sequences get the file's weights; running ones keep those they began with."""
+        body = await self._frontend.read_json(request, LoadExpert)
+        return _reply(await self._placement.load_expert(body.layer, body.expert, body.path))
 
     async def pin(self, request: Request) -> Response:
         """The body has all pins; none of the earlier ones stays."""

@@ -123,6 +123,7 @@ PHASES = (
     "attention products",
     "attention",
     "router",
+    "load recording",
     "replicas",
     "dispatch",
     "experts",

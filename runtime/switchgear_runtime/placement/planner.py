@@ -21,6 +21,7 @@ Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 NUM_THREADS = 2
 UNLIMITED = 1 << 40
+SLACK_SWAPS_MAX = 8  # csrc/placement/slack.cpp
 
 
 class _SearchArgs(ctypes.Structure):
@@ -128,9 +129,10 @@ class Search:
         return self._run(_core().sg_placement_search, 4 * self.steps_max)
 
     def insured(self) -> Paths:
-        """Two points: the start, and with free slots filled once at most `steps_max` (> 0) stale replicas are gone."""
-        assert self.steps_max > 0
-        return self._run(_core().sg_placement_insure, self.steps_max + self.held_LP.shape[1])
+        """Three points: the start; with free slots filled, once at most `steps_max` (> 1) stale replicas are gone; and with
+        replicas swapped where ranks have little slack."""
+        assert self.steps_max > 1
+        return self._run(_core().sg_placement_insure, self.steps_max + self.held_LP.shape[1] + 2 * SLACK_SWAPS_MAX)
 
     def _run(self, call: Callable[..., int], edits_max: int) -> Paths:
         num_layers, num_ranks, num_experts = self.had_LRE.shape

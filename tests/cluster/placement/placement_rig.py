@@ -22,6 +22,7 @@ from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.worker import answer
 from switchgear_runtime.messages import DropMap, MapRefused, MapStaged, RankStats, StageMap, StepFrame
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.system import RealSystem
 
 COST = CostModel(expert_bytes=1000, row_flops=3e5)
@@ -58,7 +59,9 @@ class Rig:
             num_experts=num_experts,
             system=self.system,
             initial=initial,
+            oldest_version=lambda: self.oldest_live,
         )
+        self.oldest_live = 0  # model version that a sequence needs
         self.num_ranks = num_ranks
         self.shape = (num_layers, num_experts)
         self.generation = 0
@@ -68,6 +71,7 @@ class Rig:
         self.requests: list[PlanRequest] = []
         self.told: list[tuple[int, object]] = []
         self.committed: list[ExpertMap] = []
+        self.versions: list[ModelVersions] = []  # of each commit
         self.outcomes: dict[int, Outcome] = {}
         self.num_restarts = 0
         self.rank_epoch = 0
@@ -139,6 +143,7 @@ class Rig:
                         self.frame()
                 case Committed():
                     self.committed.append(action.expert_map)
+                    self.versions.append(action.versions)
                 case RestartPlanner():
                     self.num_restarts += 1
                 case Settle():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from placement_rig import COST, Rig, skewed
 
-from switchgear.placement.controller import STAGE_GRACE_S
 from switchgear.placement.events import PlanReply, PlanRequest
+from switchgear.placement.migration import STAGE_GRACE_S
 from switchgear.placement.problem import PlacementProblem
 from switchgear.placement.settings import PlacementSettings
 from switchgear.placement.topology import Topology

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from switchgear.placement.forecast import forecast, scenarios_around
+from switchgear.placement.forecast import SCENARIOS_MAX, forecast, scenarios_around
 
 RNG_SEED = 7
 
@@ -67,3 +67,27 @@ def test_scenarios_keep_the_size_and_weigh_one() -> None:
     for _, scenario in scenarios:
         assert (scenario >= 0).all()
         np.testing.assert_allclose(scenario.sum(axis=1), load.sum(axis=1))
+
+
+def test_scenarios_are_what_happened_lately() -> None:
+    """The last window is the forecast here. Expert 2 doubled and expert 3 halved: once more, or back again."""
+    windows = np.array([[[800, 200, 1000, 2000]], [[400, 600, 1000, 2000]], [[400, 600, 2000, 1000]]])
+    load = windows[-1].astype(float)
+    scenarios = scenarios_around(load, windows)
+    assert {weight for weight, _ in scenarios} == {1 / 4}
+    latest, before, back = (scenario[0] for _, scenario in scenarios[1:])
+    np.testing.assert_allclose(latest[2] / latest[3], 2.0 * 4.0, rtol=0.05)
+    np.testing.assert_allclose(before[0] / before[1], (2 / 3) * (1 / 2) / 3, rtol=0.1)
+    np.testing.assert_allclose(back, windows[0, 0], rtol=0.1)
+    rng = np.random.default_rng(RNG_SEED)
+    many = rng.integers(1, 1000, (12, 1, 8))
+    assert len(scenarios_around(many[-1].astype(float), many)) == SCENARIOS_MAX
+    assert len(scenarios_around(many[-1].astype(float), many, 4)) == 4
+
+
+def test_scenarios_take_nothing_from_windows_without_tokens() -> None:
+    windows = np.array([[[5, 5], [0, 0]], [[7, 3], [1, 9]]])
+    load = windows[-1].astype(float)
+    _, (_, changed) = scenarios_around(load, windows)
+    assert changed[1].tolist() == load[1].tolist()
+    assert changed[0].tolist() != load[0].tolist()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
+import os
+import re
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,11 +18,14 @@ from rich.console import Console
 
 from switchgear.config import ServeConfig
 from switchgear.placement.controller import PlacementController
-from switchgear.placement.events import PlanReply, PlanRequest
+from switchgear.placement.events import Committed, PlanReply, PlanRequest
 from switchgear.placement.planner_process import PlannerLost
+from switchgear.placement.report import status_of
 from switchgear.placement.service import PlacementService
 from switchgear.placement.settings import PlacementSettings
+from switchgear.placement.status import PlacementStatus
 from switchgear.placement.worker import answer
+from switchgear.placement_text import status_lines
 from switchgear.server.app import create_app
 from switchgear.server.core import ServerCore
 from switchgear.server.limits import ModelFacts
@@ -78,15 +85,19 @@ class Served:
             system=system,
             send=self.rank_hears,
             wake=self.ranks_step,
-            committed=lambda expert_map: setattr(self.core, "epoch", expert_map.epoch),
+            committed=self.committed,
+            file_bytes_max=1000,
         )
-        self.epoch = self.service.begin_map(NUM_RANKS).epoch
+        self.epoch = self.service.begin(NUM_RANKS).expert_map.epoch
         self.core.set_ready(range(NUM_RANKS), generation=1, epoch=self.epoch)
         self.service.on_ready(
             GenerationDescriptor(term=1, generation=1, world_size=NUM_RANKS, epoch=self.epoch, channel="c")
         )
         app = create_app(self.core, model_name="toy", api_key="user", admin_key=admin_key, placement=self.service)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://toy")
+
+    def committed(self, new: Committed) -> None:
+        self.core.epoch, self.core.model_version = new.expert_map.epoch, new.versions.latest
 
     def rank_hears(self, rank: int, message: ToRank) -> None:
         if isinstance(message, StageMap):
@@ -119,6 +130,9 @@ class Served:
             while not true():
                 await asyncio.sleep(0.01)
 
+    def status(self) -> PlacementStatus:
+        return status_of(self.controller)
+
     async def admin(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         response = await self.http.request(method, f"/admin/placement{path}", json=body, headers=ADMIN)
         return response.status_code, response.json()
@@ -144,6 +158,7 @@ def test_admin_routes_have_a_key_of_their_own() -> None:
                 ("GET", ""),
                 ("POST", "/rebalance"),
                 ("POST", "/apply"),
+                ("POST", "/load-expert"),
                 ("PUT", "/pin"),
                 ("GET", "/x"),
             ):
@@ -228,6 +243,60 @@ def test_pins_are_set_and_cleared() -> None:
         assert served.controller.pinned == {(1, 5): (0,)}
         _, shown = await served.admin("PUT", "/pin", {"pins": []})
         assert shown["pinned"] == []
+
+    run(scenario, policy="static")
+
+
+def test_load_expert_makes_a_version_that_status_metrics_and_top_show(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.safetensors"
+    path.write_bytes(b"weights")
+
+    async def scenario(served: Served) -> None:
+        body = {"layer": 1, "expert": 5, "path": str(path)}
+        status, done = await served.admin("POST", "/load-expert", body)
+        assert (status, done["done"], done["model_version"], served.core.model_version) == (200, True, 1, 1)
+        _, shown = await served.admin("GET", "")
+        (swap,) = shown["swaps"]
+        assert swap == {**body, "version": 1, "sha256": hashlib.sha256(b"weights").hexdigest(), "settled": False}
+        assert (shown["model_version"], shown["oldest_version"]) == (1, 0)
+        assert "(beside the weights before)" in "\n".join(status_lines(served.status()))
+        text = (await served.http.get("/metrics", headers=USER)).text
+        assert 'switchgear:placement_model_version{model_name="toy"} 1.0' in text
+        assert 'switchgear:placement_live_swaps{model_name="toy"} 1.0' in text
+        console = io.StringIO()
+        Console(width=120, file=console).print(view(Snapshot.of(text, b"{}", 1.0), None))
+        assert "model version 1 (1 live swaps)" in console.getvalue()
+        await served.until(lambda: served.controller.versions.oldest == 1)  # no sequence runs
+        lines = "\n".join(status_lines(served.status()))
+        assert f"version 1: layer 1 expert 5 from {path}\n" in lines + "\n"
+
+    run(scenario, policy="off")
+
+
+def test_files_that_cannot_be_an_experts_are_refused(tmp_path: Path) -> None:
+    big, pipe = tmp_path / "big", tmp_path / "pipe"
+    big.write_bytes(bytes(1001))
+    os.mkfifo(pipe)
+
+    async def scenario(served: Served) -> None:
+        for changes, told in (
+            ({"path": "relative"}, "absolute"),
+            ({"path": "/" + 2000 * "x"}, "at most 1024"),
+            ({"path": str(tmp_path / "none")}, "No such file"),
+            ({"path": str(tmp_path)}, "cannot be read|is not a file"),
+            ({"path": str(pipe)}, "is not a file"),
+            ({"path": "/zero\0"}, "cannot be read"),
+            ({"path": str(big)}, "1001 bytes; one expert of this model takes at most 1000"),
+            ({"layer": 2}, "the model has 2 .MoE. layers"),
+            ({"expert": -1}, "expert=-1"),
+            ({"why": 1}, "why"),
+        ):
+            status, error = await served.admin(
+                "POST", "/load-expert", {"layer": 0, "expert": 0, "path": "/x", **changes}
+            )
+            assert status == 400, told
+            assert re.search(told, error["error"]["message"]), error
+        assert served.core.model_version == 0
 
     run(scenario, policy="static")
 

@@ -13,7 +13,7 @@ from switchgear.server.core import ServerCore
 from switchgear.server.events import SequenceEvent
 from switchgear.server.live_sequence import DEATHS_MAX
 from switchgear_runtime.errors import RankFailed
-from switchgear_runtime.messages import Parked, PromptLogprobs, StepFrame, TokenOutput
+from switchgear_runtime.messages import Hello, Parked, PromptLogprobs, StepFrame, TokenOutput
 from switchgear_runtime.sampling_params import SamplingParams
 from switchgear_runtime.system import RealSystem
 
@@ -207,3 +207,44 @@ def test_the_last_frames_of_a_rank_that_was_forgotten_bring_it_not_back() -> Non
     hand.frame(1)
     hand.core.on_message(1, Parked(1, 1, 3))
     assert [state.rank for state in hand.core.ranks.states()] == [0]
+
+
+def test_a_sequence_keeps_the_model_version_it_began_with() -> None:
+    hand = deal(2)
+    assert hand.core.oldest_version == 0
+    start(hand, [[5, 6]])
+    hand.core.model_version = 3
+    start(hand, [[5, 6], [7]])
+    assert [hand.submitted[index][1].version for index in range(3)] == [0, 3, 3]
+    assert hand.core.oldest_version == 0
+    rank, _ = hand.submitted[0]
+    hand.play(0, [10])
+    hand.core.model_version = 4
+    die(hand, rank)
+    hand.core.set_ready([1 - rank], generation=2)
+    _, again = hand.submitted[0]
+    assert (again.incarnation, again.version) == (2, 0)
+    hand.play(0, [11], "length", start=1)
+    assert hand.core.oldest_version == 3
+    for index in (1, 2):
+        hand.play(index, [12], "length")
+    assert hand.core.oldest_version == 4
+
+
+def test_the_system_fingerprint_tells_the_model_version() -> None:
+    hand = deal(1)
+    hello = Hello(
+        rank=0,
+        pid=1,
+        fingerprint="numbers",
+        num_kv_blocks=9,
+        block_size=16,
+        max_model_len=99,
+        num_layers=2,
+        num_experts=3,
+    )
+    hand.core.on_message(0, hello)
+    before = hand.core.system_fingerprint
+    assert before is not None
+    hand.core.model_version = 2
+    assert hand.core.system_fingerprint == f"{before}_v2"
