@@ -161,7 +161,7 @@ class PeerTransport(BesideHosts):
 
     def _make_room(self, num_bytes: int, timeout_s: float) -> None:
         """All ranks at once: they have seen the same lengths."""
-        if num_bytes <= self._place_bytes:
+        if self._inboxes and num_bytes <= self._place_bytes:
             return
         # What was taken from the old inboxes has left them, and nobody writes there any more.
         self._finish(self._memory.mark(), time.monotonic() + timeout_s, timeout_s)

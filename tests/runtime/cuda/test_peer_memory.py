@@ -72,6 +72,10 @@ def test_exchanges_arrive_whole(world_size: int) -> None:
 
     def run(rank: int, control: Transport) -> int:
         transport = PeerTransport(control, memories[rank])
+        (nothing,) = transport.exchange(
+            [Parts(torch.empty(0, dtype=torch.uint8), [0] * (world_size + 1))], timeout_s=1.0
+        )
+        assert nothing.offsets == [0] * (world_size + 1)
         crossed = exchange_and_check(transport, rank, world_size, seed)
         for num_bytes in (0, 70_000, 5, 300_000, 1):  # beyond a place: all grow together
             offsets = [num_bytes * peer for peer in range(world_size + 1)]
