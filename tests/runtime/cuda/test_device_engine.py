@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from device_runs import VARIANTS, check_near, run_all
 from reference_kernels import ReferenceKernels
 from scheduling import make_submit
@@ -130,3 +131,21 @@ def test_a_fingerprint_of_its_own(lab: Lab, device: str) -> None:
     assert f"kernels={device}" in prints[0]
     assert prints[0] != prints[1]
     assert make_runner(lab[0], device=device).device == ("cuda:0" if device == "cuda" else "cpu")
+
+
+def test_an_expert_that_comes_from_another_rank(lab: Lab, device: str) -> None:
+    """What one rank gives as bytes is, in the memory another made for it, the same weights on its device."""
+    giver, taker = (make_runner(lab[0], device=device) for _ in range(2))
+    held = giver.held_expert(1, 5)
+    assert held is not None
+    weights = taker.empty_expert(1, 5)
+    for weight, given in zip(weights, held, strict=True):
+        assert weight.data.dtype == given.dtype == torch.uint8
+        weight.data.copy_(given)
+    placement = giver.moe_layers[1].placement
+    assert placement is not None
+    own = placement.find(5, "")
+    assert own is not None
+    for taken, expected in zip(taker._store.on_device(weights), own, strict=True):
+        assert taken.data.device == expected.device
+        assert torch.equal(taken.data, expected)
