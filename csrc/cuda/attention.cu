@@ -113,15 +113,12 @@ struct Attend {
         q[i] = to_float(static_cast<const T*>(a.q_THC)[row.head * a.head_size + i]);
       }
     });
-    if (side_by_side) {
-      attend(block, at, row, block.y);
-      write_part(block, at, row);
-      return;
-    }
-    for (int64_t part = first / PART; part <= last / PART; ++part) {
+    const int64_t first_part = side_by_side ? block.y : first / PART, last_part = side_by_side ? block.y : last / PART;
+    for (int64_t part = first_part; part <= last_part; ++part) {
       attend(block, at, row, part);
-      merge(block, at, part == first / PART);
+      if (!side_by_side) merge(block, at, part == first_part);
     }
+    if (side_by_side) return write_part(block, at, row);
     const auto* sums = block.shared<float>(at.merged());
     const auto* totals = block.shared<float>(at.state()) + 4 * heads;
     block.solo([&](int thread) {

@@ -82,9 +82,12 @@ def check_attention(library: Checked, seed: int) -> None:
     )
     num_blocks = num_seqs * table_width
     limit = table_width * block_size
-    k_stored, k = stored(arena, rng.standard_normal((num_blocks, kv_heads, block_size, size)), dtype)
-    v_stored, v = stored(arena, rng.standard_normal((num_blocks, kv_heads, block_size, size)), dtype)
     tables = arena.put(rng.permutation(num_blocks).reshape(num_seqs, table_width), np.int32)
+    k = rng.standard_normal((num_blocks, kv_heads, block_size, size))
+    if long:  # a part whose scores are far below the others'
+        k[tables[:, : 256 // block_size]] *= 0.01
+    k_stored, k = stored(arena, k, dtype)
+    v_stored, v = stored(arena, rng.standard_normal((num_blocks, kv_heads, block_size, size)), dtype)
     num_tokens = int(rng.integers(1, 4 if long else 7))
     seq_ids = arena.put(rng.integers(0, num_seqs, num_tokens), np.int32)
     positions = arena.put(rng.integers(limit // 2 if long else 0, limit, num_tokens), np.int64)

@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ CSRC = Path(__file__).parents[3] / "csrc"
 FLAGS = "-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-math-errno"
 TRAPS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"  # an index outside an array ends the process
 COMPILE = ("g++", *FLAGS.split(), *TRAPS.split(), "-x", "c++")
-TIMEOUT_S = 30.0
+CPU_S, TIMEOUT_S = 15, 180.0  # of one mutant's checks: some mutants loop for ever
 CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by source, with the number of seeds
     "router.cu": [(checks_routing.check_router, 40)],
     "counters.cu": [(checks_routing.check_counters, 8)],
@@ -46,7 +47,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "payload.cu": [(checks_rows.check_payload, 40), (checks_rows.check_combine, 16)],
     "gemm.cu": [(checks_products.check_gemm, 32), (checks_products.check_row_independence, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
-    "peer.cu": [(checks_peer.check_peers, 12)],
+    "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "sampler.cu": [(checks_sampler.check_sampler, 60)],
     "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
 }
@@ -96,6 +97,17 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("payload.cu", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
     ("payload.cu", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
     ("payload.cu", "if (thread % WARP == 0 && group", "!= 0", "every lane has the same"),
+    ("peer.cu", "int64_t aligned(", "", "spare room; sizes are multiples of 8"),
+    ("peer.cu", "clock_ns() < deadline", "<=", "a nanosecond"),
+    ("peer.cu", "if (thread != 0) return;", "==", "every thread writes the same"),
+    ("peer.cu", "*a.sequence - 1)", "+ 1)", "the same parity"),
+    (
+        "attention.cu",
+        "i < heads * at.size; i += THREADS) {",
+        "<=",
+        "writes beside what is merged, where nothing is needed",
+    ),
+    ("attention.cu", "begin == row.first && begin < end", "<= end", "a part that begins there has a position"),
     ("sampler.cu", "if (!(value >= -infinity()))", "> -inf", "it is -inf already"),
     ("sampler.cu", "if (thread % WARP == 0)", "!= 0", "every lane has the same"),
     (
@@ -240,6 +252,7 @@ class Nursery:
         if child == 0:
             try:
                 os.close(2)
+                resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
                 Arena.traps = True
                 run_checks(source, path)
             except BaseException:  # noqa: BLE001 (whatever it is, the mutant was noticed)
