@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve dev cuda test test-slow test-gpu sanitize lint format type bench peers docs mpi ray-serve lock check clean
+.PHONY: demo serve dev cuda test test-slow test-gpu sanitize sanitize-gpu lint format type bench peers docs mpi ray-serve lock check clean
 
 demo: dev
 	@$(RUN) -m switchgear.demo
@@ -39,8 +39,13 @@ test: dev
 test-slow: dev
 	@$(RUN) -m pytest -q -m "slow and not gpu"
 
+# Builds for this GPU, checks, times, and ends with a table; where there is no usable GPU it says what is missing.
+# Without a virtual environment (Python 3.12, torch 2.11, CUDA 13 will do): python3 bench/gpu_suite.py
 test-gpu: dev
-	@$(RUN) -m pytest -q -m gpu
+	@$(RUN) bench/gpu_suite.py
+
+sanitize-gpu: dev
+	@$(RUN) bench/gpu_suite.py --sanitize --no-bench
 
 # The native programs of CMakeLists.txt under each sanitizer. Threads are ranks there: TSan sees one process.
 sanitize:

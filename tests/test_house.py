@@ -48,6 +48,7 @@ LAYERS = [
     "comm",
     "moe",
     "model",
+    "cuda",
     "model_runner",
     "migration",
     "engine",
@@ -79,6 +80,9 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "moe.rehome",
     "comm.rendezvous",
     "comm.shm",
+    "cuda.facts",
+    "cuda.preflight",
+    "cuda.report",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from switchgear_bench.balance_command import BALANCE
 from switchgear_bench.expert_parallel_command import EXPERT_PARALLEL
+from switchgear_bench.gpu_command import GPU
 from switchgear_bench.kernels_command import KERNELS_BENCH
 from switchgear_bench.live_placement_command import LIVE_PLACEMENT
 from switchgear_bench.migration_command import MIGRATION
@@ -33,6 +34,7 @@ class Benchmark(Protocol):
 BENCHMARKS: dict[str, Benchmark] = {
     "balance": BALANCE,
     "expert-parallel": EXPERT_PARALLEL,
+    "gpu": GPU,
     "kernels": KERNELS_BENCH,
     "migration": MIGRATION,
     "live-placement": LIVE_PLACEMENT,

@@ -128,7 +128,7 @@ class Cluster:
         )
         self._store = RendezvousStore(self._links.send)
         self._submits = SubmitBox(self._send_submits)
-        make = launcher or partial(make_launcher, config, name=self.name, one_host=self.engine.transport == "shm")
+        make = launcher or partial(make_launcher, config, self.engine, name=self.name)
         self.launcher = make(self._on_exit)
         self.placement = make_placement(
             config,

@@ -9,8 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 
+from switchgear_runtime.cuda.facts import gather_facts
+from switchgear_runtime.cuda.report import gpu_report
+
 PACKAGES = ("switchgear", "torch", "ray", "numpy", "msgpack", "msgspec", "tokenizers", "safetensors", "starlette", "uvicorn", "httpx",
-            "mpi4py", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "cupy-cuda12x", "cupy-cuda13x")  # fmt: skip
+            "mpi4py")  # fmt: skip
 
 
 def _package(name: str) -> str:
@@ -42,6 +45,7 @@ def report() -> str:
         "/dev/shm": f"{shm.f_blocks * shm.f_frsize / 2**30:.1f} GiB, {shm.f_bavail * shm.f_frsize / 2**30:.1f} free",
         "native": _native(),
     }
+    lines |= gpu_report(gather_facts())
     lines |= {name: _package(name) for name in PACKAGES}
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from switchgear.config import RANKS_MAX, ServeConfig
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.cuda.preflight import require_gpu
 from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.forced_routing import ForcedRouting
@@ -14,6 +15,10 @@ def check_settings(config: ServeConfig, engine: EngineConfig) -> None:
         raise ConfigError("transport='loopback' joins ranks inside one process; rank processes need transport='auto'")
     if engine.transport == "mpi" and config.launcher != "mpi":
         raise ConfigError(f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job")
+    if engine.device == "cuda" and (
+        config.launcher == "local" or (config.launcher == "ray" and not config.ray_address)
+    ):
+        require_gpu(num_ranks=config.ranks, transport=engine.transport)  # ranks on other hosts look for themselves
 
 
 def check_forced_routing(engine: EngineConfig, spec: DecoderSpec) -> None:

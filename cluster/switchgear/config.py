@@ -34,6 +34,9 @@ class ServeConfig:
         None, "Ray cluster to join; auto: the one running here. Default: start a local one."
     )
     ray_cpus_per_rank: float = setting(0.1, "CPUs that a rank's Ray bundle reserves; a fraction is fine.")
+    ray_gpus_per_rank: float = setting(
+        1.0, "GPUs that a rank's Ray bundle reserves with --device cuda; a fraction puts several ranks on one."
+    )
     mpi_command: str = setting(
         "mpiexec -n {ranks}", "How launcher mpi starts its processes, e.g. srun --input 0 -n {ranks}."
     )
@@ -96,7 +99,13 @@ class ServeConfig:
                 f"max_body_bytes={self.max_body_bytes}; raise it"
             )
         _integer("migration_bytes_per_s", self.migration_bytes_per_s, 0, 1 << 50)
-        for name in ("start_timeout_s", "restart_window_s", "ray_cpus_per_rank", "placement_window_s"):
+        for name in (
+            "start_timeout_s",
+            "restart_window_s",
+            "ray_cpus_per_rank",
+            "ray_gpus_per_rank",
+            "placement_window_s",
+        ):
             _above_zero(name, getattr(self, name))
         if not _is_number(self.drain_timeout_s) or self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s={self.drain_timeout_s!r} must be zero or more seconds")

@@ -20,7 +20,8 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 DTYPES = ("auto", "bfloat16", "float32")
 CHOICES = ("static", "hash", "waterfill", "lp")  # of replicas; as moe.quotas has them
-TRANSPORTS = ("auto", "shm", "gloo", "mpi", "loopback")
+DEVICES = ("cpu", "cuda", "twin")
+TRANSPORTS = ("auto", "shm", "gloo", "nccl", "mpi", "loopback")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,12 @@ class EngineConfig:
     """What every rank of a cluster agrees on. Raises ConfigError where a value cannot work."""
 
     model: str = setting("", "Directory of a Hugging Face checkpoint. Empty: the bundled model.")
+    device: str = setting(
+        "cpu",
+        "Where ranks compute: cpu; cuda: an NVIDIA GPU each (rank r takes the host's GPU r modulo their number); twin: the "
+        "GPU path's own kernels as compiled for the CPU, slow, for tests.",
+        choices=DEVICES,
+    )
     dtype: str = setting("auto", "Weights and KV cache; auto: the checkpoint's own.", choices=DTYPES)
     quantization: str = setting(
         "none",
@@ -44,7 +51,10 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
     transport: str = setting(
-        "auto", "How ranks exchange tokens; auto: shm, and gloo between hosts.", choices=TRANSPORTS
+        "auto",
+        "How ranks exchange tokens; auto: shm, and gloo between hosts; with device cuda, nccl beside them where each rank "
+        "has a GPU of its own.",
+        choices=TRANSPORTS,
     )
     trusted_network: bool = setting(
         False, "Only this cluster reaches the network between its hosts; gloo sends in the clear."
@@ -100,6 +110,7 @@ class EngineConfig:
             raise ConfigError(f"lending={self.lending} must not be negative; 0 lends nothing")
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
+        self._check_device()
         if self.forced_routing is not None and self.enable_prefix_caching:
             raise ConfigError(
                 f"forced_routing={self.forced_routing!r} needs enable_prefix_caching=False: cached tokens were routed "
@@ -112,6 +123,20 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "raise it, or lower max_num_seqs, so that every running sequence can take a token each step"
             )
+
+    def _check_device(self) -> None:
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ConfigError(f"transport='nccl' moves GPU memory and device={self.device!r}; use device='cuda'")
+        if self.device == "cpu":
+            return
+        for name, needed in (("quantization", "none"), ("routing_log", None)):
+            if getattr(self, name) != needed:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is for device='cpu' only so far; leave it out with "
+                    f"device={self.device!r}"
+                )
+        if self.dtype == "float32":
+            raise ConfigError(f"dtype='float32' with device={self.device!r}: its products take bfloat16; use that")
 
 
 def _positive(name: str, value: object) -> None:

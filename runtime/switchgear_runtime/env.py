@@ -18,6 +18,9 @@ ENVIRONMENT = {  # for docs/CONFIG.md
     "SWITCHGEAR_ISA": "the kernels' build: `generic`, `avx2`, `avx512` or `avx512_bf16` (same bits). Default: the best the CPU has",
     API_KEY: "the API key of `switchgear serve` where `--api-key` is absent; unlike a flag, it shows in no process list",
     ADMIN_KEY: "the key of the admin routes where `--admin-key` is absent, for the server and for `switchgear placement`",
+    "CUDA_VISIBLE_DEVICES": "which GPUs the ranks may use, as NVIDIA's driver reads it; here only named when it hides all",
+    "NCCL_HOSTID": "for tests of NCCL with several ranks on one GPU: another value for each rank. NCCL from 2.30 on wants "
+    "NCCL_MULTI_RANK_GPU_ENABLE=1 instead",
     "XDG_CACHE_HOME": "where this user's caches lie; packed weights go to `switchgear/weights` there. Default: `~/.cache`",
 }
 
@@ -50,6 +53,16 @@ def _key(name: str) -> str | None:
     if value == "":
         raise ConfigError(f"{name}='' would let everybody in; set a key, or unset it")
     return value
+
+
+def visible_cuda_devices() -> str | None:
+    """`CUDA_VISIBLE_DEVICES`; None where it is not set. Empty hides every GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def ranks_may_share_gpu() -> bool:
+    """Whether NCCL was told to take several ranks on one GPU, which it otherwise refuses."""
+    return bool(os.environ.get("NCCL_HOSTID") or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0")
 
 
 def user_cache_folder() -> Path | None:

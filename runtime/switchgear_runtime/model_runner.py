@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchgear_runtime import ops
 from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.loopback import LoopbackTransport
 from switchgear_runtime.comm.shm import ShmTransport
@@ -23,9 +22,10 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.header import Decision
-from switchgear_runtime.kv_cache import KVCache, num_blocks_in
+from switchgear_runtime.kv_cache import num_blocks_in
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
+from switchgear_runtime.model.backend import Backend, HostBackend
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.expert_file import read_expert_file
 from switchgear_runtime.model.map_builder import MapBuilder, ReadExpert
@@ -34,7 +34,7 @@ from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap
-from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
+from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
@@ -79,23 +79,18 @@ class ModelRunner:
             config.kv_cache_memory_bytes, spec, config.block_size, self.dtype
         )
         self.max_model_len = _max_model_len(config, spec, self.num_kv_blocks)
-        torch.set_num_threads(config.num_threads)  # torch only copies and adds here; the kernels have their own threads
-        ops.set_num_threads(config.num_threads)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
         if config.routing_log is not None:
             self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
             native = False  # native steps count, and keep no token's ids
-        self.kv_cache = KVCache(spec, num_blocks=self.num_kv_blocks, block_size=config.block_size, dtype=self.dtype)
-        self._store = WeightStore(
-            checkpoint, self.dtype, quantization=config.quantization, weight_cache=config.weight_cache_dir, rank=rank
-        )
+        self._backend = _backend_of(config, rank, native=native)
+        self._store = self._backend.store(checkpoint, self.dtype)
+        self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(expert_map, ModelVersions())
         self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
-        self._native: NativeDecoder | None = None
-        if native and NativeDecoder.supports(self._decoder):
-            self._native = NativeDecoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
+        self._native = self._backend.decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self._decoder_layers = spec.moe_layers  # of each MoE layer; the spec counts them anew each time
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._forced = ForcedRouting.load(
@@ -104,7 +99,7 @@ class ModelRunner:
         self._forced_ids_LTK: NDArray[np.int32] | None = None
         self.replica_choice = ReplicaChoice(
             config.replica_choice,
-            config.lending,
+            config.lending if self._backend.can_lend else 0,
             expert_format=self._store.expert_format,
             num_experts=spec.num_experts,
             top_k=spec.moe.top_k,
@@ -128,8 +123,8 @@ class ModelRunner:
 
     def profile(self) -> NDArray[np.int64]:
         """From now on steps add their nanoseconds to what this returns, by native_structs.PHASES. Of native steps only."""
-        if self._native is None:
-            raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
+        if not isinstance(self._native, NativeDecoder):
+            raise ConfigError(f"{self.spec.architecture} on {self.device} has no clock; only the CPU's native steps do")
         self._native.phase_ns = np.zeros(len(PHASES), np.int64)
         return self._native.phase_ns
 
@@ -139,6 +134,11 @@ class ModelRunner:
             raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
         self._native.layer_cpu_ns = np.zeros(len(self.spec.layers), np.int64)
         return self._native.layer_cpu_ns
+
+    @property
+    def device(self) -> str:
+        """Where it computes, as torch names it."""
+        return self._backend.device
 
     @property
     def epoch(self) -> int:
@@ -153,8 +153,7 @@ class ModelRunner:
     def fingerprint(self) -> str:
         """Ranks whose fingerprints differ could compute different bits, and may not join one generation."""
         parts: Mapping[str, object] = {
-            "kernels": ops.kernel_version(),
-            "instruction_set": ops.instruction_set(),
+            **self._backend.identity(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "quantization": self.config.quantization,
             "block_size": self.config.block_size,
@@ -187,7 +186,7 @@ class ModelRunner:
     @property
     def shares_weights(self) -> bool:
         """Whether every expert of the model is a page of this host's weight cache away."""
-        return self._store.cache.is_shared
+        return bool(self._store.shares_weights)
 
     def stage(
         self, expert_map: ExpertMap, versions: ModelVersions | None = None, read: ReadExpert | None = None
@@ -218,19 +217,28 @@ class ModelRunner:
         """From the host's weight cache, or else packed from the checkpoint; with `swap`, from its file. `pace` is told of
         every piece."""
         layer = self._decoder_layers[moe_layer]
+        weights: ExpertWeights
         if swap is None:
-            return self._store.expert(layer, expert, pace)
-        return self._store.pack_expert(layer, expert, *read_expert_file(swap, self.spec, self.checkpoint.names, pace))
+            weights = self._store.expert(layer, expert, pace)
+        else:
+            tensors = read_expert_file(swap, self.spec, self.checkpoint.names, pace)
+            weights = self._store.pack_expert(layer, expert, *tensors)
+        return weights
 
     def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
         """Memory for an expert that comes from elsewhere."""
-        return self._store.empty_expert(self._decoder_layers[moe_layer], expert)
+        weights: ExpertWeights = self._store.empty_expert(self._decoder_layers[moe_layer], expert)
+        return weights
 
     def held_expert(self, moe_layer: int, expert: int, sha256: str = "") -> ExpertTensors | None:
         """The packed weights (gate and up, down) of an expert, those of the checkpoint or of the file with this digest,
         if this rank computes with them now; from any thread."""
         placement = self.moe_layers[moe_layer].placement
-        return None if placement is None else placement.find(expert, sha256)
+        found = None if placement is None else placement.find(expert, sha256)
+        if found is None:
+            return None
+        gate_up, down = found
+        return self._store.to_host(gate_up), self._store.to_host(down)
 
     def begin_step(self, decision: Decision) -> None:
         """Before `forward`: how this step spreads tokens over replicas, from what all ranks have agreed on."""
@@ -334,6 +342,15 @@ class ModelRunner:
         for layer in self.moe_layers:
             layer.connect(dispatcher)
         self._transport = transport
+
+
+def _backend_of(config: EngineConfig, rank: int, *, native: bool) -> Backend:
+    """By the setting `device`; a device's libraries are loaded for who asks for one only."""
+    if config.device == "cpu":
+        return HostBackend(config, rank, native=native)
+    from switchgear_runtime.cuda.backend import DeviceBackend
+
+    return DeviceBackend(config, rank)
 
 
 def _max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:

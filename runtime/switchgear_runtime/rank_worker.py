@@ -117,6 +117,7 @@ class RankWorker:
             from switchgear_runtime.comm.network import Network, check_network
             from switchgear_runtime.comm.rendezvous import open_transport
             from switchgear_runtime.comm.transport import Transport
+            from switchgear_runtime.cuda.preflight import require_gpu
             from switchgear_runtime.engine import Engine
             from switchgear_runtime.link_store import ChannelStore
             from switchgear_runtime.migration.background import step_back
@@ -138,6 +139,8 @@ class RankWorker:
             self._cpus = claim_cpus(engine_config.num_threads, num_ranks=config.world_size)
             if self._cpus is not None:
                 log.info("bound to CPUs %s", sorted(self._cpus.cpus))
+        if engine_config.device == "cuda":
+            require_gpu(num_ranks=config.world_size, transport=engine_config.transport)
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         expert_map = None
@@ -168,6 +171,7 @@ class RankWorker:
                         address=link.own_address,  # reaches the server, and so the other ranks
                         trusted=engine_config.trusted_network,
                     ),
+                    device=runner.device,
                 )
             finally:
                 self._meeting = None

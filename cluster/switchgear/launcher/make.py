@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from switchgear.config import ServeConfig
 from switchgear.launcher.base import Launcher, OnExit
+from switchgear_runtime.config import EngineConfig
 
 
-def make_launcher(config: ServeConfig, on_exit: OnExit, *, name: str, one_host: bool) -> Launcher:
-    """Imported on demand: a local cluster needs no Ray. `one_host`: ranks must not spread over nodes."""
+def make_launcher(config: ServeConfig, engine: EngineConfig, on_exit: OnExit, *, name: str) -> Launcher:
+    """Imported on demand: a local cluster needs no Ray."""
     if config.launcher == "local":
         from switchgear.launcher.local import LocalLauncher
 
@@ -23,7 +24,8 @@ def make_launcher(config: ServeConfig, on_exit: OnExit, *, name: str, one_host: 
         name=name,
         num_ranks=config.ranks,
         cpus_per_rank=config.ray_cpus_per_rank,
-        one_host=one_host,
+        gpus_per_rank=config.ray_gpus_per_rank if engine.device == "cuda" else 0.0,
+        one_host=engine.transport == "shm",  # ranks share memory, and must not spread over nodes
         address=config.ray_address,
         timeout_s=config.start_timeout_s,
     )

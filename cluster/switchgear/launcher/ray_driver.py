@@ -94,7 +94,7 @@ class RayDriver:
         self._session_dir = context.address_info["session_dir"]
         self._node_id = ray.get_runtime_context().get_node_id()
         self._group = placement_group(
-            [{"CPU": settings.cpus_per_rank}] * settings.num_ranks,
+            [settings.bundle] * settings.num_ranks,
             strategy="STRICT_PACK" if settings.one_host else "PACK",
         )
         try:
@@ -103,8 +103,8 @@ class RayDriver:
             where = "one node with " if settings.one_host else ""
             raise RuntimeError(
                 f"the Ray cluster at {context.address_info['gcs_address']} has no {where}room for {settings.num_ranks} "
-                f"bundles of {settings.cpus_per_rank} CPU (waited {settings.timeout_s:g} s); free some, or lower ranks or "
-                "ray_cpus_per_rank"
+                f"bundles of {settings.bundle} (waited {settings.timeout_s:g} s); free some, or lower ranks, "
+                "ray_cpus_per_rank or ray_gpus_per_rank"
             ) from None
         nodes = set(placement_group_table(self._group)["bundles_to_node_id"].values())
         # The loopback interface whenever it reaches all ranks; never all interfaces.
@@ -189,6 +189,7 @@ class RayDriver:
             .options(
                 name=f"switchgear-{settings.name}-rank{rank}-{self._num_starts}",
                 num_cpus=settings.cpus_per_rank,
+                num_gpus=settings.gpus_per_rank,
                 max_restarts=0,  # a rank comes back by the controller's will, in a new generation
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
@@ -210,7 +211,7 @@ class RayDriver:
         if rank < settings.num_ranks:
             return self._group, rank
         if rank not in self._more_groups:
-            resources = {"CPU": settings.cpus_per_rank}
+            resources = settings.bundle
             if settings.one_host:
                 resources |= self._node_of_the_first()
             group = placement_group([resources], strategy="PACK")
@@ -221,7 +222,7 @@ class RayDriver:
                 ray.util.remove_placement_group(group)
                 where = "on the ranks' node " if settings.one_host else ""
                 raise RuntimeError(
-                    f"Ray has no room {where}for one more bundle of {settings.cpus_per_rank} CPU (waited "
+                    f"Ray has no room {where}for one more bundle of {settings.bundle} (waited "
                     f"{settings.timeout_s / 2:g} s); free some, or ask for fewer ranks"
                 ) from None
             self._more_groups[rank] = group

@@ -19,6 +19,12 @@ class DriverSettings(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None
     folder: str | None
     timeout_s: float
+    gpus_per_rank: float = 0.0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What Ray reserves for a rank."""
+        return {"CPU": self.cpus_per_rank} | ({"GPU": self.gpus_per_rank} if self.gpus_per_rank else {})
 
 
 class StartActor(msgspec.Struct, tag="start", frozen=True):

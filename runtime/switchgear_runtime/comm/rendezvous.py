@@ -22,12 +22,23 @@ def open_transport(
     timeout_s: float,
     hub: LoopbackHub | None = None,
     network: Network | None = None,
+    device: str = "cpu",
 ) -> Transport:
     """Join `descriptor.channel` as `rank`; returns once all ranks have. `hub` is where loopback ranks meet.
 
     `auto`: shm, or on several hosts shm inside and gloo between. Raises TransportTimeout naming the ranks that did not
-    come within `timeout_s`.
+    come within `timeout_s`. On a GPU (`device`: cuda:0), auto and nccl put NCCL beside those.
     """
+    if device.startswith("cuda") and kind in ("auto", "nccl"):
+        return _open_over_nccl(
+            descriptor,
+            rank,
+            device,
+            required=kind == "nccl",
+            mailbox_bytes=mailbox_bytes,
+            timeout_s=timeout_s,
+            network=network,
+        )
     world_size = descriptor.world_size
     num_hosts = len(set(descriptor.hosts))
     if kind == "loopback":
@@ -42,7 +53,7 @@ def open_transport(
 
         return ShmTransport(descriptor.channel, rank, world_size, mailbox_bytes, timeout_s)
     if kind not in ("auto", "gloo", "mpi"):
-        raise ConfigError(f"transport={kind!r} is unknown; choose one of auto, loopback, shm, gloo, mpi")
+        raise ConfigError(f"transport={kind!r} is unknown; choose one of auto, loopback, shm, gloo, nccl, mpi")
     if kind == "mpi":
         from switchgear_runtime.comm.mpi import MpiTransport
 
@@ -58,3 +69,27 @@ def open_transport(
     return HierarchicalTransport(
         descriptor.channel, network, rank, descriptor.hosts, mailbox_bytes=mailbox_bytes, timeout_s=timeout_s
     )
+
+
+def _open_over_nccl(
+    descriptor: GenerationDescriptor,
+    rank: int,
+    device: str,
+    *,
+    required: bool,
+    mailbox_bytes: int,
+    timeout_s: float,
+    network: Network | None,
+) -> Transport:
+    import torch
+
+    from switchgear_runtime.comm.nccl import over_nccl
+
+    control = open_transport(
+        "auto", descriptor, rank, mailbox_bytes=mailbox_bytes, timeout_s=timeout_s, network=network
+    )
+    try:
+        return over_nccl(control, torch.device(device), required=required, timeout_s=timeout_s)
+    except BaseException:
+        control.close()
+        raise

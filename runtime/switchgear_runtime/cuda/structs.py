@@ -1,4 +1,7 @@
-"""The structures of csrc/cuda/abi.h, as ctypes sees them; what each field means is said there. Imports no torch."""
+"""The structures of csrc/cuda/abi.h, as ctypes sees them; what each field means is said there. Imports no torch.
+
+`__slots__`: a field that a structure lacks is an error, where ctypes alone would keep it as an attribute.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def _fields(text: str) -> Fields:
 
 
 class Router(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: logits_TE bias_E; q: num_tokens num_experts top_k num_groups top_k_groups;"
         "i: sigmoid renormalize group_top2; f: scale; p: weights_TK ids_TK"
@@ -26,12 +30,14 @@ class Router(ctypes.Structure):
 
 
 class Remap(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: topk_ids_N; q: num_pairs num_experts; p: begin_E1 ends_P slots_P slot_ids_N fault work",
     )
 
 
 class Dispatch(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: slot_ids_TK; q: num_tokens top_k num_ranks slots_per_rank;"
         "p: rows_begin_R1 pairs_begin_R1 row_tokens_M pairs_N2 pair_index_TK work"
@@ -39,6 +45,7 @@ class Dispatch(ctypes.Structure):
 
 
 class Group(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: pairs_N2 rows_begin_R1 pairs_begin_R1; q: num_ranks max_pairs first_slot num_slots;"
         "p: begin_S1 x_rows_N y_rows_N fault work"
@@ -46,14 +53,17 @@ class Group(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("p: x out index_M num_now; q: max_rows hidden; i: x_kind out_kind")
 
 
 class Combine(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("p: rows_ND pair_index_TK weights_TK out_TD; q: num_tokens top_k hidden; i: dtype")
 
 
 class Peer(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: regions_R; q: num_ranks rank max_rows max_pairs row_bytes;"
         "p: rows_M rows_begin_R1 pairs_N2 pairs_begin_R1 sequence done_R fault; q: timeout_ns;"
@@ -62,6 +72,7 @@ class Peer(ctypes.Structure):
 
 
 class Gemm(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots;"
         "f: scale; i: x_dtype y_dtype epilogue tile"
@@ -69,10 +80,12 @@ class Gemm(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("p: x weight out; q: num_tokens groups size x_stride out_stride; f: eps; i: out_dtype")
 
 
 class Kv(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: qkv_TX positions_T slots_T cos_PC2 sin_PC2 k_cache v_cache q_THC;"
         "q: num_tokens num_heads num_kv_heads head_size block_size; f: clip; i: dtype"
@@ -80,6 +93,7 @@ class Kv(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: q_THC k_cache v_cache block_tables_QB seq_ids_T positions_T sinks_H out_THC work;"
         "q: num_tokens num_heads num_kv_heads head_size block_size table_width max_positions sliding_window;"
@@ -88,6 +102,7 @@ class Attention(ctypes.Structure):
 
 
 class Sample(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "p: logits_BV; q: batch vocab_size;p: temperature_B top_p_B min_p_B top_k_B seeds_B positions_B token_ids_B"
     )

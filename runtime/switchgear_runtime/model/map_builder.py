@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from switchgear_runtime.model.native_decoder import NativeDecoder
+from switchgear_runtime.model.backend import StepDecoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap, digest_of
 from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
@@ -35,7 +35,7 @@ class MapBuilder:
         store: WeightStore,
         layers: Sequence[MoELayer],
         choice: ReplicaChoice,
-        native: NativeDecoder | None,
+        native: StepDecoder | None,
         *,
         rank: int,
     ) -> None:
@@ -58,7 +58,7 @@ class MapBuilder:
 
     def build(self, expert_map: ExpertMap, versions: ModelVersions, read: ReadExpert) -> StagedMap:
         """`read` gives the experts that this rank does not hold; what it raises passes through."""
-        counter = _Counter(read)
+        counter = _Counter(lambda *which: self._store.on_device(read(*which)))
         choice, num_variants, ffn = self._choice, versions.num_variants, self._spec.moe.ffn
         slot_tables = choice.strided(expert_map, expert_map.slot_tables(self._rank), num_variants)
         stride = choice.stride(expert_map, num_variants)

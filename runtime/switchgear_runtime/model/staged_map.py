@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from switchgear_runtime.model.native_decoder import NativePlacements
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.model_versions import ModelVersions
@@ -24,7 +24,7 @@ class StagedMap:
     versions: ModelVersions
     digest: int  # of both
     layers: Sequence[LayerPlacement]  # by MoE layer
-    native: NativePlacements | None
+    native: Any  # what the decoder that runs whole steps takes (NativePlacements, of a device DevicePlacement); or None
     num_new: int  # (layer, expert) pairs whose weights this rank did not hold when it began
     new_bytes: int  # of their packed weights
 

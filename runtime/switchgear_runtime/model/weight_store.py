@@ -91,6 +91,19 @@ class WeightStore:
             self._mapped_experts[layer, expert] = weights
         return weights
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether every matrix of the model is a page of this host's cache away."""
+        return self.cache.is_shared
+
+    def on_device(self, weights: ExpertWeights) -> ExpertWeights:
+        """Where they are computed with: here."""
+        return weights
+
+    def to_host(self, weight: Tensor) -> Tensor:
+        """The bytes of an expert's matrix, for another rank."""
+        return weight
+
     def lendable(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:
         """The packed weights of an expert of any rank, to be read in place; None where they are not on this host yet.
         A model too small for the cache is packed here."""

@@ -59,6 +59,12 @@ class MoELayer:
         """Those of the map."""
         return None if self.placement is None else self.placement.experts
 
+    @property
+    def slots_per_rank(self) -> int:
+        """As slot ids count them."""
+        assert self._dispatcher is not None
+        return self._dispatcher.slots_per_rank
+
     def connect(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 

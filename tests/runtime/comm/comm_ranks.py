@@ -242,6 +242,20 @@ class ProcessRanks:
         return outcomes
 
 
+class GpuRanks(ProcessRanks):
+    """Ranks that share one GPU. nccl: each on a host of its own, as far as NCCL knows; auto: peer memory."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def fresh(self) -> RankProcess:
+        return RankProcess(["env", f"NCCL_HOSTID=sg-{secrets.token_hex(8)}"] if self.kind == "nccl" else ())
+
+    def place(self, _world_size: int) -> dict[str, Any]:
+        return {"device": "cuda:0"}
+
+
 class ForkedRanks(ProcessRanks):
     """Ranks over gloo, or over shm on each of two pretended hosts and gloo between."""
 

@@ -224,6 +224,15 @@ def aborted(transport: Transport, _: Tell, *, by_thread: bool) -> dict[str, Any]
         }
 
 
+def device_exchange(transport: Transport, _: Tell, *, seed: int, device: str) -> int:
+    """Of memory on a device; returns how many bytes crossed."""
+    from device_messages import exchange_and_check
+
+    from switchgear_runtime.comm.device_exchange import device_exchange as over
+
+    return exchange_and_check(over(transport), transport.rank, transport.world_size, seed, device)
+
+
 def closing(transport: Transport, _: Tell) -> dict[str, Any]:
     """Rank 0 closes under its own pending call, from a thread; the last rank never comes, so only that ends it."""
     if transport.rank == transport.world_size - 1:
@@ -256,7 +265,19 @@ def _any_call(transport: Transport, call: str, timeout_s: float) -> None:
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
     run.__name__: run
-    for run in (exchange, headers, barriers, addresses, shaped, arguments, suffer, storm, aborted, closing)
+    for run in (
+        exchange,
+        headers,
+        barriers,
+        addresses,
+        shaped,
+        arguments,
+        suffer,
+        storm,
+        aborted,
+        closing,
+        device_exchange,
+    )
 }
 
 
@@ -311,7 +332,8 @@ def _open(job: dict[str, Any], channel: str) -> Transport:
         rank,
         mailbox_bytes=job["mailbox_bytes"],
         timeout_s=job["join_timeout_s"],
-        network=None if kind == "mpi" else _network(job, channel),
+        network=_network(job, channel) if "folder" in job else None,
+        device=job.get("device", "cpu"),
     )
 
 

@@ -86,9 +86,18 @@ def put(cluster: Cluster, wanted: list[Submit]) -> list[Submit]:
     return wanted
 
 
-@pytest.mark.parametrize("settings", [{}, {"quantization": "int8"}, {"lending": 0, "replica_choice": "hash"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quantization": "int8"},
+        {"lending": 0, "replica_choice": "hash"},
+        pytest.param({"device": "twin"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_sequences_keep_the_version_they_began_with(lab: Lab, tmp_path: Path, settings: dict[str, Any]) -> None:
-    if "quantization" in settings:
+    if settings.keys() & {"quantization", "device"}:
         lab = Lab(tmp_path)
         lab.alone = [Alone(alone._model_dir, **settings) for alone in lab.alone]
     cluster = Cluster(make_config(lab.model_dir, num_kv_blocks=256, **settings), 3)

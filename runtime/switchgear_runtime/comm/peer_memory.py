@@ -1,0 +1,211 @@
+"""Ranks whose processes map each other's device memory: `PeerTransport`, over CUDA IPC by CuPy, on one host.
+
+What NCCL refuses, several ranks on one GPU, works here, and so does any pair of GPUs that are peers. Each rank has an inbox
+with a place for every source, twice: exchange n writes into its half while n - 1's may still be read. An exchange is
+lengths over the hosts' transport (everybody is there; all see the largest, and grow their inboxes together when it does
+not fit), copies straight into the peers' inboxes, and a barrier once this rank's copies have finished.
+
+STATUS: has run on no GPU yet; its tests run over host memory that passes for a device's.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import torch
+
+from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
+from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.errors import TransportTimeout
+
+ALIGNMENT = 256
+PLACE_BYTES_MIN = 1 << 16
+NUM_HALVES = 2
+IDLE_WAIT_S = 0.5
+_DEVICE_TO_DEVICE = 3  # of cudaMemcpyKind
+_LAZY_PEER_ACCESS = 1  # of cudaIpcMemLazyEnablePeerAccess
+
+
+class PeerMemory(Protocol):
+    """What is needed of a device and its driver; tests have one of host memory."""
+
+    device: torch.device
+
+    def allocate(self, num_bytes: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
+
+    def handle(self, address: int) -> bytes:
+        """By which another process maps it."""
+        ...
+
+    def map(self, handle: bytes) -> int: ...
+
+    def unmap(self, address: int) -> None: ...
+
+    def copy(self, to: int, source: int, num_bytes: int) -> None:
+        """On the current stream."""
+        ...
+
+    def mark(self) -> Callable[[], bool]:
+        """Tells whether what was enqueued before has finished."""
+        ...
+
+
+class CudaPeerMemory:
+    """CuPy's runtime calls, on torch's current stream. Its pools are not used: IPC handles are of whole allocations."""
+
+    def __init__(self, device: torch.device) -> None:
+        import cupy
+
+        self.device = device
+        self._runtime: Any = cupy.cuda.runtime
+
+    def allocate(self, num_bytes: int) -> int:
+        with torch.cuda.device(self.device):
+            return int(self._runtime.malloc(num_bytes))
+
+    def free(self, address: int) -> None:
+        self._runtime.free(address)
+
+    def handle(self, address: int) -> bytes:
+        return bytes(self._runtime.ipcGetMemHandle(address))
+
+    def map(self, handle: bytes) -> int:
+        with torch.cuda.device(self.device):
+            return int(self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS))
+
+    def unmap(self, address: int) -> None:
+        self._runtime.ipcCloseMemHandle(address)
+
+    def copy(self, to: int, source: int, num_bytes: int) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._runtime.memcpyAsync(to, source, num_bytes, _DEVICE_TO_DEVICE, stream)
+
+    def mark(self) -> Callable[[], bool]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event.query
+
+
+def over_peer_memory(control: Transport, device: torch.device, *, timeout_s: float) -> Transport:
+    """`control` with peer memory beside it; `control` itself unless every rank has CuPy and is on this host."""
+    if not type(control).__name__.startswith("Shm"):
+        return control
+    have = control.all_gather(bytes([find_spec("cupy") is not None]), timeout_s=timeout_s)
+    if not all(given[0] for given in have):
+        return control
+    return PeerTransport(control, CudaPeerMemory(device))
+
+
+class PeerTransport(BesideHosts):
+    """A Transport, by `control`, and a DeviceExchange. The first exchange makes the inboxes."""
+
+    def __init__(self, control: Transport, memory: PeerMemory) -> None:
+        super().__init__(control)
+        self._memory = memory
+        self._place_bytes = 0  # of an inbox: what one source may write in one half
+        self._inbox = 0
+        self._inboxes: list[int] = []  # of all ranks, as mapped here
+        self._half = 0
+
+    def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
+        """As DeviceExchange. On the current stream; returns when every rank's copies have arrived."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._giving_up():
+            lengths_RRP = self._all_lengths(send, timeout_s)
+            self._make_room(max(map(_places_bytes, (row for rows in lengths_RRP for row in rows))), timeout_s)
+            self._half = (self._half + 1) % NUM_HALVES
+            for peer in range(self.world_size):
+                at = self._place(self._inboxes[peer], self.rank)
+                for parts in send:
+                    begin, end = part_of(parts, peer)
+                    if end > begin:
+                        self._memory.copy(at, parts.data.data_ptr() + begin, end - begin)
+                    at += _aligned(end - begin)
+            self._finish(self._memory.mark(), deadline_s, timeout_s)
+            self._control.barrier(timeout_s=max(1.0, deadline_s - time.monotonic()))
+            received = self._take([rows[self.rank] for rows in lengths_RRP])
+        self._count(send, received)
+        return received
+
+    def _all_lengths(self, send: Sequence[Parts], timeout_s: float) -> list[list[tuple[int, ...]]]:
+        """[source][destination][part]: of all ranks, so that all grow together."""
+        mine = [[end - begin for begin, end in pairwise(parts.offsets)] for parts in send]
+        num_parts, world_size = len(send), self.world_size
+        row = struct.pack(f"<{num_parts * world_size}Q", *(n for peer in zip(*mine, strict=True) for n in peer))
+        told = self._control.all_to_all_v([row] * world_size, timeout_s=timeout_s)
+        return [list(struct.iter_unpack(f"<{num_parts}Q", view)) for view in told]
+
+    def _take(self, lengths_RP: Sequence[tuple[int, ...]]) -> list[Parts]:
+        """Copies what came out of this rank's inbox, source after source."""
+        received = []
+        for part in range(len(lengths_RP[0])):
+            starts = list(accumulate((lengths[part] for lengths in lengths_RP), initial=0))
+            data = torch.empty(starts[-1], dtype=torch.uint8, device=self._memory.device)
+            for source, lengths in enumerate(lengths_RP):
+                at = self._place(self._inbox, source) + sum(map(_aligned, lengths[:part]))
+                if lengths[part]:
+                    self._memory.copy(data.data_ptr() + starts[source], at, lengths[part])
+            received.append(Parts(data, starts))
+        return received
+
+    def _place(self, inbox: int, source: int) -> int:
+        return inbox + (self._half * self.world_size + source) * self._place_bytes
+
+    def _make_room(self, num_bytes: int, timeout_s: float) -> None:
+        """All ranks at once: they have seen the same lengths."""
+        if self._inboxes and num_bytes <= self._place_bytes:
+            return
+        # What was taken from the old inboxes has left them, and nobody writes there any more.
+        self._finish(self._memory.mark(), time.monotonic() + timeout_s, timeout_s)
+        self._control.barrier(timeout_s=timeout_s)
+        self._give_up()
+        self._place_bytes = max(PLACE_BYTES_MIN, 1 << (num_bytes - 1).bit_length())
+        self._inbox = self._memory.allocate(NUM_HALVES * self.world_size * self._place_bytes)
+        handle = self._memory.handle(self._inbox)
+        told = self._control.all_to_all_v([handle] * self.world_size, timeout_s=timeout_s)
+        handles = [bytes(view) for view in told]
+        for peer in range(self.world_size):
+            self._inboxes.append(self._inbox if peer == self.rank else self._memory.map(handles[peer]))
+        self._control.barrier(timeout_s=timeout_s)  # nobody gives up an inbox that a peer is about to map
+
+    def _finish(self, is_done: Callable[[], bool], deadline_s: float, timeout_s: float) -> None:
+        while not is_done():
+            if time.monotonic() >= deadline_s:
+                text = f"rank {self.rank}: exchange: waited {timeout_s:.2f} s for this rank's own GPU"
+                raise TransportTimeout(text, rank=self.rank)
+            time.sleep(0)
+
+    def _give_up(self) -> None:
+        """A mapping outlives its owner's process, so a peer that is gone takes nothing along."""
+        for peer, address in enumerate(self._inboxes):
+            if peer != self.rank:
+                self._memory.unmap(address)
+        self._inboxes = []
+        if self._inbox and self._is_idle():  # else it would wait for a GPU that hangs; it goes with the process
+            self._memory.free(self._inbox)
+        self._inbox = self._place_bytes = 0
+
+    def _is_idle(self) -> bool:
+        is_done, deadline_s = self._memory.mark(), time.monotonic() + IDLE_WAIT_S
+        while not is_done():
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(0.001)
+        return True
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _places_bytes(lengths_P: Sequence[int]) -> int:
+    """Of all parts from one rank to one other."""
+    return sum(map(_aligned, lengths_P))

@@ -1,0 +1,253 @@
+"""The device kernels of dense layers and attention on tensors: `DenseKernels`, thin names over csrc/cuda/abi.h.
+
+A call makes its outputs and only enqueues, on the current stream. Everything is contiguous and on one device. Kernels
+trust shapes, which the decoder knows, so nothing is checked here. Activations between ops are fp32 where the CPU's are;
+what a product takes is bf16 (norms and gated products write it at once).
+
+Letters: T tokens, D hidden, N outputs of a product, K its inputs, M rows, F ffn, H query heads, G KV heads, C head size,
+B blocks, Z block size, Q sequences, V vocabulary, P positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime.cuda import structs
+from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, Kind, device_library
+
+DTYPES = {torch.float32: FP32, torch.bfloat16: BF16}
+
+
+class DenseKernels:
+    """Of one device: `cuda` for a GPU's tensors, `twin` for the host's."""
+
+    def __init__(self, kind: Kind, device: torch.device) -> None:
+        self.kind = kind
+        self.device = device
+        self._library = device_library(kind)
+        # What kernels found wrong: 1 + an expert over its plan; 1 + a pair that belongs to no slot here.
+        self.faults = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def version(self) -> str:
+        """Of the kernels' numbers: ranks that differ could compute different bits."""
+        version: bytes = self._library.sg_cuda_kernel_version()
+        return f"{self.kind} {version.decode()}"
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    # --- dense --------------------------------------------------------------------------------------------------------
+
+    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """[M, N] fp32. x has the weight's dtype."""
+        y_MN = self.empty(x_MK.shape[0], weight_NK.shape[0])
+        self._gemm(x_MK, weight_NK, y_MN, STORE, bias_N=bias_N)
+        return y_MN
+
+    def add_linear(
+        self, to_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, scale: float, bias_N: Tensor | None = None
+    ) -> None:
+        """to += scale * (x @ weight.T + bias), fp32."""
+        self._gemm(x_MK, weight_NK, to_MN, ADD, bias_N=bias_N, scale=scale)
+
+    def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
+        """[M, F] bf16: silu(x @ gates.T) * (x @ ups.T)."""
+        y_MF = self.empty(x_MK.shape[0], gate_up_2FK.shape[0] // 2, dtype=torch.bfloat16)
+        self._gemm(x_MK, gate_up_2FK, y_MF, SILU_MUL)
+        return y_MF
+
+    def _gemm(
+        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: int, *, bias_N: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        args = structs.Gemm(
+            x=x.data_ptr(),
+            w=weight.data_ptr(),
+            bias_N=address(bias_N),
+            y=y.data_ptr(),
+            max_rows=x.shape[0],
+            num_out=weight.shape[0],
+            num_k=weight.shape[1],
+            num_slots=1,
+            scale=scale,
+            x_dtype=DTYPES[weight.dtype],
+            y_dtype=DTYPES[y.dtype],
+            epilogue=epilogue,
+        )
+        self._call("gemm_rows", args)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def embed(self, embedding_VD: Tensor, token_ids_T: Tensor, multiplier: float) -> Tensor:
+        x_TD = self.empty(token_ids_T.shape[0], embedding_VD.shape[1])
+        self._call(
+            "embed",
+            embedding_VD.data_ptr(),
+            DTYPES[embedding_VD.dtype],
+            token_ids_T.data_ptr(),
+            token_ids_T.shape[0],
+            embedding_VD.shape[1],
+            multiplier,
+            x_TD.data_ptr(),
+        )
+        return x_TD
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        out_TD = self.empty(*x_TD.shape, dtype=dtype)
+        self._norm(x_TD.data_ptr(), weight_D, out_TD.data_ptr(), x_TD.shape[0], 1, x_TD.shape[1], eps, dtype)
+        return out_TD
+
+    def rms_norm_part_(self, x_TX: Tensor, begin: int, groups: int, weight: Tensor, eps: float) -> None:
+        """In place, of `groups` heads (or one row of all) side by side from column `begin` on."""
+        at = x_TX.data_ptr() + begin * x_TX.element_size()
+        self._norm(at, weight, at, x_TX.shape[0], groups, x_TX.shape[1], eps, torch.float32)
+
+    def _norm(
+        self,
+        x: int,
+        weight: Tensor,
+        out: int,
+        num_tokens: int,
+        groups: int,
+        stride: int,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> None:
+        args = structs.Norm(
+            x=x,
+            weight=weight.data_ptr(),
+            out=out,
+            num_tokens=num_tokens,
+            groups=groups,
+            size=weight.shape[0],
+            x_stride=stride,
+            out_stride=stride,
+            eps=eps,
+            out_dtype=DTYPES[dtype],
+        )
+        self._call("rms_norm", args)
+
+    def rounded(self, x_TD: Tensor) -> Tensor:
+        """fp32 to bf16."""
+        return self._rows("pack_rows", x_TD, None, self.empty(*x_TD.shape, dtype=torch.bfloat16), FP32, BF16)
+
+    def add_branch(self, x_TD: Tensor, branch_TD: Tensor, multiplier: float, gate_T: Tensor | None = None) -> None:
+        """x += multiplier * (sigmoid(gate) * branch); without a gate, of the branch."""
+        self._call(
+            "add_branch",
+            x_TD.data_ptr(),
+            branch_TD.data_ptr(),
+            address(gate_T),
+            1,
+            multiplier,
+            x_TD.shape[0],
+            x_TD.shape[1],
+        )
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def rope_kv(
+        self,
+        qkv_TX: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        num_heads: int,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        cos_PC2: Tensor,
+        sin_PC2: Tensor,
+        clip: float,
+    ) -> Tensor:
+        """q_THC of the cache's dtype: q and k clipped (0: not) and rotated; k and v go into the cache [B, G, Z, C]."""
+        _, num_kv_heads, block_size, head_size = k_cache.shape
+        q_THC = self.empty(qkv_TX.shape[0], num_heads, head_size, dtype=k_cache.dtype)
+        args = structs.Kv(
+            qkv_TX=qkv_TX.data_ptr(),
+            positions_T=positions_T.data_ptr(),
+            slots_T=slots_T.data_ptr(),
+            cos_PC2=cos_PC2.data_ptr(),
+            sin_PC2=sin_PC2.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            q_THC=q_THC.data_ptr(),
+            num_tokens=qkv_TX.shape[0],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            block_size=block_size,
+            clip=clip,
+            dtype=DTYPES[k_cache.dtype],
+        )
+        self._call("rope_kv", args)
+        return q_THC
+
+    def paged_attention(
+        self,
+        q_THC: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        block_tables_QB: Tensor,
+        seq_ids_T: Tensor,
+        positions_T: Tensor,
+        max_positions: int,
+        scale: float,
+        sliding_window: int,
+    ) -> Tensor:
+        """[T, H * C] bf16. No position is as large as `max_positions`."""
+        num_tokens, num_heads, head_size = q_THC.shape
+        _, num_kv_heads, block_size, _ = k_cache.shape
+        out_TX = self.empty(num_tokens, num_heads * head_size, dtype=torch.bfloat16)
+        num_floats = self._library.sg_cuda_attention_work(num_tokens, num_heads, head_size, max_positions)
+        work = self.empty(num_floats)
+        args = structs.Attention(
+            q_THC=q_THC.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            block_tables_QB=block_tables_QB.data_ptr(),
+            seq_ids_T=seq_ids_T.data_ptr(),
+            positions_T=positions_T.data_ptr(),
+            out_THC=out_TX.data_ptr(),
+            work=work.data_ptr(),
+            num_tokens=num_tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            block_size=block_size,
+            table_width=block_tables_QB.shape[1],
+            max_positions=max_positions,
+            sliding_window=sliding_window,
+            scale=scale,
+            dtype=DTYPES[q_THC.dtype],
+            out_dtype=BF16,
+        )
+        self._call("paged_attention", args)
+        return out_TX
+
+    def _rows(self, name: str, x: Tensor, index_M: Tensor | None, out: Tensor, from_kind: int, to_kind: int) -> Tensor:
+        args = structs.Rows(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            index_M=address(index_M),
+            max_rows=out.shape[0],
+            hidden=x.shape[1],
+            x_kind=from_kind,
+            out_kind=to_kind,
+        )
+        self._call(name, args)
+        return out
+
+    def _call(self, name: str, *args: Any) -> None:
+        given = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in args]
+        getattr(self._library, f"sg_cuda_{name}")(*given, self._stream())
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

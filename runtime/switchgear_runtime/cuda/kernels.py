@@ -1,0 +1,205 @@
+"""The device kernels of an expert-parallel layer on tensors: `Kernels`, thin names over csrc/cuda/abi.h.
+
+Letters: T tokens, D hidden, K top-k (or the inputs of a product), E experts, N pairs, M rows, R ranks, S slots of a rank,
+F ffn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime.cuda import structs
+from switchgear_runtime.cuda.dense_kernels import DTYPES, DenseKernels, address
+from switchgear_runtime.cuda.library import BF16, FP32, SILU_MUL, STORE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DispatchPlan:
+    """Where a rank's pairs go. The first two are what the host has to know, too."""
+
+    rows_begin_R1: Tensor
+    pairs_begin_R1: Tensor
+    row_tokens_M: Tensor
+    pairs_N2: Tensor
+    pair_index_TK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Grouping:
+    """What came, by slot."""
+
+    begin_S1: Tensor
+    x_rows_N: Tensor
+    y_rows_N: Tensor
+
+
+class Kernels(DenseKernels):
+    """All of them."""
+
+    def topk_router(self, logits_TE: Tensor, top_k: int, *, sigmoid: bool, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """(weights_TK fp32, ids_TK int32)."""
+        num_tokens, num_experts = logits_TE.shape
+        weights_TK = self.empty(num_tokens, top_k)
+        ids_TK = self.empty(num_tokens, top_k, dtype=torch.int32)
+        args = structs.Router(
+            logits_TE=logits_TE.data_ptr(),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_groups=1,
+            top_k_groups=1,
+            sigmoid=sigmoid,
+            renormalize=renormalize,
+            scale=1.0,
+            weights_TK=weights_TK.data_ptr(),
+            ids_TK=ids_TK.data_ptr(),
+        )
+        self._call("topk_router", args)
+        return weights_TK, ids_TK
+
+    def remap(self, topk_ids_TK: Tensor, slot_of_E: Tensor) -> Tensor:
+        """Each logical expert's one slot."""
+        slot_ids_TK = torch.empty_like(topk_ids_TK)
+        work = self.empty(self._library.sg_cuda_bucket_work(topk_ids_TK.numel(), slot_of_E.shape[0]), dtype=torch.int32)
+        args = structs.Remap(
+            topk_ids_N=topk_ids_TK.data_ptr(),
+            num_pairs=topk_ids_TK.numel(),
+            num_experts=slot_of_E.shape[0],
+            slots_P=slot_of_E.data_ptr(),
+            slot_ids_N=slot_ids_TK.data_ptr(),
+            fault=self.faults.data_ptr(),
+            work=work.data_ptr(),
+        )
+        self._call("remap_pairs", args)
+        return slot_ids_TK
+
+    def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
+        num_tokens, top_k = slot_ids_TK.shape
+        num_pairs, int32 = num_tokens * top_k, torch.int32
+        begins = torch.zeros(2, num_ranks + 1, dtype=int32, device=self.device)  # together: one copy to the host
+        plan = DispatchPlan(
+            rows_begin_R1=begins[0],
+            pairs_begin_R1=begins[1],
+            row_tokens_M=self.empty(num_tokens * min(top_k, num_ranks), dtype=int32),
+            pairs_N2=self.empty(num_pairs, 2, dtype=int32),
+            pair_index_TK=self.empty(num_tokens, top_k, dtype=int32),
+        )
+        work = self.empty(2 * self._library.sg_cuda_bucket_work(num_pairs, num_ranks), dtype=int32)
+        args = structs.Dispatch(
+            slot_ids_TK=slot_ids_TK.data_ptr(),
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_ranks=num_ranks,
+            slots_per_rank=slots_per_rank,
+            rows_begin_R1=plan.rows_begin_R1.data_ptr(),
+            pairs_begin_R1=plan.pairs_begin_R1.data_ptr(),
+            row_tokens_M=plan.row_tokens_M.data_ptr(),
+            pairs_N2=plan.pairs_N2.data_ptr(),
+            pair_index_TK=plan.pair_index_TK.data_ptr(),
+            work=work.data_ptr(),
+        )
+        self._call("dispatch_plan", args)
+        return plan
+
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor) -> Tensor:
+        """[M, D] bf16: the tokens' rows, rounded as payload."""
+        rows_MD = self.empty(row_tokens_M.shape[0], x_TD.shape[1], dtype=torch.bfloat16)
+        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, FP32, BF16)
+
+    def group(
+        self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
+    ) -> Grouping:
+        num_pairs, int32 = pairs_N2.shape[0], torch.int32
+        groups = Grouping(
+            begin_S1=torch.zeros(num_slots + 1, dtype=int32, device=self.device),
+            x_rows_N=self.empty(num_pairs, dtype=int32),
+            y_rows_N=self.empty(num_pairs, dtype=int32),
+        )
+        work = self.empty(self._library.sg_cuda_bucket_work(num_pairs, num_slots), dtype=int32)
+        args = structs.Group(
+            pairs_N2=pairs_N2.data_ptr(),
+            rows_begin_R1=rows_begin_R1.data_ptr(),
+            pairs_begin_R1=pairs_begin_R1.data_ptr(),
+            num_ranks=rows_begin_R1.shape[0] - 1,
+            max_pairs=num_pairs,
+            first_slot=first_slot,
+            num_slots=num_slots,
+            begin_S1=groups.begin_S1.data_ptr(),
+            x_rows_N=groups.x_rows_N.data_ptr(),
+            y_rows_N=groups.y_rows_N.data_ptr(),
+            fault=self.faults.data_ptr() + 4,
+            work=work.data_ptr(),
+        )
+        self._call("group_pairs", args)
+        return groups
+
+    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """y_TD fp32: each token's K rows, weighted, in the order k = 0 .. K - 1."""
+        num_tokens, top_k = pair_index_TK.shape
+        out_TD = self.empty(num_tokens, rows_ND.shape[1])
+        args = structs.Combine(
+            rows_ND=rows_ND.data_ptr(),
+            pair_index_TK=pair_index_TK.data_ptr(),
+            weights_TK=weights_TK.data_ptr(),
+            out_TD=out_TD.data_ptr(),
+            num_tokens=num_tokens,
+            top_k=top_k,
+            hidden=rows_ND.shape[1],
+            dtype=DTYPES[rows_ND.dtype],
+        )
+        self._call("combine_rows", args)
+        return out_TD
+
+    def count(self, ids_TK: Tensor, rows_T: Tensor, row_stride: int, counts: Tensor, begin: int) -> None:
+        """counts[begin + rows_T[t] * row_stride + ids_TK[t, k]] += 1, int64."""
+        num_tokens, top_k = ids_TK.shape
+        at = counts.data_ptr() + 8 * begin
+        self._call("count", ids_TK.data_ptr(), rows_T.data_ptr(), num_tokens, top_k, row_stride, at)
+
+    def count_rows(self, begin_S1: Tensor, experts_S: Tensor, counts_E: Tensor) -> None:
+        """counts[expert of each slot] += the slot's rows, int64."""
+        self._call("count_rows", begin_S1.data_ptr(), experts_S.data_ptr(), experts_S.shape[0], counts_E.data_ptr())
+
+    def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
+        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K]."""
+        y_NF = self.empty(groups.x_rows_N.shape[0], ffn, dtype=torch.bfloat16)
+        self._grouped_gemm(x_MK, weights_S, y_NF, SILU_MUL, 2 * ffn, groups.begin_S1, groups.x_rows_N, None)
+        return y_NF
+
+    def expert_linear(self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping) -> Tensor:
+        """[N, num_out] bf16, back in the order in which the pairs came. x is in the grouped order."""
+        y_NO = self.empty(x_NK.shape[0], num_out, dtype=torch.bfloat16)
+        self._grouped_gemm(x_NK, weights_S, y_NO, STORE, num_out, groups.begin_S1, None, groups.y_rows_N)
+        return y_NO
+
+    def _grouped_gemm(
+        self,
+        x: Tensor,
+        weights_S: Tensor,
+        y: Tensor,
+        epilogue: int,
+        num_out: int,
+        begin_S1: Tensor,
+        x_rows: Tensor | None,
+        y_rows: Tensor | None,
+    ) -> None:
+        args = structs.Gemm(
+            x=x.data_ptr(),
+            w_S=weights_S.data_ptr(),
+            y=y.data_ptr(),
+            begin_S1=begin_S1.data_ptr(),
+            x_rows=address(x_rows),
+            y_rows=address(y_rows),
+            max_rows=y.shape[0],
+            num_out=num_out,
+            num_k=x.shape[1],
+            num_slots=weights_S.shape[0],
+            scale=1.0,
+            x_dtype=BF16,
+            y_dtype=BF16,
+            epilogue=epilogue,
+        )
+        self._call("gemm_rows", args)

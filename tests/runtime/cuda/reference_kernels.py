@@ -1,0 +1,189 @@
+"""The device kernels in plain torch: `ReferenceKernels`, slow, row by row, sums in double.
+
+What a kernel rounds (bf16 rows between products), so does this; sums are rounded once, so the last bits differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from switchgear_runtime import ops_reference
+from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
+
+
+def by_rows(of_row: Callable[[Tensor], Tensor], x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    for index, row in enumerate(x):
+        out[index] = of_row(row)
+    return out
+
+
+class ReferenceKernels(Kernels):
+    """Of the host."""
+
+    def __init__(self) -> None:
+        super().__init__("twin", torch.device("cpu"))
+
+    # --- dense --------------------------------------------------------------------------------------------------------
+
+    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        assert x_MK.dtype == weight_NK.dtype
+        wide = weight_NK.double()
+        bias = 0.0 if bias_N is None else bias_N.double()
+        return by_rows(lambda row: wide @ row.double() + bias, x_MK, x_MK.shape[0], weight_NK.shape[0])
+
+    def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
+        return ops_reference.silu_mul(self.linear(x_MK, gate_up_2FK)).bfloat16()
+
+    def embed(self, embedding_VD: Tensor, token_ids_T: Tensor, multiplier: float) -> Tensor:
+        return embedding_VD[token_ids_T].float() * multiplier
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        of_row = lambda row: ops_reference.rms_norm(row[None], weight_D, eps)[0]  # noqa: E731
+        return by_rows(of_row, x_TD, *x_TD.shape, dtype=dtype)
+
+    def rms_norm_part_(self, x_TX: Tensor, begin: int, groups: int, weight: Tensor, eps: float) -> None:
+        part = x_TX[:, begin : begin + groups * weight.shape[0]]
+        normed = self.rms_norm(part.reshape(-1, weight.shape[0]), weight, eps)
+        part.copy_(normed.view(part.shape))
+
+    def rounded(self, x_TD: Tensor) -> Tensor:
+        return x_TD.bfloat16()
+
+    def add_branch(self, x_TD: Tensor, branch_TD: Tensor, multiplier: float, gate_T: Tensor | None = None) -> None:
+        gate = 1.0 if gate_T is None else gate_T.double().sigmoid().view(-1, 1)
+        x_TD.copy_(x_TD.double() + multiplier * (gate * branch_TD.double()))
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def rope_kv(
+        self,
+        qkv_TX: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        num_heads: int,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        cos_PC2: Tensor,
+        sin_PC2: Tensor,
+        clip: float,
+    ) -> Tensor:
+        _, num_kv_heads, block_size, head_size = k_cache.shape
+        qkv = qkv_TX if clip == 0.0 else qkv_TX.clamp(-clip, clip)
+        heads = qkv.reshape(len(qkv), -1, head_size)
+        q, k, v = (part.clone() for part in heads.split([num_heads, num_kv_heads, num_kv_heads], 1))
+        for part in (q, k):
+            ops_reference.rope_(part, positions_T, cos_PC2, sin_PC2)
+        for t, slot in enumerate(slots_T.tolist()):
+            if slot >= 0:
+                k_cache[slot // block_size, :, slot % block_size] = k[t].bfloat16()
+                v_cache[slot // block_size, :, slot % block_size] = v[t].bfloat16()
+        return q.bfloat16()
+
+    def paged_attention(
+        self,
+        q_THC: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        block_tables_QB: Tensor,
+        seq_ids_T: Tensor,
+        positions_T: Tensor,
+        max_positions: int,
+        scale: float,
+        sliding_window: int,
+    ) -> Tensor:
+        assert max_positions > int(positions_T.max())
+        k_fp32, v_fp32 = k_cache.float(), v_cache.float()  # whose rows ops_reference finds where they are
+        out_THC = ops_reference.paged_attention(
+            q_THC.float(), k_fp32, v_fp32, block_tables_QB, seq_ids_T, positions_T, scale, sliding_window
+        )
+        return out_THC.view(len(q_THC), -1).bfloat16()
+
+    # --- experts ------------------------------------------------------------------------------------------------------
+
+    def topk_router(self, logits_TE: Tensor, top_k: int, *, sigmoid: bool, renormalize: bool) -> tuple[Tensor, Tensor]:
+        return ops_reference.topk_router(logits_TE, top_k, "sigmoid" if sigmoid else "softmax", renormalize)
+
+    def remap(self, topk_ids_TK: Tensor, slot_of_E: Tensor) -> Tensor:
+        return slot_of_E[topk_ids_TK.long()]
+
+    def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
+        num_tokens, top_k = slot_ids_TK.shape
+        rows_begin, pairs_begin, row_tokens, pairs = [0], [0], [], []
+        pair_index_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)
+        for rank in range(num_ranks):
+            for t in range(num_tokens):
+                here = [k for k in range(top_k) if int(slot_ids_TK[t, k]) // slots_per_rank == rank]
+                row_tokens += [t] if here else []
+                for k in here:
+                    pair_index_TK[t, k] = len(pairs)
+                    pairs.append((len(row_tokens) - 1 - rows_begin[-1], int(slot_ids_TK[t, k])))
+            rows_begin.append(len(row_tokens))
+            pairs_begin.append(len(pairs))
+        return DispatchPlan(
+            rows_begin_R1=torch.tensor(rows_begin, dtype=torch.int32),
+            pairs_begin_R1=torch.tensor(pairs_begin, dtype=torch.int32),
+            row_tokens_M=torch.tensor(row_tokens, dtype=torch.int32),
+            pairs_N2=torch.tensor(pairs, dtype=torch.int32).view(-1, 2),
+            pair_index_TK=pair_index_TK,
+        )
+
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor) -> Tensor:
+        return x_TD[row_tokens_M.long()].bfloat16()
+
+    def group(
+        self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
+    ) -> Grouping:
+        x_rows, y_rows, begin = [], [], [0]
+        for slot in range(first_slot, first_slot + num_slots):
+            for rank in range(len(rows_begin_R1) - 1):
+                for pair in range(int(pairs_begin_R1[rank]), int(pairs_begin_R1[rank + 1])):
+                    if int(pairs_N2[pair, 1]) == slot:
+                        x_rows.append(int(rows_begin_R1[rank]) + int(pairs_N2[pair, 0]))
+                        y_rows.append(pair)
+            begin.append(len(x_rows))
+        assert len(x_rows) == len(pairs_N2)
+        begin_S1, x_rows_N, y_rows_N = (torch.tensor(values, dtype=torch.int32) for values in (begin, x_rows, y_rows))
+        return Grouping(begin_S1=begin_S1, x_rows_N=x_rows_N, y_rows_N=y_rows_N)
+
+    def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
+        y_NF = torch.empty(len(groups.x_rows_N), ffn, dtype=torch.bfloat16)
+        for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
+            if end > begin:
+                weight = self._at(int(weights_S[slot]), 2 * ffn, x_MK.shape[1])
+                y_NF[begin:end] = self.gated_linear(x_MK[groups.x_rows_N[begin:end].long()], weight)
+        return y_NF
+
+    def expert_linear(self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping) -> Tensor:
+        y_NO = torch.empty(len(x_NK), num_out, dtype=torch.bfloat16)
+        for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
+            if end > begin:
+                weight = self._at(int(weights_S[slot]), num_out, x_NK.shape[1])
+                y_NO[groups.y_rows_N[begin:end].long()] = self.linear(x_NK[begin:end], weight).bfloat16()
+        return y_NO
+
+    def _at(self, address: int, num_out: int, num_k: int) -> Tensor:
+        import ctypes
+
+        memory = (ctypes.c_uint8 * (num_out * num_k * 2)).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.bfloat16).view(num_out, num_k)
+
+    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        gathered_TKD = rows_ND[pair_index_TK.long()].double()
+        return (gathered_TKD * weights_TK.double()[..., None]).sum(1).float()
+
+    def count(self, ids_TK: Tensor, rows_T: Tensor, row_stride: int, counts: Tensor, begin: int) -> None:
+        flat = counts.view(-1)
+        for t, ids in enumerate(ids_TK.tolist()):
+            for expert in ids:
+                flat[begin + int(rows_T[t]) * row_stride + expert] += 1
+
+    def count_rows(self, begin_S1: Tensor, experts_S: Tensor, counts_E: Tensor) -> None:
+        for slot, expert in enumerate(experts_S.tolist()):
+            if expert >= 0:
+                counts_E[expert] += int(begin_S1[slot + 1] - begin_S1[slot])
