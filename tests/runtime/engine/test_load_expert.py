@@ -218,12 +218,13 @@ def soak(lab: Lab, world_size: int, duration_s: float, seed: int, **settings: An
             sent[submit.sequence_id] = of_version(versions.latest, submit)
             cluster.inboxes[draw.randrange(world_size)].put(sent[submit.sequence_id])
         after = versions
-        seen = any(submit.version == versions.latest for submit in live)  # so that every version is
-        if seen and versions.latest < len(SWAPS) and draw.random() < 0.4:
+        is_used = any(submit.version == versions.latest for submit in sent.values())  # every version shall be
+        if is_used and versions.latest < len(SWAPS) and draw.random() < 0.4:
             after = lab.files[versions.latest].next_of(after)
         if draw.random() < 0.5:
             after = after.with_oldest(min([submit.version for submit in live], default=versions.latest))
         epoch += 1
+        assert epoch < 5000, f"seed {seed}: {versions}"
         expert_map = ExpertMap.contiguous(2, 8, world_size)
         if draw.random() < 0.5:
             expert_map = ExpertMap.random(rng, 2, 8, world_size, num_redundant=int(rng.integers(5)))
