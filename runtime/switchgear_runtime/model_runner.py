@@ -123,17 +123,20 @@ class ModelRunner:
 
     def profile(self) -> NDArray[np.int64]:
         """From now on steps add their nanoseconds to what this returns, by native_structs.PHASES. Of native steps only."""
-        if not isinstance(self._native, NativeDecoder):
-            raise ConfigError(f"{self.spec.architecture} on {self.device} has no clock; only the CPU's native steps do")
-        self._native.phase_ns = np.zeros(len(PHASES), np.int64)
-        return self._native.phase_ns
+        decoder = self._clocked()
+        decoder.phase_ns = np.zeros(len(PHASES), np.int64)
+        return decoder.phase_ns
 
     def layer_cpu(self) -> NDArray[np.int64]:
         """As `profile`: CPU nanoseconds of the calling thread, by layer."""
-        if self._native is None:
-            raise ConfigError(f"{self.spec.architecture} runs op by op; only native steps have a clock")
-        self._native.layer_cpu_ns = np.zeros(len(self.spec.layers), np.int64)
-        return self._native.layer_cpu_ns
+        decoder = self._clocked()
+        decoder.layer_cpu_ns = np.zeros(len(self.spec.layers), np.int64)
+        return decoder.layer_cpu_ns
+
+    def _clocked(self) -> NativeDecoder:
+        if not isinstance(self._native, NativeDecoder):
+            raise ConfigError(f"{self.spec.architecture} on {self.device} has no clock; only the CPU's native steps do")
+        return self._native
 
     @property
     def device(self) -> str:
