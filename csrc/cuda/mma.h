@@ -86,7 +86,7 @@ void warp_mma(const Block&, Own<Fragments<M, N>, THREADS>& own) {
   }
 }
 
-// A copy happens when its thread waits for it, not before.
+// A copy happens at once, or, where threads run backwards, when its thread waits for it: both are allowed.
 struct Copies {
   struct Copy {
     Line* to;
@@ -100,7 +100,11 @@ inline thread_local Copies copies_of[1024];
 
 inline void copy_async(Line* shared, const Line* from) {
   Copies& mine = copies_of[current_thread];
-  mine.pending.push_back({shared, from, mine.commits});
+  if (sg_cuda_twin_backwards) {
+    mine.pending.push_back({shared, from, mine.commits});
+  } else {
+    *shared = *from;
+  }
 }
 inline void commit_async() { ++copies_of[current_thread].commits; }
 template <int PENDING>

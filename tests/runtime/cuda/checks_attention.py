@@ -92,6 +92,10 @@ def check_attention(library: Checked, seed: int) -> None:
     seq_ids = arena.put(rng.integers(0, num_seqs, num_tokens), np.int32)
     positions = arena.put(rng.integers(limit // 2 if long else 0, limit, num_tokens), np.int64)
     window = int(rng.choice([0, 1, 40, 270]))
+    if 0 < window < limit and seed % 3 == 0:
+        positions[0] = window  # the first that does not see position 0
+    if seed % 3 == 1:
+        positions[-1], seq_ids[-1] = limit - 1, num_seqs - 1  # the last of all
     sinks = arena.normals(heads) if rng.integers(2) else None
     q_stored, q = stored(arena, rng.standard_normal((num_tokens, heads, size)) * rng.choice([2, 60]), dtype)
     out = arena.room((num_tokens, heads, size), array_type(out_dtype))

@@ -33,7 +33,7 @@ from switchgear_runtime.cuda.library import load
 
 CSRC = Path(__file__).parents[3] / "csrc"
 FLAGS = "-std=c++20 -O1 -w -fPIC -ffp-contract=off -fno-math-errno"
-TRAPS = "-fsanitize=bounds -fsanitize-undefined-trap-on-error"  # an index outside an array ends the process
+TRAPS = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error"  # an index outside an array ends the process
 COMPILE = ("g++", *FLAGS.split(), *TRAPS.split(), "-x", "c++")
 CPU_S, TIMEOUT_S = 15, 180.0  # of one mutant's checks: some mutants loop for ever
 CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by source, with the number of seeds
