@@ -53,8 +53,9 @@ Path Layer::insure(int64_t stale_max) {
   settle(kSettleSweepsFirst);
   path.moves.push_back(static_cast<int32_t>(moves_));
   path.level_max.push_back(expected_max());
+  const size_t num_edits = path.edits.size();
   widen_slack(2, &path);
-  settle(kSettleSweepsFirst);
+  if (path.edits.size() > num_edits) settle(kSettleSweepsFirst);
   path.moves.push_back(static_cast<int32_t>(moves_));
   path.level_max.push_back(expected_max());
   return path;

@@ -131,13 +131,15 @@ def test_search_equals_its_reference() -> None:
 def test_insurance_equals_its_reference() -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     rng = np.random.default_rng(seed)
-    num_edits = 0
+    num_filled = num_swapped = 0
     for run in range(300):
         problem = random_layer(rng)
         path = insure(problem, problem.steps_max)
         assert_same(native(problem).insured(), path, f"seed {seed}, run {run}")
-        num_edits += len(path.edits)
-    assert num_edits > 300, f"seed {seed}: hardly anything was filled"
+        num_filled += sum(edit.step == 1 for edit in path.edits)
+        num_swapped += sum(edit.step == 2 for edit in path.edits)
+    assert num_filled > 300, f"seed {seed}: hardly anything was filled"
+    assert num_swapped > 20, f"seed {seed}: hardly any replica was swapped"
 
 
 def test_every_point_of_a_path_is_what_it_says() -> None:

@@ -64,8 +64,10 @@ def insure(problem: LayerProblem, stale_max: int) -> Path:
     layer.settle(SETTLE_SWEEPS_FIRST)
     path.moves.append(layer.moves)
     path.level_max.append(layer.expected_max())
+    num_edits = len(path.edits)
     widen_slack(layer, 2, path)
-    layer.settle(SETTLE_SWEEPS_FIRST)
+    if len(path.edits) > num_edits:
+        layer.settle(SETTLE_SWEEPS_FIRST)
     path.moves.append(layer.moves)
     path.level_max.append(layer.expected_max())
     return path
