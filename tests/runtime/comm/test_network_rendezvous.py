@@ -90,7 +90,7 @@ def test_what_open_transport_refuses() -> None:
     for kind, match in (
         ("shm", r"needs one host, but the ranks are on 2; use transport='auto'"),
         ("auto", "needs a store"),
-        ("pigeon", "choose one of auto, loopback, shm, gloo, mpi"),
+        ("pigeon", "choose one of auto, loopback, shm, gloo, nccl, mpi"),
     ):
         with pytest.raises(ConfigError, match=match):
             open_transport(kind, two_hosts, 0, mailbox_bytes=MAILBOX_BYTES, timeout_s=1)
