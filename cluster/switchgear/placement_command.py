@@ -40,8 +40,9 @@ class PlacementCommand:
             help="give one expert the weights of a file; running sequences keep the old ones",
             description="Give one expert the weights of a safetensors file (gate_proj.weight, up_proj.weight and "
             "down_proj.weight, or the checkpoint's names of that expert) as a new version of the model. Sequences that "
-            "run finish with the weights they began with. Keep the file where it is, for server and ranks to read: a "
-            "rank that is replaced reads it again. A server that is started anew begins with the checkpoint, and maps "
+            "run finish with the weights they began with. Each rank's host reads the file, and keeps a copy in the weight "
+            "cache's folder for ranks that come later; without that folder, or with ranks on further hosts, keep the file "
+            "where it is. Give each file a name of its own. A server that is started anew begins with the checkpoint, and maps "
             "that are saved know nothing of it.",
         )
         load.add_argument("file", type=Path, metavar="FILE")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.errors import ConfigError, StaleTerm, TransportTimeout
+from switchgear_runtime.errors import ConfigError, RankFailed, StaleTerm
 from switchgear_runtime.generation import Fence, GenerationDescriptor
 from switchgear_runtime.messages import BeginGeneration, DropMap, EndGeneration, MapRefused, MapStaged, StageMap
 from switchgear_runtime.migration.pace import Pace
@@ -127,7 +127,7 @@ class Membership:
         timeout_s = self._runner.config.step_timeout_s
         if not self._stager.wait_idle(timeout_s):
             text = f"rank {self._rank}: its own stager did not let go of an expert within {timeout_s:g} s"
-            raise TransportTimeout(text, rank=self._rank)
+            raise RankFailed(text)  # its own fault, no peer's: it is replaced
 
     def ends(self, message: EndGeneration) -> bool:
         """Is it the end of the generation this rank is in?"""

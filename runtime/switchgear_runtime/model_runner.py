@@ -34,6 +34,8 @@ from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap
+from switchgear_runtime.model.swap_files import SwapFiles
+from switchgear_runtime.model.weight_cache import weight_cache_folder
 from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
@@ -111,6 +113,7 @@ class ModelRunner:
         self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
         self.versions = ModelVersions()
+        self._swap_files = SwapFiles(weight_cache_folder(config.weight_cache_dir))
         self._has_variants = False  # some sequences may see other weights than those in the slots
         self._builder = MapBuilder(spec, self._store, self.moe_layers, self.replica_choice, self._native, rank=rank)
         self._place(self._builder.build(expert_map, self.versions, self.read_expert))
@@ -224,7 +227,7 @@ class ModelRunner:
         if swap is None:
             weights = self._store.expert(layer, expert, pace)
         else:
-            tensors = read_expert_file(swap, self.spec, self.checkpoint.names, pace)
+            tensors = read_expert_file(swap, self.spec, self.checkpoint.names, pace, self._swap_files)
             weights = self._store.pack_expert(layer, expert, *tensors)
         return weights
 

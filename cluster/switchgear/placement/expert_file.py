@@ -15,6 +15,7 @@ from switchgear_runtime.model.spec import DecoderSpec
 
 HEADER_BYTES_MAX = 1 << 20  # of a safetensors file with three tensors
 ITEMSIZE_MAX = 4
+PIECE_BYTES = 1 << 20
 PATH_CHARS_MAX = 1024  # every migration tells the ranks of every expert that was ever loaded, in one message
 
 
@@ -45,7 +46,13 @@ def sha256_of(path: str, bytes_max: int) -> str:
                     f"path={path!r} has {status.st_size} bytes; one expert of this model takes at most {bytes_max}",
                     param="path",
                 )
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest, num_bytes = hashlib.sha256(), 0
+            while (piece := file.read(PIECE_BYTES)) and num_bytes <= bytes_max:  # it may grow while it is read
+                digest.update(piece)
+                num_bytes += len(piece)
+            if num_bytes > bytes_max:
+                raise RequestError(f"path={path!r} has over {bytes_max} bytes", param="path")
+            return digest.hexdigest()
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(f"path={path!r} cannot be read by the server: {reason}", param="path") from None

@@ -20,6 +20,7 @@ from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.model_versions import ModelVersions
 
 STAGE_GRACE_S = 30.0  # beside what the bytes take, until it is dropped
+FILE_TO_PACKED_MAX = 8  # a float32 file over the same expert packed to int4; ranks pace what they read
 STAGE_SLOWNESS = 4.0  # times the budgeted rate: one slower than that is dropped
 
 
@@ -48,9 +49,10 @@ class Migration:
 
     def price(self, expert_bytes: int, bytes_per_s: int | None) -> int:
         """Bytes that it moves or reads. `bytes_per_s`: of all ranks; None: as fast as it goes."""
-        num_experts = len(self.moves) + self.num_read * self.expert_map.num_ranks
-        self.num_bytes, self.bytes_per_s = num_experts * expert_bytes, bytes_per_s
-        slowest_s = 0.0 if bytes_per_s is None else STAGE_SLOWNESS * self.num_bytes / bytes_per_s
+        num_read = self.num_read * self.expert_map.num_ranks
+        self.num_bytes, self.bytes_per_s = (len(self.moves) + num_read) * expert_bytes, bytes_per_s
+        most_bytes = self.num_bytes + num_read * (FILE_TO_PACKED_MAX - 1) * expert_bytes
+        slowest_s = 0.0 if bytes_per_s is None else STAGE_SLOWNESS * most_bytes / bytes_per_s
         self.deadline_s = self.begun_s + STAGE_GRACE_S + slowest_s
         return self.num_bytes
 

@@ -88,7 +88,7 @@ class Migrations:
     def over(self, now_s: float) -> Migration | None:
         """None is under way any more; the one that was, if it has not flipped."""
         migration, self.under_way = self.under_way, None
-        if migration is not None and migration.versions is not self.versioning.in_force:
+        if migration is not None and migration.versions.oldest > self.versioning.in_force.oldest:  # it was to settle
             self.versioning.failed(now_s)
         return migration
 

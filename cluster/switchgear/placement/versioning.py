@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 
 LOOK_S = 0.5  # how often it is looked whether the last sequence of an old version has ended
@@ -28,7 +29,14 @@ class Versioning:
         self._number = 0  # of the latest version ever proposed: a number names one version for ever
 
     def loaded(self, layer: int, expert: int, path: str, sha256: str) -> ModelVersions:
-        """With one version more. ConfigError if that is too many."""
+        """With one version more. ConfigError if that is too many, or if a version in force has another file of this name:
+        a rank that joins later could then read one of the two only."""
+        for known in self.in_force.swaps:
+            if known.path == path and known.sha256 != sha256:
+                raise ConfigError(
+                    f"path={path!r} was loaded as version {known.version} with other contents, which are in force; give "
+                    "the new file a name of its own"
+                )
         swap = ExpertSwap(version=self._number + 1, layer=layer, expert=expert, path=path, sha256=sha256)
         loaded = replace(self.in_force, swaps=(*self.in_force.swaps, swap))
         self._number = swap.version

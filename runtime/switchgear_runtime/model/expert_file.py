@@ -9,9 +9,7 @@ Letters: D hidden, F ffn.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -21,30 +19,30 @@ from torch import Tensor
 from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.names import ExpertNames
 from switchgear_runtime.model.spec import DecoderSpec
+from switchgear_runtime.model.swap_files import SwapFiles
 from switchgear_runtime.moe.model_versions import ExpertSwap
 
 NAMES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE_BYTES = 1 << 20
 HEADER_BYTES_MAX = 1 << 20
 
 
 def read_expert_file(
-    swap: ExpertSwap, spec: DecoderSpec, names: ExpertNames, pace: Callable[[int], None] | None = None
+    swap: ExpertSwap,
+    spec: DecoderSpec,
+    names: ExpertNames,
+    pace: Callable[[int], None] | None = None,
+    files: SwapFiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate and up rows [2F, D] and down [D, F], in the file's dtype. Every defect is a CheckpointError naming the path.
     `pace` is told of every piece."""
-    data = _read(swap, HEADER_BYTES_MAX + 4 * 3 * spec.moe.ffn * spec.hidden_size, pace)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != swap.sha256:
-        raise CheckpointError(
-            f"{swap.path} has sha256 {digest} here, and version {swap.version} is the file with {swap.sha256}: put that "
-            "one there on every rank's host, or load this one as a version of its own"
-        )
+    bytes_max = HEADER_BYTES_MAX + 4 * 3 * spec.moe.ffn * spec.hidden_size
+    data = (files or SwapFiles(None)).read(swap, bytes_max, pace)
     try:
-        tensors = load(bytes(data))
+        tensors = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{swap.path} is not a safetensors file: {error}") from None
+    del data  # one copy less while the parts are joined
     gate_FD, up_FD, down_DF = (tensors[name] for name in _names(swap, spec, names, tensors))
     shape = (spec.moe.ffn, spec.hidden_size)
     for name, tensor, expected in ((0, gate_FD, shape), (1, up_FD, shape), (2, down_DF, shape[::-1])):
@@ -54,31 +52,9 @@ def read_expert_file(
             )
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{swap.path}: {NAMES[name]} has dtype {tensor.dtype}, expected F32, BF16 or F16")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{swap.path}: {NAMES[name]} has a number that is infinite or none")
     return torch.cat([gate_FD, up_FD]), down_DF
-
-
-def _read(swap: ExpertSwap, num_bytes_max: int, pace: Callable[[int], None] | None) -> bytearray:
-    data = bytearray()
-    try:
-        with Path(swap.path).open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                data += piece
-                if len(data) > num_bytes_max:
-                    raise CheckpointError(
-                        f"{swap.path} has over {num_bytes_max} bytes, more than one expert of this model in float32; "
-                        "the file holds one expert's gate, up and down matrices"
-                    )
-                if pace is not None:
-                    pace(len(piece))
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        if isinstance(error, CheckpointError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(
-            f"{swap.path} cannot be read: {reason}; the file of model version {swap.version} must be there on every "
-            "rank's host as long as the cluster runs"
-        ) from None
-    return data
 
 
 def _names(swap: ExpertSwap, spec: DecoderSpec, names: ExpertNames, tensors: dict[str, Tensor]) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ class LoadingCluster(Cluster):
         await until(lambda: self.ready, 60)
         await self.ask().all_finished(len(PROMPTS), 60)
 
+    @contextmanager
+    def files_gone(self) -> Iterator[None]:
+        paths = [file.path for file in self.files if file.path.exists()]
+        for path in paths:
+            path.rename(path.with_suffix(".away"))
+        yield
+        for path in paths:
+            path.with_suffix(".away").rename(path)
+
     async def settled(self) -> None:
         await until(lambda: self.placement.controller.versions.oldest == self.versions[-1], 20)
         await self.ask().all_finished(len(PROMPTS), 60)
@@ -141,7 +151,8 @@ def test_each_sequence_keeps_its_weights_over_loads_moves_and_a_death(tmp_path: 
         await cluster.load()
         running.append(await cluster.begin())
         await cluster.move()
-        await cluster.kill(1)  # the replacement needs all versions
+        with cluster.files_gone():
+            await cluster.kill(1)  # the replacement needs all versions, and reads the copies that the host has kept
         for collector in running:
             await collector.all_finished(len(PROMPTS), 60)
         await cluster.settled()

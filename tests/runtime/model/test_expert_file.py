@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_checkpoints import make_checkpoint, make_runner
 from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.expert_file import read_expert_file
+from switchgear_runtime.model.swap_files import SwapFiles
 from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 
 
@@ -84,6 +86,7 @@ def put(path: Path, values: dict[str, torch.Tensor]) -> None:
 
 
 INT8 = torch.ones(48, 24, dtype=torch.int8)
+NAN = torch.full((24, 48), torch.nan)
 WRONG: list[tuple[str, Callable[[Path], object]]] = [
     ("cannot be read", lambda _: None),
     ("not a safetensors file", lambda path: path.write_bytes(b"")),
@@ -93,6 +96,8 @@ WRONG: list[tuple[str, Callable[[Path], object]]] = [
     ("and no more", lambda path: put(path, tensors(bias=torch.zeros(2)))),
     ("layers.0.mlp.experts.3.", lambda path: put(path, {f"model.layers.0.mlp.experts.2.{n}": t for n, t in tensors().items()})),
     (r"up_proj.weight has shape \[48, 24\]", lambda path: put(path, tensors(**{"up_proj.weight": torch.ones(48, 24)}))),
+    ("is not a file", lambda path: os.mkfifo(path)),
+    ("gate_proj.weight has a number", lambda path: put(path, tensors(**{"gate_proj.weight": NAN}))),
     ("down_proj.weight has dtype torch.int8", lambda path: put(path, tensors(**{"down_proj.weight": INT8}))),
 ]  # fmt: skip
 
@@ -101,7 +106,7 @@ WRONG: list[tuple[str, Callable[[Path], object]]] = [
 def test_defects(tmp_path: Path, model_dir: Path, reason: str, write: Callable[[Path], object]) -> None:
     path, checkpoint = tmp_path / "expert", Checkpoint(model_dir)
     write(path)
-    data = path.read_bytes() if path.exists() else b""
+    data = path.read_bytes() if path.is_file() else b""
     swap = ExpertSwap(version=1, layer=0, expert=3, path=str(path), sha256=hashlib.sha256(data).hexdigest())
     with pytest.raises(CheckpointError, match=reason) as caught:
         read_expert_file(swap, checkpoint.spec, checkpoint.names)
@@ -117,3 +122,28 @@ def test_other_bytes_are_refused_with_both_digests(tmp_path: Path, model_dir: Pa
     assert hashlib.sha256(file.path.read_bytes()).hexdigest() in str(caught.value)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_expert_file(replace(swap, path="a\0b"), checkpoint.spec, checkpoint.names)
+
+
+def test_a_file_that_is_gone_or_another_is_read_from_its_copy(tmp_path: Path, model_dir: Path) -> None:
+    file, checkpoint = write_expert(tmp_path / "x", model_dir, layer=0, expert=0, seed=1), Checkpoint(model_dir)
+    (swap,) = file.next_of(ModelVersions()).swaps
+    files = SwapFiles(tmp_path / "cache")
+    first = read_expert_file(swap, checkpoint.spec, checkpoint.names, files=files)
+    write_expert(file.path, model_dir, layer=0, expert=0, seed=2)
+    for _ in range(2):  # other contents, then none
+        again = read_expert_file(swap, checkpoint.spec, checkpoint.names, files=SwapFiles(tmp_path / "cache"))
+        assert all(map(torch.equal, first, again))
+        file.path.unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=str(file.path)):
+        read_expert_file(swap, checkpoint.spec, checkpoint.names)
+    (copy,) = (tmp_path / "cache" / "experts").iterdir()
+    copy.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_expert_file(swap, checkpoint.spec, checkpoint.names, files=files)
+
+
+def test_without_a_fit_folder_no_copy_is_kept(tmp_path: Path, model_dir: Path) -> None:
+    file, checkpoint = write_expert(tmp_path / "x", model_dir, layer=0, expert=0, seed=1), Checkpoint(model_dir)
+    (swap,) = file.next_of(ModelVersions()).swaps
+    (tmp_path / "cache").write_bytes(b"")  # no folder
+    read_expert_file(swap, checkpoint.spec, checkpoint.names, files=SwapFiles(tmp_path / "cache"))
