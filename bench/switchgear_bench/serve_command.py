@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ _DEFAULT_PEERS_DIR = Path("build/peers")
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _check(field: str, names: list[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--{field}: {name!r} is unknown; choose of {','.join(known)}")
 
 
 def _settings(texts: list[str]) -> dict[str, Any]:
@@ -68,9 +75,14 @@ class ServeBench:
         parser.add_argument("--output", type=Path, help="write JSON to this file; its rows of other cases stay")
 
     def run(self, arguments: argparse.Namespace) -> int:
+        from switchgear_bench.serve_cases import CASES
         from switchgear_bench.serve_rows import markdown
+        from switchgear_bench.serve_runners import PEERS_OF_PRECISION, PRECISIONS
         from switchgear_bench.serve_session import Session
 
+        _check("peers", arguments.peers, PEERS_OF_PRECISION["bf16"])
+        _check("cases", arguments.cases, CASES)
+        _check("precisions", arguments.precisions, PRECISIONS)
         session = Session(
             model=str(arguments.model or arguments.peers_dir / "bench-model"),
             peers_dir=arguments.peers_dir.resolve(),
