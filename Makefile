@@ -39,7 +39,7 @@ test: dev
 test-slow: dev
 	@$(RUN) -m pytest -q -m "slow and not gpu"
 
-# Builds for this GPU, checks, times, and ends with a table; where there is no usable GPU it says what is missing.
+# Builds for this GPU, checks, times, and ends with a table; without a usable GPU or a package it says what is missing.
 # Without a virtual environment (Python 3.12, torch 2.11, CUDA 13 will do): python3 bench/gpu_suite.py
 test-gpu: dev
 	@$(RUN) bench/gpu_suite.py

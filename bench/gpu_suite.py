@@ -2,20 +2,24 @@
 
 Needs no virtual environment, no Ray and no network: any Python from 3.11 on with torch for CUDA, pytest, pytest-timeout,
 hypothesis, msgspec, msgpack, safetensors, tokenizers and transformers, beside nvcc and CMake. Prints each step's outcome
-as a table last, and writes it with the hardware's name. On a machine without a usable GPU it says what is missing, and
-ends with status 2.
+as a table last, and writes it with the hardware's name, anew after every step and every row: whatever ends it loses
+nothing. On a machine without a usable GPU, or without a package, it says what is missing, and ends with status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,8 +29,25 @@ NATIVE = ROOT / "runtime" / "switchgear_runtime" / "_native"
 SOURCES = [str(ROOT / folder) for folder in ("runtime", "cluster", "bench")]
 TESTS = "tests/runtime/cuda"
 SANITIZED = "tests/runtime/cuda/test_gpu_kernels.py"
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 86  # its exit status, where it found something
+MODULES = (
+    "numpy",
+    "pytest",
+    "pytest_timeout",
+    "hypothesis",
+    "msgspec",
+    "msgpack",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+)
+CHECK_S = 240.0  # of one file of checks
+SANITIZE_S = 3000.0
+LOG = ROOT / "build" / "gpu-step.log"  # what the step's last command wrote
+LOG_LINES = 60  # of it, in the result of a step that failed
+REPORT = ROOT / "build" / "gpu-tests.xml"
+What = Callable[[], tuple[str, bool]]
 
 sys.path[:0] = SOURCES
 
@@ -34,29 +55,97 @@ sys.path[:0] = SOURCES
 class Step:
     """A row of the table."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, what: What) -> None:
         self.name = name
+        self.what = what
+        self.log: list[str] = []
         self.outcome = "not run"
         self.seconds = 0.0
         self.is_good = False
 
-    def run(self, what: Any) -> bool:
+    def run(self) -> bool:
         start_s = time.monotonic()
+        LOG.parent.mkdir(exist_ok=True)
+        LOG.write_text("")
         try:
-            self.outcome, self.is_good = what()
-        except (OSError, subprocess.SubprocessError) as error:
-            self.outcome = f"failed: {error}"
+            self.outcome, self.is_good = self.what()
+        except Exception as error:  # noqa: BLE001 - the bench runs in this process; the other steps' results stay
+            self.outcome = f"failed: {type(error).__name__}: {error}"
+            with LOG.open("a") as log:
+                traceback.print_exc(file=log)
         self.seconds = time.monotonic() - start_s
+        if not self.is_good:
+            self.log = LOG.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            print("\n".join(self.log))
         print(f"== {self.name}: {self.outcome} ({self.seconds:.0f} s)", flush=True)
         return self.is_good
 
     def row(self) -> dict[str, Any]:
-        return {"step": self.name, "outcome": self.outcome, "passed": self.is_good, "seconds": round(self.seconds, 1)}
+        row = {"step": self.name, "outcome": self.outcome, "passed": self.is_good, "seconds": round(self.seconds, 1)}
+        return {**row, "log": self.log} if self.log else row
+
+
+class Results:
+    """The file, written anew whenever something is known."""
+
+    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+        self.path = path
+        self.machine = machine
+        self.steps: list[Step] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self) -> None:
+        whole = {"machine": self.machine, "steps": [step.row() for step in self.steps], "rows": self.rows}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps(whole, indent=1))
+        beside.replace(self.path)
+
+    def run_steps(self) -> None:
+        """In order; without a build there is nothing else to run."""
+        for step in self.steps:
+            step.outcome = "not finished"
+            self.write()
+            is_good = step.run()
+            self.write()
+            if step.name == "build" and not is_good:
+                return
+
+    def take(self, rows: Iterable[dict[str, Any]]) -> tuple[str, bool]:
+        for row in rows:
+            self.rows.append(row)
+            self.write()
+        return f"{len(self.rows)} rows", bool(self.rows)
+
+
+def missing(modules: Sequence[str]) -> str | None:
+    """Which packages this Python lacks, and how to bring them."""
+    names = " ".join(module.replace("_", "-") for module in modules if find_spec(module) is None)
+    if not names:
+        return None
+    python, folder = f"{sys.version_info.major}.{sys.version_info.minor}", "build/gpu-packages"
+    return (
+        f"{sys.executable} has no {names}; `pip install --target {folder} {names}` and PYTHONPATH={folder} (where there is "
+        f"no index: `pip download -d wheels --only-binary :all: --python-version {python} {names}` where there is one, and "
+        f"`pip install --no-index --find-links wheels --target {folder} {names}` here)"
+    )
 
 
 def run(command: Sequence[str], *, timeout_s: float) -> int:
+    """Its status. Past the limit, it ends with its children: a rank left behind would hold the GPU."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout_s, check=False).returncode
+    with LOG.open("a") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{Path(command[0]).name} took more than {timeout_s:.0f} s") from None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def build() -> tuple[str, bool]:
@@ -77,11 +166,16 @@ def build() -> tuple[str, bool]:
     return "built" if is_there else "failed: CMake found no nvcc; set CUDACXX to one", is_there
 
 
-def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = 1800) -> tuple[str, bool]:
+def gpu_files() -> list[str]:
+    """A process of its own for each, since an illegal access ends every later call of its process. Kernels first."""
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_*.py"))
+    return sorted((file for file in files if "pytest.mark.gpu" in (ROOT / file).read_text()), key=SANITIZED.__ne__)
+
+
+def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = CHECK_S) -> tuple[str, bool]:
     """pytest's own counts. A suite in which nothing ran has not passed."""
-    report = ROOT / "build" / "gpu-tests.xml"
-    report.parent.mkdir(exist_ok=True)
-    report.unlink(missing_ok=True)
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.unlink(missing_ok=True)
     pytest = [
         sys.executable,
         "-m",
@@ -89,15 +183,17 @@ def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = 1800) ->
         "-q",
         "-m",
         "gpu",
-        f"--junitxml={report}",
+        f"--junitxml={REPORT}",
         "-p",
         "no:cacheprovider",
+        *("-o", "timeout_method=thread", f"--timeout={0.75 * timeout_s:g}"),  # a signal does not end a wait for the GPU
+        *("-o", "filterwarnings=default"),  # of whatever versions are here
         tests,
     ]
     status = run([*prefix, *pytest], timeout_s=timeout_s)
-    if not report.is_file():
+    if not REPORT.is_file():
         return f"failed: pytest ended with status {status}", False
-    suite = next(ElementTree.parse(report).iter("testsuite"))
+    suite = next(ElementTree.parse(REPORT).iter("testsuite"))
     total, skipped, bad = (int(suite.get(name, 0)) for name in ("tests", "skipped", "failures"))
     bad += int(suite.get("errors", 0))
     found = ", the sanitizer found errors" if status == SANITIZER_FOUND else ""
@@ -110,7 +206,7 @@ def sanitize(tool: str) -> tuple[str, bool]:
     if not Path(program).is_file():
         return "not run: there is no compute-sanitizer", False
     prefix = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--target-processes", "all"]
-    return check(SANITIZED, prefix=prefix, timeout_s=3000)
+    return check(SANITIZED, prefix=prefix, timeout_s=SANITIZE_S)
 
 
 def table(steps: Sequence[Step]) -> str:
@@ -126,8 +222,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu.json", help="where the JSON goes")
     parser.add_argument("--no-build", action="store_true", help="take the libraries that are there")
     parser.add_argument("--no-bench", action="store_true", help="time nothing")
-    parser.add_argument("--sanitize", action="store_true", help="the kernels' checks under memcheck and racecheck, too")
+    parser.add_argument("--sanitize", action="store_true", help="the kernels' checks under each sanitizer, too")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends, too
+
+    lacks = missing(MODULES)
+    if lacks:
+        print(f"The GPU suite cannot run here:\n  {lacks}", file=sys.stderr)
+        return 2
 
     from switchgear_runtime.cuda.facts import gather_facts
     from switchgear_runtime.cuda.preflight import obstacles
@@ -143,28 +245,23 @@ def main() -> int:
         print("\n".join(["The GPU suite cannot run here:", *(f"  {obstacle}" for obstacle in found)]), file=sys.stderr)
         return 2
 
-    steps = [Step("build")] if not arguments.no_build else []
-    steps += [Step("checks")]
-    steps += [Step(tool) for tool in SANITIZERS if arguments.sanitize]
-    rows: list[dict[str, Any]] = []
+    results = Results(arguments.output, {"python": sys.version.split()[0], **report})
 
     def bench() -> tuple[str, bool]:
         from switchgear_bench.gpu_command import run_all
+
+        return results.take(run_all("cuda"))
+
+    steps = results.steps
+    steps += [Step("build", build)] if not arguments.no_build else []
+    steps += [Step(Path(file).stem, functools.partial(check, file)) for file in gpu_files()]
+    steps += [Step(tool, functools.partial(sanitize, tool)) for tool in SANITIZERS if arguments.sanitize]
+    steps += [Step("bench", bench)] if not arguments.no_bench else []
+    results.run_steps()
+    if results.rows:
         from switchgear_bench.gpu_command import table as bench_table
 
-        rows.extend(run_all("cuda"))
-        print(bench_table(rows), flush=True)
-        return f"{len(rows)} rows", bool(rows)
-
-    whats: dict[str, Any] = {"build": build, "checks": lambda: check(TESTS), "bench": bench}
-    whats |= {tool: lambda tool=tool: sanitize(tool) for tool in SANITIZERS}
-    steps += [Step("bench")] if not arguments.no_bench else []
-    for step in steps:
-        if not step.run(whats[step.name]) and step.name == "build":
-            break
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": {"python": sys.version.split()[0], **report}, "steps": [s.row() for s in steps], "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=1))
+        print(bench_table(results.rows))
     print(table(steps))
     return 0 if all(step.is_good for step in steps) else 1
 

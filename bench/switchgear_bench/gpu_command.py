@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ class GpuCommand:
         parser.add_argument("--output", type=Path, help="JSON file for the rows (default: none)")
 
     def run(self, arguments: argparse.Namespace) -> int:
-        rows = run_all(arguments.device)
+        rows = list(run_all(arguments.device))
         if arguments.output is not None:
             arguments.output.write_text(json.dumps({"machine": describe(arguments.device), "rows": rows}, indent=1))
         print(table(rows))
         return 0
 
 
-def run_all(device: str) -> list[dict[str, Any]]:
-    """Raises DeviceUnavailable, with each reason and its fix, where there is no usable GPU."""
+def run_all(device: str) -> Iterator[dict[str, Any]]:
+    """Row after row. Raises DeviceUnavailable, with each reason and its fix, where there is no usable GPU."""
     from switchgear_runtime.cuda.preflight import require_gpu
 
     if device == "cuda":
@@ -43,14 +44,13 @@ def run_all(device: str) -> list[dict[str, Any]]:
     kernels = kernels_of(device, 0)
     bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
     is_small = device != "cuda"
-    rows = []
     for row in chain(
         (measure(subject, bounds, clock) for subject in subjects(kernels, is_small=is_small)),
         measure_decode(device, bounds.copy_bytes_per_s, is_small=is_small),
     ):
-        rows.append({"device": device, **row, **_rates(bounds)})
-        print(_line(rows[-1]), flush=True)
-    return rows
+        whole = {"device": device, **row, **_rates(bounds)}
+        print(_line(whole), flush=True)
+        yield whole
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 // Cache: [B, G, Z, C] (blocks, KV heads, positions of a block, head size), a row per position. Order: a (token, head)
 // walks tiles of 32 positions at absolute positions 0, 32, ..., with an online softmax (Milakov and Gimelshein, 2018):
 // a score is one chain over C; a tile's maximum and sum of weights are a warp's butterfly, lane = position mod 32; its
-// values are added in order of position. Every 2048 positions (absolute too) begin a part of their own, which blocks
+// values are added in order of position. Every 256 positions (absolute too) begin a part of their own, which blocks
 // compute side by side; parts are merged in order, as FlashDecoding does, but at fixed places. So a token's bits depend
 // on its position alone.
 //

@@ -1,4 +1,4 @@
-"""How rows in a device's memory go between ranks: the `DeviceExchange` protocol, and `HostStaged` over any transport.
+"""How rows in a device's memory go between ranks: the `DeviceExchange` protocol, `HostStaged` over any transport, `OneRank`.
 
 What it is for: the rows and pairs of a dispatch or a combine, whose numbers the host knows by then. NCCL's is in nccl.py;
 both give the same bytes, so tokens do not depend on which one is used.
@@ -34,10 +34,19 @@ class DeviceExchange(Protocol):
 
 
 def device_exchange(transport: Transport) -> DeviceExchange:
-    """A transport's own way between devices, or else by way of the host."""
+    """A transport's own way between devices, or else by way of the host; one rank needs neither."""
+    if transport.world_size == 1:
+        return OneRank()
     if hasattr(transport, "exchange"):
         return cast(DeviceExchange, transport)
     return HostStaged(transport)
+
+
+class OneRank:
+    """Nothing goes anywhere: what comes back are views of what was sent, so neither may be written afterwards."""
+
+    def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:  # noqa: ARG002
+        return [Parts(data[begin:end], [0, end - begin]) for data, (begin, end) in send]
 
 
 class HostStaged:

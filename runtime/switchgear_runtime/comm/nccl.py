@@ -13,13 +13,14 @@ STATUS: has run on no GPU yet.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
-from typing import Never
+from typing import AnyStr, Never
 
 import torch
 
@@ -31,7 +32,8 @@ from switchgear_runtime.env import ranks_may_share_gpu
 from switchgear_runtime.errors import ConfigError, TransportError, TransportTimeout
 
 ROUND_S = 0.2  # a rank whose part is not complete asks the others so often
-LATE, DONE, FAILED = 0, 1, 2  # a rank's mark in a round
+LATE, DONE, FAILED, EXPIRED = 0, 1, 2, 3  # a rank's mark in a round; EXPIRED: late, and its deadline has passed
+_GPU = struct.Struct("<?64s")  # whether ranks may share a GPU, GPU
 _MEET = struct.Struct("<I?64s128s")  # NCCL version, whether ranks may share a GPU, GPU, unique id (of rank 0)
 
 
@@ -64,17 +66,28 @@ class SharedGpu(ConfigError):
 
 def over_nccl(control: Transport, device: torch.device, *, required: bool, timeout_s: float) -> Transport:
     """`control` with NCCL beside it. Where two ranks share a GPU, with peer memory or nothing, unless NCCL is `required`;
-    all ranks decide the same, from the same headers."""
+    all ranks decide the same, from the same headers, before any of them needs NCCL to be installed."""
     if control.world_size == 1:
         return control
-    try:
-        return NcclTransport(control, Gpu(device), nccl(), timeout_s=timeout_s)
-    except SharedGpu:
-        if required:
-            raise
-    from switchgear_runtime.comm.peer_memory import over_peer_memory
+    gpu = Gpu(device)
+    if not required:
+        header = _GPU.pack(ranks_may_share_gpu(), gpu.identity().encode())
+        met = control.all_gather(header, timeout_s=timeout_s)
+        if sharing([(shares, gpu) for shares, gpu in map(_GPU.unpack, met)]) is not None:
+            from switchgear_runtime.comm.peer_memory import over_peer_memory
 
-    return over_peer_memory(control, device, timeout_s=timeout_s)
+            return over_peer_memory(control, device, timeout_s=timeout_s)
+    return NcclTransport(control, gpu, nccl(), timeout_s=timeout_s)
+
+
+def sharing(met: Sequence[tuple[bool, AnyStr]]) -> tuple[int, int] | None:
+    """`met`: whether each rank may share its GPU, and its GPU. Two ranks with one GPU, of which the later may not."""
+    holders: dict[AnyStr, int] = {}
+    for rank, (shares, gpu) in enumerate(met):
+        if gpu in holders and not shares:
+            return holders[gpu], rank
+        holders[gpu] = rank
+    return None
 
 
 class NcclTransport(BesideHosts):
@@ -110,7 +123,7 @@ class NcclTransport(BesideHosts):
                 received.append(Parts(torch.empty(starts[-1], dtype=torch.uint8, device=self._gpu.device), starts))
             with self._gpu.current():
                 self._post(send, received)
-                self._agree("exchange", self._gpu.mark(), deadline_s, timeout_s)
+                self._agree("exchange", self._marked_late(), deadline_s, timeout_s)
         self._count(send, received)
         return received
 
@@ -135,6 +148,12 @@ class NcclTransport(BesideHosts):
                         yield call(parts.data.data_ptr() + begin, end - begin, UINT8, peer, self._comm, stream)
         yield library.ncclGroupEnd()
 
+    def _marked_late(self) -> Callable[[], bool]:
+        """Marks at the first question, which `_watch` asks once the communicator's state is SUCCESS: a non-blocking one's
+        group may be in progress when it ends, its kernels not on the stream yet, and a mark before them says nothing."""
+        mark = functools.cache(self._gpu.mark)
+        return lambda: mark()()
+
     @staticmethod
     def _first_error(results: Iterator[int]) -> int:
         """All calls are made, so that a group that was started ends."""
@@ -147,15 +166,17 @@ class NcclTransport(BesideHosts):
         """Until every rank's part is complete. Whoever has died or hangs is named by the round's all_gather."""
         while True:
             mark = self._watch(is_done, min(deadline_s, time.monotonic() + ROUND_S))
+            if mark == LATE and time.monotonic() >= deadline_s:
+                mark = EXPIRED  # told, so that all ranks stop in the same round
             remaining_s = max(1.0, deadline_s - time.monotonic())
             marks = [given[0] for given in self._control.all_gather(bytes([mark]), timeout_s=remaining_s)]
             if all(given == DONE for given in marks):
                 return
             failed = [peer for peer, given in enumerate(marks) if given == FAILED]
-            late = [peer for peer, given in enumerate(marks) if given == LATE]
+            late = [peer for peer, given in enumerate(marks) if given in (LATE, EXPIRED)]
             if failed:
                 self._fail(what, failed)
-            if time.monotonic() >= deadline_s:
+            if EXPIRED in marks:
                 names = ", ".join(map(str, late))
                 text = f"rank {self.rank}: {what}: waited {timeout_s:.2f} s for the GPU of rank {names}"
                 raise TransportTimeout(text, rank=self.rank, peers=[peer for peer in late if peer != self.rank])
@@ -227,11 +248,9 @@ def check_meeting(met: Sequence[tuple[int, bool, str]], library: Nccl) -> None:
     if len(versions) > 1:
         names = ", ".join(f"rank {rank}: {version}" for rank, (version, _, _) in enumerate(met))
         raise ConfigError(f"ranks have different versions of NCCL ({names}); install one and the same everywhere")
-    holders: dict[str, int] = {}
-    for rank, (_, shares, gpu) in enumerate(met):
-        if gpu in holders and not shares:
-            raise SharedGpu(
-                f"ranks {holders[gpu]} and {rank} share GPU {gpu}, which NCCL {library.version_text} refuses; give each "
-                "rank a GPU, or use transport='shm', which goes by way of the host"
-            )
-        holders[gpu] = rank
+    both = sharing([(shares, gpu) for _, shares, gpu in met])
+    if both is not None:
+        raise SharedGpu(
+            f"ranks {both[0]} and {both[1]} share GPU {met[both[1]][2]}, which NCCL {library.version_text} refuses; give "
+            "each rank a GPU, or use transport='shm', which goes by way of the host"
+        )

@@ -27,7 +27,6 @@ from switchgear_runtime.errors import TransportTimeout
 ALIGNMENT = 256
 PLACE_BYTES_MIN = 1 << 16
 NUM_HALVES = 2
-IDLE_WAIT_S = 0.5
 _DEVICE_TO_DEVICE = 3  # of cudaMemcpyKind
 _LAZY_PEER_ACCESS = 1  # of cudaIpcMemLazyEnablePeerAccess
 
@@ -163,10 +162,14 @@ class PeerTransport(BesideHosts):
         """All ranks at once: they have seen the same lengths."""
         if self._inboxes and num_bytes <= self._place_bytes:
             return
-        # What was taken from the old inboxes has left them, and nobody writes there any more.
+        # What was taken from the old inboxes has left them, nobody writes there any more, and nobody maps them: to free
+        # what another process still maps is undefined (CUDA, cudaIpcGetMemHandle).
         self._finish(self._memory.mark(), time.monotonic() + timeout_s, timeout_s)
-        self._control.barrier(timeout_s=timeout_s)
+        old = self._inbox
         self._give_up()
+        self._control.barrier(timeout_s=timeout_s)
+        if old:
+            self._memory.free(old)
         self._place_bytes = max(PLACE_BYTES_MIN, 1 << (num_bytes - 1).bit_length())
         self._inbox = self._memory.allocate(NUM_HALVES * self.world_size * self._place_bytes)
         handle = self._memory.handle(self._inbox)
@@ -184,22 +187,13 @@ class PeerTransport(BesideHosts):
             time.sleep(0)
 
     def _give_up(self) -> None:
-        """A mapping outlives its owner's process, so a peer that is gone takes nothing along."""
+        """Unmaps the peers' inboxes. Its own may still be mapped by a peer that closes later or hangs, and this waits for
+        nobody: it goes with the process."""
         for peer, address in enumerate(self._inboxes):
             if peer != self.rank:
                 self._memory.unmap(address)
         self._inboxes = []
-        if self._inbox and self._is_idle():  # else it would wait for a GPU that hangs; it goes with the process
-            self._memory.free(self._inbox)
         self._inbox = self._place_bytes = 0
-
-    def _is_idle(self) -> bool:
-        is_done, deadline_s = self._memory.mark(), time.monotonic() + IDLE_WAIT_S
-        while not is_done():
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(0.001)
-        return True
 
 
 def _aligned(num_bytes: int) -> int:

@@ -1,7 +1,9 @@
 """An NCCL of one process: the calls that NcclTransport makes, over host memory, for ranks that are threads.
 
 It keeps what the real one demands: sends and receives of a group are matched by (source, destination) in order, lengths
-must agree, nothing moves before the group ends, and a communicator that was aborted takes no more calls.
+must agree, and a communicator that was aborted takes no more calls. It is as late as a non-blocking one may be: a group
+is in progress when it ends, and on the stream only once the communicator's state is SUCCESS again; and nothing moves
+until a mark is asked.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from switchgear_runtime.comm.nccl import Gpu
 from switchgear_runtime.comm.nccl_library import IN_PROGRESS, SUCCESS, Nccl, UniqueId
 
 INVALID_USAGE = 5
+NUM_IN_PROGRESS = 3
+Call = tuple[str, int, int, int]  # kind, address, length, peer
 
 
 class HostGpu(Gpu):
@@ -42,7 +46,13 @@ class HostGpu(Gpu):
     def mark(self) -> Callable[[], bool]:
         nccl, rank = self._nccl, self._rank
         posted = nccl.num_posted[rank]
-        return lambda: nccl.num_done[rank] >= posted and rank not in nccl.stuck
+
+        def is_done() -> bool:
+            if nccl.num_done[rank] < posted:
+                nccl.move(rank)
+            return nccl.num_done[rank] >= posted and rank not in nccl.stuck
+
+        return is_done
 
 
 class FakeNccl:
@@ -55,16 +65,22 @@ class FakeNccl:
         self.stuck: set[int] = set()
         self.broken: dict[int, int] = {}
         self.aborted: set[int] = set()
+        self._on_stream: dict[int, list[Call]] = defaultdict(list)
         self._sends: dict[tuple[int, int], deque[tuple[int, int, int]]] = defaultdict(deque)
         self._receives: dict[tuple[int, int], deque[tuple[int, int, int]]] = defaultdict(deque)
 
     def of(self, rank: int, version: int = 22907) -> Nccl:
         return Nccl(library=FakeLibrary(self, rank), path="fake", version=version, cuda_major=13)  # type: ignore[arg-type]
 
-    def end_group(self, rank: int, calls: list[tuple[str, int, int, int]]) -> int:
+    def launch(self, rank: int, calls: list[Call]) -> None:
+        """Onto the rank's stream."""
+        self.num_posted[rank] += len(calls)
+        self._on_stream[rank] += calls
+
+    def move(self, rank: int) -> None:
+        """What is on the rank's stream."""
         with self.lock:
-            self.num_posted[rank] += len(calls)
-            for kind, address, length, peer in calls:
+            for kind, address, length, peer in self._on_stream.pop(rank, []):
                 mine, theirs = self._sends, self._receives
                 key = (rank, peer)
                 if kind == "recv":
@@ -74,12 +90,12 @@ class FakeNccl:
                     continue
                 other_address, other_length, other = theirs[key].popleft()
                 if other_length != length:
-                    return INVALID_USAGE
+                    self.broken[rank] = INVALID_USAGE
+                    return
                 source, to = (address, other_address) if kind == "send" else (other_address, address)
                 ctypes.memmove(to, source, length)
                 self.num_done[rank] += 1
                 self.num_done[other] += 1
-        return SUCCESS
 
 
 class FakeLibrary:
@@ -88,7 +104,9 @@ class FakeLibrary:
     def __init__(self, nccl: FakeNccl, rank: int) -> None:
         self._nccl = nccl
         self._rank = rank
-        self._group: list[tuple[str, int, int, int]] | None = None
+        self._group: list[Call] | None = None
+        self._late: list[Call] = []  # not launched yet
+        self._num_in_progress = 0  # how often the state is IN_PROGRESS before it is SUCCESS
 
     def ncclGetLastError(self, _comm: Any) -> bytes:
         return b"made up"
@@ -102,10 +120,17 @@ class FakeLibrary:
         assert rank == self._rank < world_size
         assert config._obj.blocking == 0, "a blocking communicator cannot be given up"
         comm._obj.value = 1000 + rank
+        self._num_in_progress = NUM_IN_PROGRESS
         return IN_PROGRESS
 
     def ncclCommGetAsyncError(self, comm: ctypes.c_void_p, state: Any) -> int:
         self._check(comm)
+        if self._num_in_progress:
+            self._num_in_progress -= 1
+            state._obj.value = IN_PROGRESS
+            return SUCCESS
+        self._nccl.launch(self._rank, self._late)
+        self._late = []
         state._obj.value = self._nccl.broken.get(self._rank, SUCCESS)
         return SUCCESS
 
@@ -127,12 +152,14 @@ class FakeLibrary:
 
     def ncclGroupEnd(self) -> int:
         assert self._group is not None
-        calls, self._group = self._group, None
-        return self._nccl.end_group(self._rank, calls)
+        self._late, self._group = self._group, None
+        self._num_in_progress = NUM_IN_PROGRESS
+        return IN_PROGRESS
 
     def _post(self, kind: str, address: int, length: int, dtype: int, peer: int, comm: Any, stream: int) -> int:
         self._check(comm)
         assert self._group is not None, "outside a group"
+        assert not self._num_in_progress, "a call while another is in progress"
         assert (dtype, stream) == (1, 7)
         assert length > 0
         assert peer != self._rank

@@ -14,9 +14,10 @@ from device_messages import TIMEOUT_S, draw, exchange_and_check
 from fake_nccl import FakeNccl, HostGpu
 from tiny_checkpoints import run_ranks
 
-from switchgear_runtime.comm.device_exchange import DeviceExchange, HostStaged, Parts
+from switchgear_runtime.comm import nccl as nccl_module
+from switchgear_runtime.comm.device_exchange import DeviceExchange, HostStaged, Parts, device_exchange
 from switchgear_runtime.comm.nccl import NcclTransport, SharedGpu, check_meeting, over_nccl
-from switchgear_runtime.comm.nccl_library import cuda_major_of
+from switchgear_runtime.comm.nccl_library import Nccl, cuda_major_of
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.cuda.preflight import obstacles
@@ -31,6 +32,20 @@ def over_fake(nccl: FakeNccl, control: Transport) -> NcclTransport:
 
 def staged(_nccl: FakeNccl, control: Transport) -> HostStaged:
     return HostStaged(control)
+
+
+def test_one_rank_gets_views() -> None:
+    def run(_rank: int, control: Transport) -> None:
+        exchange = device_exchange(control)
+        assert exchange_and_check(exchange, 0, 1, random.SystemRandom().randrange(1 << 30)) == 0
+        data = torch.arange(10, dtype=torch.uint8)
+        (got,) = exchange.exchange([Parts(data, [2, 8])], timeout_s=TIMEOUT_S)
+        assert got.offsets == [0, 6]
+        assert torch.equal(got.data, data[2:8])
+        assert got.data.data_ptr() == data.data_ptr() + 2
+        assert control.stats().num_calls == 0
+
+    run_ranks(1, run)
 
 
 @pytest.mark.parametrize("make", [over_fake, staged])
@@ -140,6 +155,27 @@ def test_one_rank_needs_no_nccl() -> None:
         assert over_nccl(control, torch.device("cuda", 0), required=True, timeout_s=1.0) is control
 
     run_ranks(1, run)
+
+
+@pytest.mark.parametrize("gpus", [("a", "a", "b"), ("a", "b", "c")])
+def test_ranks_that_share_a_gpu_need_no_nccl(gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is required; ranks that each have their own do."""
+
+    def missing() -> Nccl:
+        raise ConfigError("not installed")
+
+    fake = FakeNccl()
+    monkeypatch.setattr(nccl_module, "Gpu", lambda device: HostGpu(fake, device.index, gpus[device.index]))
+    monkeypatch.setattr(nccl_module, "nccl", missing)
+
+    def run(rank: int, control: Transport) -> None:
+        device = torch.device("cuda", rank)
+        if len(set(gpus)) < len(gpus):
+            assert over_nccl(control, device, required=False, timeout_s=TIMEOUT_S) is control
+        with pytest.raises(ConfigError, match="not installed"):
+            over_nccl(control, device, required=len(set(gpus)) < len(gpus), timeout_s=TIMEOUT_S)
+
+    run_ranks(3, run)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,31 +20,40 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
 
 GARBAGE = 0xDB
+LOCK = threading.Lock()
+
+
+@dataclass
+class Allocation:
+    memory: ctypes.Array[ctypes.c_char]
+    num_maps: int = 0  # by other ranks
 
 
 class FakePeerMemory:
-    """One per rank; `all` has every allocation by address."""
+    """One per rank; `all_memory` has every allocation by address."""
 
     device = torch.device("cpu")
 
-    def __init__(self, all_memory: dict[int, ctypes.Array[ctypes.c_char]]) -> None:
+    def __init__(self, all_memory: dict[int, Allocation]) -> None:
         self._all = all_memory
         self._mine: set[int] = set()
         self.mapped: set[int] = set()
         self.is_stuck = False
-        self.num_allocations = 0
+        self.num_allocations = self.num_frees = 0
 
     def allocate(self, num_bytes: int) -> int:
         memory = ctypes.create_string_buffer(bytes([GARBAGE]) * (num_bytes + ALIGNMENT), num_bytes + ALIGNMENT)
         address = ctypes.addressof(memory)
-        self._all[address] = memory
+        self._all[address] = Allocation(memory)
         self._mine.add(address)
         self.num_allocations += 1
         return address
 
     def free(self, address: int) -> None:
         self._mine.remove(address)
-        ctypes.memset(address, GARBAGE, len(self._all[address]))  # a peer that reads or writes it later would show
+        assert self._all[address].num_maps == 0, "freed while a peer maps it"
+        self.num_frees += 1
+        ctypes.memset(address, GARBAGE, len(self._all[address].memory))  # a peer that reads it later would show
 
     def handle(self, address: int) -> bytes:
         assert address in self._mine
@@ -52,10 +64,15 @@ class FakePeerMemory:
         assert address in self._all
         assert address not in self._mine, "a process cannot map its own memory"
         self.mapped.add(address)
+        with LOCK:
+            self._all[address].num_maps += 1
         return address
 
     def unmap(self, address: int) -> None:
+        time.sleep(0.002)  # so that a rank that does not wait for it frees too early
         self.mapped.remove(address)
+        with LOCK:
+            self._all[address].num_maps -= 1
 
     def copy(self, to: int, source: int, num_bytes: int) -> None:
         ctypes.memmove(to, source, num_bytes)
@@ -67,7 +84,7 @@ class FakePeerMemory:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_exchanges_arrive_whole(world_size: int) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
-    everything: dict[int, ctypes.Array[ctypes.c_char]] = {}
+    everything: dict[int, Allocation] = {}
     memories = [FakePeerMemory(everything) for _ in range(world_size)]
 
     def run(rank: int, control: Transport) -> int:
@@ -86,7 +103,7 @@ def test_exchanges_arrive_whole(world_size: int) -> None:
             crossed += num_bytes * (world_size - 1)
         assert transport.stats().sent_bytes - control.stats().sent_bytes == crossed, f"seed {seed}"
         assert transport.all_gather(bytes([rank]), timeout_s=TIMEOUT_S) == [bytes([r]) for r in range(world_size)]
-        assert memories[rank].num_allocations == 3
+        assert (memories[rank].num_allocations, memories[rank].num_frees) == (3, 2)
         transport.barrier(timeout_s=TIMEOUT_S)
         transport.close()
         transport.close()
@@ -97,9 +114,8 @@ def test_exchanges_arrive_whole(world_size: int) -> None:
 
 
 def test_an_own_gpu_that_never_finishes() -> None:
-    memories = [FakePeerMemory({}) for _ in range(2)]
-    shared = memories[0]._all
-    memories[1]._all = shared
+    everything: dict[int, Allocation] = {}
+    memories = [FakePeerMemory(everything) for _ in range(2)]
 
     def run(rank: int, control: Transport) -> None:
         transport = PeerTransport(control, memories[rank])
