@@ -24,7 +24,8 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
-from switchgear_runtime.cuda.moe import DeviceMoE, DevicePlacement, DeviceStep
+from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
+from switchgear_runtime.cuda.placement import DevicePlacement
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
