@@ -116,32 +116,46 @@ struct sg_cuda_combine {
 };
 SG_API int sg_cuda_combine_rows(const struct sg_cuda_combine* args, void* stream);
 
-// peer.cu: an exchange through memory that the ranks' devices have mapped of each other
-// Bytes of a rank's region; zeros at first. Of one exchange a rank gets at most max_rows rows, max_pairs pairs from
-// each.
-SG_API int64_t sg_cuda_peer_bytes(int64_t num_ranks, int64_t max_rows, int64_t max_pairs, int64_t row_bytes);
+// peer.cu: a layer's exchanges through memory that the ranks' devices have mapped of each other. On each rank and one
+// stream: dispatch, arrive, give_back, combine.
 struct sg_cuda_peer {
-  void* const* regions_R;  // a table on the device: every rank's region as this device sees it
-  int64_t num_ranks, rank, max_rows, max_pairs, row_bytes;  // row_bytes: a multiple of 16
-  const void* rows_M;                                       // send: by destination
-  const int32_t* rows_begin_R1;                             // send: of each destination
-  const int32_t* pairs_N2;                                  // send: by destination, or null: rows only
-  const int32_t* pairs_begin_R1;                            // send
-  int32_t* sequence;                                        // [1] number of this exchange, from 1 on; collect adds one
-  int32_t* done_R;                                          // [R] zeros, and zeros again after a send
-  int32_t* fault;          // [1]: gets 1 + a rank that did not send in time or more than agreed, else stays
-  int64_t timeout_ns;      // collect
-  int32_t* from_begin_R1;  // collect: where in rows_of the rows of each rank begin (max_rows apart)
-  int32_t* pairs_to_N2;    // collect: what came, one rank's after the other's [R * max_pairs, 2]; or null
-  int32_t* pairs_to_R1;    // collect: prefix sums of these; of rows where there are no pairs
+  void* const* regions_R;  // a table on the device: every rank's region as this device sees it; zeros at first
+  int64_t num_ranks, rank, max_tokens, top_k, hidden;  // max_tokens: of a rank in a layer; hidden: a multiple of 8
+  int64_t row_bytes;                                   // of a dispatched row, a multiple of 16
+  int32_t* sequence;                                   // [1] number of the layer, from 1 on; combine adds one
+  int32_t* done_R;                                     // [R] zeros, and zeros again after each call
+  int32_t* fault_R;      // [R] of a rank that 1 did not dispatch in time, 2 did not give back, 4 sent more than agreed
+  const int32_t* abort;  // [1] or null: once it is not 0, nobody waits any more
+  int64_t timeout_ns;    // of each wait
+  const float* x_TD;     // dispatch: rows that get rounded to bf16 on their way; or null, then
+  const void* rows_M;    // dispatch: packed rows by destination
+  const int32_t* row_tokens_M;    // dispatch, of x_TD: the token of each row
+  const int32_t* rows_begin_R1;   // dispatch: of each destination
+  const int32_t* pairs_N2;        // dispatch: by destination
+  const int32_t* pairs_begin_R1;  // dispatch
+  int32_t* from_begin_R1;         // arrive: where among the region's rows those of each rank begin (max_tokens apart)
+  int32_t* pairs_to_N2;           // arrive: what came, one rank's after the other's [R * max_tokens * K, 2]
+  int32_t* pairs_to_R1;           // arrive: prefix sums of these; give_back takes them
+  const void* y_ND;               // give_back: bf16, a row for each pair that came
+  const int32_t* pair_index_TK;   // combine: as in sg_cuda_combine
+  const float* weights_TK;        // combine
+  float* out_TD;                  // combine
+  int64_t num_tokens;             // combine
 };
-// Writes rows and pairs into the regions of their ranks, each rank's flag last. All ranks send, then all collect.
-SG_API int sg_cuda_peer_send(const struct sg_cuda_peer* args, void* stream);
-// Waits on the device until all ranks' flags show this exchange; then tells what came. Its rows stay in the region
-// until this rank's next send: on one stream, what reads them comes before that.
-SG_API int sg_cuda_peer_collect(const struct sg_cuda_peer* args, void* stream);
-// Bytes from a region's begin to the first row of an exchange of that number.
-SG_API int64_t sg_cuda_peer_rows_at(const struct sg_cuda_peer* args, int32_t sequence);
+SG_API int64_t sg_cuda_peer_bytes(const struct sg_cuda_peer* args);    // of a region
+SG_API int64_t sg_cuda_peer_rows_at(const struct sg_cuda_peer* args);  // from its begin to the rows that came
+SG_API int sg_cuda_peer_dispatch(const struct sg_cuda_peer* args, void* stream);
+SG_API int sg_cuda_peer_arrive(const struct sg_cuda_peer* args, void* stream);
+SG_API int sg_cuda_peer_give_back(const struct sg_cuda_peer* args, void* stream);
+SG_API int sg_cuda_peer_combine(const struct sg_cuda_peer* args, void* stream);
+
+// graph.cu: what this thread enqueues on `stream` between begin and end is kept, not run. One graph at a time runs.
+SG_API int sg_cuda_graph_begin(void* stream);
+SG_API int sg_cuda_graph_end(void** graph, void* stream);
+SG_API int sg_cuda_graph_launch(void* graph, void* stream);
+SG_API void sg_cuda_graph_free(void* graph);
+SG_API int sg_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
+SG_API int sg_cuda_zero(void* to, int64_t bytes, void* stream);
 
 // gemm.cu
 enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };

@@ -1,109 +1,131 @@
-// An all-to-all through peer memory: rows go straight into the place where their rank reads them, then a flag.
+// The exchanges of an expert-parallel layer through memory that the ranks' devices have mapped of each other: rows go
+// straight into the place where their rank reads them, then a flag. A layer is, on every rank and on one stream,
+//   dispatch   token rows and pairs to the ranks of their experts      arrive     wait for all ranks' rows and pairs
+//   give_back  a row for each pair, to where its token is              combine    wait for them, and sum
 //
-// Region of a rank, twice (by the exchange's parity): a header of 64 bytes per source, pairs [R, max_pairs, 2], rows
-// [R, max_rows, row_bytes]. Only the source writes its part, only its owner reads it. Two suffice: who has seen all
-// flags of exchange n + 1 knows that all have read exchange n, since each sends n + 1 after that, on its stream. (As
-// the shared memory channel of the CPU does, with one more for its unordered readers.)
+// Region of a rank (PeerLayout): a header for what each source dispatches and one for what it gives back, pairs
+// [R, N, 2], rows [R, T, row_bytes], and the rows that return, [N, D] bf16, where a pair's index is its place. Only the
+// source writes its part, only the owner reads it. One of each suffices, since the two kinds of exchange alternate: who
+// dispatches layer l + 1 has seen all ranks' results of layer l, and each gave those after it had read what was
+// dispatched to it; who gives back has seen all dispatches of its layer, each made after that rank's last combine.
 //
-// Send, grid (blocks, destinations): a block copies rows and pairs in strides, then counts itself done; the last one of
-// a destination writes the header and, behind a fence, its flag: the number of the exchange. Collect: one block, a
-// thread per source, waits for the flags with a deadline on the device's clock, and names a rank that did not come.
+// A sender's block copies rows in strides and counts itself done; the last one of a destination writes the header and,
+// behind a fence, its flag: the layer's number. A waiter has a deadline on the device's clock, and a word by which the
+// host ends the wait; it names whoever did not come.
 #include "cuda/abi.h"
 #include "cuda/numbers.h"
+#include "cuda/peer_layout.h"
 
 namespace sg::cuda {
 
 namespace {
 
-constexpr int64_t ALIGN = 128, HEADER = 64;
 constexpr int64_t BLOCKS = 32;  // of a destination
+constexpr int64_t LINE_BYTES = sizeof(Line);
+enum { LATE_DISPATCH = 1, LATE_RESULTS = 2, TOO_MUCH = 4 };  // in fault_R
 
-struct Header {
-  int32_t flag, num_rows, num_pairs;
-};
+SG_DEVICE void copy_lines(void* to, const void* from, int64_t num_lines, int thread, int num_threads) {
+  for (int64_t i = thread; i < num_lines; i += num_threads)
+    static_cast<Line*>(to)[i] = static_cast<const Line*>(from)[i];
+}
 
-struct PeerLayout {
-  int64_t num_ranks, max_rows, max_pairs, row_bytes;
-
-  SG_PORTABLE static int64_t aligned(int64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
-  SG_PORTABLE int64_t pairs_at() const { return aligned(num_ranks * HEADER); }
-  SG_PORTABLE int64_t rows_at() const { return pairs_at() + aligned(num_ranks * max_pairs * 8); }
-  SG_PORTABLE int64_t bytes() const { return rows_at() + aligned(num_ranks * max_rows * row_bytes); }
-  SG_PORTABLE int64_t half(int32_t sequence) const { return sequence % 2 * bytes(); }
-};
-
-struct PeerPart {  // of one source in one region
-  Header* header;
-  int32_t* pairs;
-  unsigned char* rows;
-
-  SG_DEVICE PeerPart(const sg_cuda_peer& a, int64_t owner, int64_t source, int32_t sequence) {
-    const PeerLayout layout{a.num_ranks, a.max_rows, a.max_pairs, a.row_bytes};
-    auto* begin = static_cast<unsigned char*>(a.regions_R[owner]) + layout.half(sequence);
-    header = reinterpret_cast<Header*>(begin + source * HEADER);
-    pairs = reinterpret_cast<int32_t*>(begin + layout.pairs_at()) + source * a.max_pairs * 2;
-    rows = begin + layout.rows_at() + source * a.max_rows * a.row_bytes;
+// fp32 to bf16, eight values at a time: hidden is a multiple of eight.
+SG_DEVICE void round_row(void* to, const float* from, int64_t hidden, int thread, int num_threads) {
+  for (int64_t i = thread; i < hidden / 8; i += num_threads) {
+    Line halves[2], packed;
+    for (int h = 0; h < 2; ++h) halves[h] = reinterpret_cast<const Line*>(from)[2 * i + h];
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t low = of_float<bf16>(bits_of<float>(halves[w / 2].words[w % 2 * 2])).bits;
+      const uint32_t high = of_float<bf16>(bits_of<float>(halves[w / 2].words[w % 2 * 2 + 1])).bits;
+      packed.words[w] = low | high << 16;
+    }
+    static_cast<Line*>(to)[i] = packed;
   }
-};
+}
 
-struct PeerSend {
+// By the last of the blocks of a destination, behind what all of them wrote. One thread calls it.
+template <typename Announce>
+SG_DEVICE void when_all_are_done(int32_t* done, int64_t num_blocks, Announce announce) {
+  if (fetch_add(done, 1) != num_blocks - 1) return;
+  *done = 0;
+  announce();
+}
+
+// Whether `flag` shows this layer before the deadline, and the host has not given up.
+SG_DEVICE bool await(const int32_t* flag, int32_t sequence, const int32_t* abort, int64_t deadline) {
+  for (int64_t polls = 1; get_word(flag) != sequence; ++polls) {
+    if (polls % 64 != 0) continue;
+    if (clock_ns() >= deadline || (abort != nullptr && get_word(abort) != 0)) return false;
+    rest();
+  }
+  return true;
+}
+
+struct PeerDispatch {
   static constexpr int THREADS = 256;
   sg_cuda_peer a;
 
   SG_DEVICE void operator()(Block& block) const {
-    const int64_t to = block.y, first_row = a.rows_begin_R1[to];
-    const int64_t first_pair = a.pairs_N2 != nullptr ? a.pairs_begin_R1[to] : 0;
-    const int64_t all_rows = a.rows_begin_R1[to + 1] - first_row;
-    const int64_t all_pairs = a.pairs_N2 != nullptr ? a.pairs_begin_R1[to + 1] - first_pair : 0;
-    const bool fits = all_rows <= a.max_rows && all_pairs <= a.max_pairs;
+    const int64_t to = block.y, first_row = a.rows_begin_R1[to], first_pair = a.pairs_begin_R1[to];
+    const int64_t all_rows = a.rows_begin_R1[to + 1] - first_row, all_pairs = a.pairs_begin_R1[to + 1] - first_pair;
+    const PeerLayout layout(a);
+    const bool fits = all_rows <= a.max_tokens && all_pairs <= layout.max_pairs();
     const int64_t num_rows = fits ? all_rows : 0, num_pairs = fits ? all_pairs : 0;
     const int32_t sequence = *a.sequence;
-    const PeerPart part(a, to, a.rank, sequence);
+    auto* region = static_cast<unsigned char*>(a.regions_R[to]);
     block.each([&](int thread) {
-      const int64_t lines = a.row_bytes / static_cast<int64_t>(sizeof(Line));
-      const auto* from = static_cast<const Line*>(a.rows_M) + first_row * lines;
-      auto* rows = reinterpret_cast<Line*>(part.rows);
+      unsigned char* rows = layout.rows(region, a.rank);
       for (int64_t row = block.x; row < num_rows; row += block.num_x) {
-        for (int64_t i = thread; i < lines; i += THREADS) rows[row * lines + i] = from[row * lines + i];
+        unsigned char* at = rows + row * a.row_bytes;
+        if (a.x_TD != nullptr) {
+          round_row(at, a.x_TD + a.row_tokens_M[first_row + row] * a.hidden, a.hidden, thread, THREADS);
+        } else {
+          const auto* from = static_cast<const unsigned char*>(a.rows_M) + (first_row + row) * a.row_bytes;
+          copy_lines(at, from, a.row_bytes / LINE_BYTES, thread, THREADS);
+        }
       }
+      int32_t* pairs = layout.pairs(region, a.rank);
       for (int64_t i = block.x * THREADS + thread; i < 2 * num_pairs; i += block.num_x * THREADS) {
-        part.pairs[i] = a.pairs_N2[2 * first_pair + i];
+        pairs[i] = a.pairs_N2[2 * first_pair + i];
       }
       fence();
     });
     block.solo([&](int thread) {
-      if (thread != 0 || fetch_add(&a.done_R[to], 1) != block.num_x - 1) return;
-      a.done_R[to] = 0;
-      part.header->num_rows = static_cast<int32_t>(num_rows);
-      part.header->num_pairs = static_cast<int32_t>(num_pairs);
-      if (!fits) atomic_max(a.fault, static_cast<int32_t>(1 + a.rank));
-      fence();
-      set_word(&part.header->flag, sequence);
+      if (thread != 0) return;
+      when_all_are_done(&a.done_R[to], block.num_x, [&] {
+        PeerHeader* header = layout.dispatched(region, a.rank);
+        header->num_rows = static_cast<int32_t>(num_rows);
+        header->num_pairs = static_cast<int32_t>(num_pairs);
+        header->back_begin = static_cast<int32_t>(first_pair);
+        if (!fits) atomic_max(&a.fault_R[a.rank], TOO_MUCH);
+        fence();
+        set_word(&header->flag, sequence);
+      });
     });
   }
 };
 
-struct PeerCollect {
-  static constexpr int THREADS = 256;
+// One block: a thread per source waits, then all copy the pairs, one rank's after the other's.
+struct PeerArrive {
+  static constexpr int THREADS = 512;
   sg_cuda_peer a;
 
   SG_DEVICE void operator()(Block& block) const {
-    auto* counts = block.shared<int32_t>();  // [R] pairs, or rows where there are no pairs
+    auto* counts = block.shared<int32_t>();  // [R] pairs
     const int32_t sequence = *a.sequence;
+    const PeerLayout layout(a);
+    auto* region = static_cast<unsigned char*>(a.regions_R[a.rank]);
     block.each([&](int thread) {
       const int64_t deadline = clock_ns() + a.timeout_ns;
       for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
-        const PeerPart part(a, a.rank, r, sequence);
-        bool is_there = get_word(&part.header->flag) == sequence;
-        while (!is_there && clock_ns() < deadline) {
-          rest();
-          is_there = get_word(&part.header->flag) == sequence;
-        }
-        const int32_t rows = is_there ? part.header->num_rows : 0, pairs = is_there ? part.header->num_pairs : 0;
-        const bool is_right = is_there && rows >= 0 && rows <= a.max_rows && pairs >= 0 && pairs <= a.max_pairs;
-        if (!is_right) atomic_max(a.fault, static_cast<int32_t>(1 + r));
-        counts[r] = !is_right ? 0 : a.pairs_to_N2 != nullptr ? pairs : rows;
-        a.from_begin_R1[r] = static_cast<int32_t>(r * a.max_rows);
+        const PeerHeader* header = layout.dispatched(region, r);
+        const bool is_there = await(&header->flag, sequence, a.abort, deadline);
+        const int32_t rows = header->num_rows, pairs = header->num_pairs, back = header->back_begin;
+        const bool is_right = is_there && rows >= 0 && rows <= a.max_tokens && pairs >= 0 && back >= 0 &&
+                              pairs <= layout.max_pairs() - back;
+        if (!is_right) atomic_max(&a.fault_R[r], is_there ? TOO_MUCH : LATE_DISPATCH);
+        counts[r] = is_right ? pairs : 0;
+        a.from_begin_R1[r] = static_cast<int32_t>(r * a.max_tokens);
       }
     });
     block.each([&](int thread) {
@@ -114,59 +136,133 @@ struct PeerCollect {
         sum += counts[r];
       }
       a.pairs_to_R1[a.num_ranks] = sum;
-      a.from_begin_R1[a.num_ranks] = static_cast<int32_t>(a.num_ranks * a.max_rows);
-      *a.sequence = sequence + 1;
+      a.from_begin_R1[a.num_ranks] = static_cast<int32_t>(a.num_ranks * a.max_tokens);
     });
-  }
-};
-
-// After PeerCollect, whose `sequence` is one more: a block row per source.
-struct PeerPairs {
-  static constexpr int THREADS = 256;
-  sg_cuda_peer a;
-
-  SG_DEVICE void operator()(Block& block) const {
-    const PeerPart part(a, a.rank, block.y, *a.sequence - 1);
-    const int64_t first = a.pairs_to_R1[block.y], num_pairs = a.pairs_to_R1[block.y + 1] - first;
     block.solo([&](int thread) {
-      for (int64_t i = block.x * THREADS + thread; i < 2 * num_pairs; i += block.num_x * THREADS) {
-        a.pairs_to_N2[2 * first + i] = part.pairs[i];
+      for (int64_t r = 0; r < a.num_ranks; ++r) {
+        const int32_t* pairs = layout.pairs(region, r);
+        int32_t* to = a.pairs_to_N2 + 2 * a.pairs_to_R1[r];
+        for (int64_t i = thread; i < 2 * counts[r]; i += THREADS) to[i] = pairs[i];
       }
     });
   }
 };
 
+struct PeerGiveBack {
+  static constexpr int THREADS = 256;
+  sg_cuda_peer a;
+
+  SG_DEVICE void operator()(Block& block) const {
+    const int64_t to = block.y, first = a.pairs_to_R1[to], num_pairs = a.pairs_to_R1[to + 1] - first;
+    const PeerLayout layout(a);
+    const int32_t sequence = *a.sequence;
+    const auto* own = static_cast<const unsigned char*>(a.regions_R[a.rank]);
+    auto* region = static_cast<unsigned char*>(a.regions_R[to]);
+    const int64_t back = layout.dispatched(const_cast<unsigned char*>(own), to)->back_begin, bytes = 2 * a.hidden;
+    block.each([&](int thread) {
+      unsigned char* rows = layout.returned(region) + back * bytes;
+      const auto* from = static_cast<const unsigned char*>(a.y_ND) + first * bytes;
+      for (int64_t i = block.x; i < num_pairs; i += block.num_x) {
+        copy_lines(rows + i * bytes, from + i * bytes, bytes / LINE_BYTES, thread, THREADS);
+      }
+      fence();
+    });
+    block.solo([&](int thread) {
+      if (thread != 0) return;
+      when_all_are_done(&a.done_R[to], block.num_x, [&] {
+        fence();
+        set_word(&layout.given_back(region, a.rank)->flag, sequence);
+      });
+    });
+  }
+};
+
+// Every block waits for all ranks, then has its tokens. The sum is that of sg_cuda_combine_rows.
+struct PeerCombine {
+  static constexpr int THREADS = 256;
+  static constexpr int64_t BLOCKS_MAX = 1024;
+  sg_cuda_peer a;
+
+  SG_DEVICE void operator()(Block& block) const {
+    const int32_t sequence = *a.sequence;
+    const PeerLayout layout(a);
+    auto* region = static_cast<unsigned char*>(a.regions_R[a.rank]);
+    block.each([&](int thread) {
+      const int64_t deadline = clock_ns() + a.timeout_ns;
+      for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
+        if (await(&layout.given_back(region, r)->flag, sequence, a.abort, deadline)) continue;
+        atomic_max(&a.fault_R[r], LATE_RESULTS);
+      }
+    });
+    block.each([&](int thread) {
+      const auto* rows = reinterpret_cast<const Line*>(layout.returned(region));
+      for (int64_t t = block.x; t < a.num_tokens; t += block.num_x) {
+        for (int64_t i = thread; i < a.hidden / 8; i += THREADS) {
+          float sums[8] = {};
+          for (int64_t k = 0; k < a.top_k; ++k) {
+            const int32_t index = a.pair_index_TK[t * a.top_k + k];
+            if (index < 0) continue;
+            const float weight = a.weights_TK[t * a.top_k + k];
+            const Line line = rows[index * (a.hidden / 8) + i];
+            SG_UNROLL for (int w = 0; w < 8; ++w) {
+              const float value = bits_of<float>(w % 2 ? line.words[w / 2] & 0xFFFF0000 : line.words[w / 2] << 16);
+              sums[w] = fma(weight, value, sums[w]);
+            }
+          }
+          SG_UNROLL for (int h = 0; h < 2; ++h) {
+            Line line;
+            SG_UNROLL for (int w = 0; w < 4; ++w) line.words[w] = bits_of<uint32_t>(sums[4 * h + w]);
+            reinterpret_cast<Line*>(a.out_TD + t * a.hidden)[2 * i + h] = line;
+          }
+        }
+      }
+    });
+    block.solo([&](int thread) {
+      if (thread != 0) return;
+      when_all_are_done(&a.done_R[a.rank], block.num_x, [&] { *a.sequence = sequence + 1; });
+    });
+  }
+};
+
 int check(const sg_cuda_peer& a) {
-  if (a.row_bytes % 16 == 0 && a.rank >= 0 && a.rank < a.num_ranks) return SG_OK;
-  return fail("rank=%lld must be one of num_ranks=%lld, row_bytes=%lld a multiple of 16",
-              static_cast<long long>(a.rank), static_cast<long long>(a.num_ranks), static_cast<long long>(a.row_bytes));
+  const bool is_whole = a.row_bytes > 0 && a.row_bytes % LINE_BYTES == 0 && a.hidden > 0 && a.hidden % 8 == 0;
+  if (is_whole && a.rank >= 0 && a.rank < a.num_ranks) return SG_OK;
+  return fail("rank=%lld must be one of num_ranks=%lld, row_bytes=%lld a multiple of 16, hidden=%lld of 8",
+              static_cast<long long>(a.rank), static_cast<long long>(a.num_ranks), static_cast<long long>(a.row_bytes),
+              static_cast<long long>(a.hidden));
 }
 
 }  // namespace
 
 }  // namespace sg::cuda
 
-using sg::cuda::PeerLayout;
+using namespace sg::cuda;
 
-int64_t sg_cuda_peer_bytes(int64_t num_ranks, int64_t max_rows, int64_t max_pairs, int64_t row_bytes) {
-  return 2 * PeerLayout{num_ranks, max_rows, max_pairs, row_bytes}.bytes();
-}
+int64_t sg_cuda_peer_bytes(const sg_cuda_peer* args) { return PeerLayout(*args).bytes(); }
+int64_t sg_cuda_peer_rows_at(const sg_cuda_peer* args) { return PeerLayout(*args).rows_at(); }
 
-int64_t sg_cuda_peer_rows_at(const sg_cuda_peer* args, int32_t sequence) {
-  const PeerLayout layout{args->num_ranks, args->max_rows, args->max_pairs, args->row_bytes};
-  return layout.half(sequence) + layout.rows_at();
-}
-
-int sg_cuda_peer_send(const sg_cuda_peer* args, void* stream) {
-  if (sg::cuda::check(*args) != SG_OK) return SG_ERROR;
-  return sg::cuda::launch("peer_send", sg::cuda::PeerSend{*args}, sg::cuda::BLOCKS, args->num_ranks, 0, stream);
-}
-
-int sg_cuda_peer_collect(const sg_cuda_peer* args, void* stream) {
-  using namespace sg::cuda;
-  if (check(*args) != SG_OK || launch("peer_collect", PeerCollect{*args}, 1, 1, args->num_ranks * 4, stream) != SG_OK) {
-    return SG_ERROR;
+int sg_cuda_peer_dispatch(const sg_cuda_peer* args, void* stream) {
+  if (check(*args) != SG_OK) return SG_ERROR;
+  if (args->x_TD != nullptr && args->row_bytes != 2 * args->hidden) {
+    return sg::fail("row_bytes=%lld of bf16 rows must be 2 * hidden=%lld", static_cast<long long>(args->row_bytes),
+                    static_cast<long long>(args->hidden));
   }
-  if (args->pairs_to_N2 == nullptr) return SG_OK;
-  return launch("peer_collect", PeerPairs{*args}, BLOCKS, args->num_ranks, 0, stream);
+  return launch("peer_dispatch", PeerDispatch{*args}, BLOCKS, args->num_ranks, 0, stream);
+}
+
+int sg_cuda_peer_arrive(const sg_cuda_peer* args, void* stream) {
+  if (check(*args) != SG_OK) return SG_ERROR;
+  return launch("peer_arrive", PeerArrive{*args}, 1, 1, args->num_ranks * 4, stream);
+}
+
+int sg_cuda_peer_give_back(const sg_cuda_peer* args, void* stream) {
+  if (check(*args) != SG_OK) return SG_ERROR;
+  return launch("peer_give_back", PeerGiveBack{*args}, BLOCKS, args->num_ranks, 0, stream);
+}
+
+int sg_cuda_peer_combine(const sg_cuda_peer* args, void* stream) {
+  if (check(*args) != SG_OK) return SG_ERROR;
+  const int64_t most = args->num_tokens < PeerCombine::BLOCKS_MAX ? args->num_tokens : PeerCombine::BLOCKS_MAX;
+  const int64_t blocks = most < 1 ? 1 : most;  // who has no token takes part
+  return launch("peer_combine", PeerCombine{*args}, blocks, 1, 0, stream);
 }

@@ -10,6 +10,8 @@
 // What a thread keeps from one to the next lies in an Own<T>. Threads of a warp combine values with warp_all. The twin
 // runs threads (and blocks) forwards or backwards, as sg_cuda_twin_order says: what hangs on the order lacks a barrier.
 // Its shared memory begins as garbage. The scheme is hierarchical parallelism as in SYCL (parallel_for_work_item).
+// While a graph is captured (graph.cu) the twin keeps what is enqueued instead of running it, as a captured stream
+// does.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <thread>
+#include <vector>
 #define SG_DEVICE inline
 #define SG_UNROLL
 #endif
@@ -199,8 +203,17 @@ inline int64_t clock_ns() {
 }
 inline void rest() { std::this_thread::yield(); }
 
+using Work = std::vector<std::function<int()>>;
+inline thread_local Work* captured = nullptr;  // of the graph that this thread captures
+
+inline int run_or_capture(std::function<int()> work) {
+  if (captured == nullptr) return work();
+  captured->push_back(std::move(work));
+  return SG_OK;
+}
+
 template <typename Kernel>
-int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
+int run_blocks(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes) {
   static_assert(Kernel::THREADS % WARP == 0, "whole warps");
   constexpr size_t GUARD = 64;  // before and behind shared memory; a write there is an error
   const size_t room = static_cast<size_t>(shared_bytes), whole = (room + 2 * GUARD + 15) / 16 * 16;
@@ -222,6 +235,11 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
   if (!is_whole)
     return fail("%s: wrote outside the %lld bytes of its shared memory", name, static_cast<long long>(shared_bytes));
   return SG_OK;
+}
+
+template <typename Kernel>
+int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void*) {
+  return run_or_capture([=] { return run_blocks(name, kernel, num_x, num_y, shared_bytes); });
 }
 
 #endif

@@ -1,8 +1,9 @@
 """The device kernels of dense layers and attention on tensors: `DenseKernels`, thin names over csrc/cuda/abi.h.
 
-A call makes its outputs and only enqueues, on the current stream. Everything is contiguous and on one device. Kernels
-trust shapes, which the decoder knows, so nothing is checked here. Activations between ops are fp32 where the CPU's are;
-what a product takes is bf16 (norms and gated products write it at once).
+A call makes its outputs (of torch's memory, or of a step's: `in_memory`) and only enqueues, on the current stream.
+Everything is contiguous and on one device. Kernels trust shapes, which the decoder knows, so nothing is checked here.
+Activations between ops are fp32 where the CPU's are; what a product takes is bf16 (norms and gated products write it at
+once).
 
 Letters: T tokens, D hidden, N outputs of a product, K its inputs, M rows, F ffn, H query heads, G KV heads, C head size,
 B blocks, Z block size, Q sequences, V vocabulary, P positions.
@@ -11,6 +12,8 @@ B blocks, Z block size, Q sequences, V vocabulary, P positions.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, Kind, device_library
+from switchgear_runtime.cuda.step_memory import StepMemory
 
 DTYPES = {torch.float32: FP32, torch.bfloat16: BF16}
 
@@ -29,6 +33,7 @@ class DenseKernels:
         self.kind = kind
         self.device = device
         self._library = device_library(kind)
+        self._memory: StepMemory | None = None
         # What kernels found wrong: 1 + an expert over its plan; 1 + a pair that belongs to no slot here.
         self.faults = torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -37,8 +42,28 @@ class DenseKernels:
         version: bytes = self._library.sg_cuda_kernel_version()
         return f"{self.kind} {version.decode()}"
 
+    @contextmanager
+    def in_memory(self, memory: StepMemory) -> Iterator[None]:
+        """Inside, outputs are taken from a step's memory."""
+        before, self._memory = self._memory, memory
+        try:
+            yield
+        finally:
+            self._memory = before
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._memory is not None:
+            return self._memory.empty(*shape, dtype=dtype)
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def copy_(self, to: Tensor, source: Tensor) -> None:
+        """As many bytes, between any two memories; from the host's only if that is pinned does nobody wait."""
+        assert to.nbytes == source.nbytes
+        self.call("copy", to.data_ptr(), source.data_ptr(), to.nbytes)
+
+    def zero_(self, out: Tensor) -> Tensor:
+        self.call("zero", out.data_ptr(), out.nbytes)
+        return out
 
     # --- dense --------------------------------------------------------------------------------------------------------
 
@@ -77,13 +102,13 @@ class DenseKernels:
             y_dtype=DTYPES[y.dtype],
             epilogue=epilogue,
         )
-        self._call("gemm_rows", args)
+        self.call("gemm_rows", args)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def embed(self, embedding_VD: Tensor, token_ids_T: Tensor, multiplier: float) -> Tensor:
         x_TD = self.empty(token_ids_T.shape[0], embedding_VD.shape[1])
-        self._call(
+        self.call(
             "embed",
             embedding_VD.data_ptr(),
             DTYPES[embedding_VD.dtype],
@@ -128,7 +153,7 @@ class DenseKernels:
             eps=eps,
             out_dtype=DTYPES[dtype],
         )
-        self._call("rms_norm", args)
+        self.call("rms_norm", args)
 
     def rounded(self, x_TD: Tensor) -> Tensor:
         """fp32 to bf16."""
@@ -136,7 +161,7 @@ class DenseKernels:
 
     def add_branch(self, x_TD: Tensor, branch_TD: Tensor, multiplier: float, gate_T: Tensor | None = None) -> None:
         """x += multiplier * (sigmoid(gate) * branch); without a gate, of the branch."""
-        self._call(
+        self.call(
             "add_branch",
             x_TD.data_ptr(),
             branch_TD.data_ptr(),
@@ -182,7 +207,7 @@ class DenseKernels:
             clip=clip,
             dtype=DTYPES[k_cache.dtype],
         )
-        self._call("rope_kv", args)
+        self.call("rope_kv", args)
         return q_THC
 
     def paged_attention(
@@ -225,7 +250,7 @@ class DenseKernels:
             dtype=DTYPES[q_THC.dtype],
             out_dtype=BF16,
         )
-        self._call("paged_attention", args)
+        self.call("paged_attention", args)
         return out_TX
 
     def _rows(self, name: str, x: Tensor, index_M: Tensor | None, out: Tensor, from_kind: int, to_kind: int) -> Tensor:
@@ -238,10 +263,14 @@ class DenseKernels:
             x_kind=from_kind,
             out_kind=to_kind,
         )
-        self._call(name, args)
+        self.call(name, args)
         return out
 
-    def _call(self, name: str, *args: Any) -> None:
+    def free_graph(self, handle: int | None) -> None:
+        self._library.sg_cuda_graph_free(handle)
+
+    def call(self, name: str, *args: Any) -> None:
+        """A function of the library that enqueues, by its name without sg_cuda_."""
         given = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in args]
         getattr(self._library, f"sg_cuda_{name}")(*given, self._stream())
 

@@ -57,12 +57,12 @@ class Kernels(DenseKernels):
             weights_TK=weights_TK.data_ptr(),
             ids_TK=ids_TK.data_ptr(),
         )
-        self._call("topk_router", args)
+        self.call("topk_router", args)
         return weights_TK, ids_TK
 
     def remap(self, topk_ids_TK: Tensor, slot_of_E: Tensor) -> Tensor:
         """Each logical expert's one slot."""
-        slot_ids_TK = torch.empty_like(topk_ids_TK)
+        slot_ids_TK = self.empty(*topk_ids_TK.shape, dtype=torch.int32)
         work = self.empty(self._library.sg_cuda_bucket_work(topk_ids_TK.numel(), slot_of_E.shape[0]), dtype=torch.int32)
         args = structs.Remap(
             topk_ids_N=topk_ids_TK.data_ptr(),
@@ -73,13 +73,13 @@ class Kernels(DenseKernels):
             fault=self.faults.data_ptr(),
             work=work.data_ptr(),
         )
-        self._call("remap_pairs", args)
+        self.call("remap_pairs", args)
         return slot_ids_TK
 
     def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
         num_tokens, top_k = slot_ids_TK.shape
         num_pairs, int32 = num_tokens * top_k, torch.int32
-        begins = torch.zeros(2, num_ranks + 1, dtype=int32, device=self.device)  # together: one copy to the host
+        begins = self.empty(2, num_ranks + 1, dtype=int32)  # together: one copy to the host
         plan = DispatchPlan(
             rows_begin_R1=begins[0],
             pairs_begin_R1=begins[1],
@@ -101,7 +101,7 @@ class Kernels(DenseKernels):
             pair_index_TK=plan.pair_index_TK.data_ptr(),
             work=work.data_ptr(),
         )
-        self._call("dispatch_plan", args)
+        self.call("dispatch_plan", args)
         return plan
 
     def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Kernels(DenseKernels):
     ) -> Grouping:
         num_pairs, int32 = pairs_N2.shape[0], torch.int32
         groups = Grouping(
-            begin_S1=torch.zeros(num_slots + 1, dtype=int32, device=self.device),
+            begin_S1=self.empty(num_slots + 1, dtype=int32),
             x_rows_N=self.empty(num_pairs, dtype=int32),
             y_rows_N=self.empty(num_pairs, dtype=int32),
         )
@@ -133,7 +133,7 @@ class Kernels(DenseKernels):
             fault=self.faults.data_ptr() + 4,
             work=work.data_ptr(),
         )
-        self._call("group_pairs", args)
+        self.call("group_pairs", args)
         return groups
 
     def combine(self, rows_ND: Tensor, pair_index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -150,18 +150,18 @@ class Kernels(DenseKernels):
             hidden=rows_ND.shape[1],
             dtype=DTYPES[rows_ND.dtype],
         )
-        self._call("combine_rows", args)
+        self.call("combine_rows", args)
         return out_TD
 
     def count(self, ids_TK: Tensor, rows_T: Tensor, row_stride: int, counts: Tensor, begin: int) -> None:
         """counts[begin + rows_T[t] * row_stride + ids_TK[t, k]] += 1, int64."""
         num_tokens, top_k = ids_TK.shape
         at = counts.data_ptr() + 8 * begin
-        self._call("count", ids_TK.data_ptr(), rows_T.data_ptr(), num_tokens, top_k, row_stride, at)
+        self.call("count", ids_TK.data_ptr(), rows_T.data_ptr(), num_tokens, top_k, row_stride, at)
 
     def count_rows(self, begin_S1: Tensor, experts_S: Tensor, counts_E: Tensor) -> None:
         """counts[expert of each slot] += the slot's rows, int64."""
-        self._call("count_rows", begin_S1.data_ptr(), experts_S.data_ptr(), experts_S.shape[0], counts_E.data_ptr())
+        self.call("count_rows", begin_S1.data_ptr(), experts_S.data_ptr(), experts_S.shape[0], counts_E.data_ptr())
 
     def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
         """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K]."""
@@ -202,4 +202,4 @@ class Kernels(DenseKernels):
             y_dtype=BF16,
             epilogue=epilogue,
         )
-        self._call("gemm_rows", args)
+        self.call("gemm_rows", args)

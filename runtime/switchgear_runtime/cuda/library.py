@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,15 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "pack_rows": (POINTER(structs.Rows),),
     "unpack_rows": (POINTER(structs.Rows),),
     "combine_rows": (POINTER(structs.Combine),),
-    "peer_send": (POINTER(structs.Peer),),
-    "peer_collect": (POINTER(structs.Peer),),
+    "peer_dispatch": (POINTER(structs.Peer),),
+    "peer_arrive": (POINTER(structs.Peer),),
+    "peer_give_back": (POINTER(structs.Peer),),
+    "peer_combine": (POINTER(structs.Peer),),
+    "graph_begin": (),
+    "graph_end": (POINTER(c_void_p),),
+    "graph_launch": (c_void_p,),
+    "copy": (c_void_p, c_void_p, c_int64),
+    "zero": (c_void_p, c_int64),
     "gemm_rows": (POINTER(structs.Gemm),),
     "embed": (c_void_p, c_int, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "rms_norm": (POINTER(structs.Norm),),
@@ -48,8 +55,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
 _SIZES: dict[str, tuple[Any, ...]] = {  # of functions that return a number of bytes or values
     "bucket_work": (c_int64, c_int64),
     "payload_bytes": (c_int64, c_int),
-    "peer_bytes": (c_int64, c_int64, c_int64, c_int64),
-    "peer_rows_at": (POINTER(structs.Peer), c_int32),
+    "peer_bytes": (POINTER(structs.Peer),),
+    "peer_rows_at": (POINTER(structs.Peer),),
     "attention_work": (c_int64, c_int64, c_int64, c_int64),
 }
 
@@ -99,6 +106,9 @@ def load(path: Path) -> ctypes.CDLL:
         if function is not None:
             function.argtypes = [*argtypes]
             function.restype = c_int64
+    free_graph = getattr(library, "sg_cuda_graph_free", None)
+    if free_graph is not None:
+        free_graph.argtypes, free_graph.restype = [c_void_p], None
     allocate = getattr(library, "sg_cuda_managed_alloc", None)
     if allocate is not None:
         allocate.argtypes, allocate.restype = [c_int64], c_void_p

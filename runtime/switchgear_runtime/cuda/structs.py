@@ -65,9 +65,9 @@ class Combine(ctypes.Structure):
 class Peer(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: regions_R; q: num_ranks rank max_rows max_pairs row_bytes;"
-        "p: rows_M rows_begin_R1 pairs_N2 pairs_begin_R1 sequence done_R fault; q: timeout_ns;"
-        "p: from_begin_R1 pairs_to_N2 pairs_to_R1"
+        "p: regions_R; q: num_ranks rank max_tokens top_k hidden row_bytes; p: sequence done_R fault_R abort;"
+        "q: timeout_ns; p: x_TD rows_M row_tokens_M rows_begin_R1 pairs_N2 pairs_begin_R1 from_begin_R1 pairs_to_N2"
+        " pairs_to_R1 y_ND pair_index_TK weights_TK out_TD; q: num_tokens"
     )
 
 

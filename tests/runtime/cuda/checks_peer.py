@@ -1,4 +1,4 @@
-"""Check of the exchange through peer memory: several ranks' regions in one process, several exchanges in a row."""
+"""Check of a layer's exchanges through peer memory: several ranks' regions in one process, several layers in a row."""
 
 from __future__ import annotations
 
@@ -8,170 +8,306 @@ import time
 
 import numpy as np
 import pytest
-from arena import Arena, Checked, at
+from arena import Arena, Checked, at, of_bf16, to_bf16
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.library import DeviceError
 
+HEADER_BYTES, ALIGN = 64, 128
+LATE_DISPATCH, LATE_RESULTS, TOO_MUCH = 1, 2, 4
+
 
 class PeerRanks:
-    """Ranks with a region each; `draw` makes what one sends, `verify` holds what one got to what all sent."""
+    """Ranks with a region each. A layer of all of them is draw, dispatch, arrive, give_back, combine; `verify_*` hold what
+    one got to what all sent. `packed`: rows are bytes already; else fp32, which dispatch rounds."""
 
     def __init__(
-        self, library: Checked, seed: int, *, num_ranks: int, timeout_ns: int, max_rows: int | None = None
+        self, library: Checked, seed: int, *, num_ranks: int, timeout_ns: int, max_tokens: int | None = None
     ) -> None:
         self.arena = Arena(library, seed)
         self.library, self.num_ranks = library, num_ranks
         rng = self.arena.rng
-        self.max_rows, self.max_pairs = max_rows or int(rng.integers(1, 70)), int(rng.choice([1, 7, 400, 20_000]))
-        self.row_bytes = 16 * int(rng.choice([1, 3, 300]) if max_rows is None else 300)
-        num_bytes = library.sg_cuda_peer_bytes(num_ranks, self.max_rows, self.max_pairs, self.row_bytes)
-        sizes = (num_ranks * 64, num_ranks * self.max_pairs * 8, num_ranks * self.max_rows * self.row_bytes)
-        headers, pairs, rows = (-(-size // 128) * 128 for size in sizes)
-        self.rows_at = (headers + pairs, 2 * (headers + pairs) + rows)  # of even exchanges, and of odd ones
-        assert num_bytes == 2 * (headers + pairs + rows), f"seed {seed}"
-        self.regions = [self.arena.put(np.zeros(num_bytes), np.uint8) for _ in range(num_ranks)]
-        table = self.arena.put([at(region) for region in self.regions], np.int64)
-        self.faults = [self.arena.put([0], np.int32) for _ in range(num_ranks)]
+        self.max_tokens = max_tokens or int(rng.choice([1, 3, 40]))
+        self.top_k = int(rng.choice([1, 2, 5, 8]))
+        self.hidden = 8 * int(rng.choice([1, 3, 300]) if max_tokens is None else 300)
+        self.packed = bool(rng.integers(2))
+        self.row_bytes = 16 * int(rng.integers(1, 40)) if self.packed else 2 * self.hidden
+        max_pairs = self.max_tokens * self.top_k
+        sizes = (
+            2 * num_ranks * HEADER_BYTES,
+            num_ranks * max_pairs * 8,
+            num_ranks * self.max_tokens * self.row_bytes,
+            max_pairs * self.hidden * 2,
+        )
+        headers, pairs, rows, returned = (-(-size // ALIGN) * ALIGN for size in sizes)
+        self.rows_at = headers + pairs
+        self.faults = [self.arena.put(np.zeros(num_ranks), np.int32) for _ in range(num_ranks)]
         self.sequences = [self.arena.put([1], np.int32) for _ in range(num_ranks)]
         self.done = [self.arena.put(np.zeros(num_ranks), np.int32) for _ in range(num_ranks)]
+        self.aborts = [self.arena.put([0], np.int32) for _ in range(num_ranks)]
         self.got = [
             {
                 "from_begin_R1": self.arena.room(num_ranks + 1, np.int32),
-                "pairs_to_N2": self.arena.room((num_ranks * self.max_pairs, 2), np.int32),
+                "pairs_to_N2": self.arena.room((num_ranks * max_pairs, 2), np.int32),
                 "pairs_to_R1": self.arena.room(num_ranks + 1, np.int32),
+                "out_TD": self.arena.room((self.max_tokens, self.hidden), np.float32),
             }
             for _ in range(num_ranks)
         ]
         self.args = [
             structs.Peer(
-                regions_R=at(table),
                 num_ranks=num_ranks,
                 rank=rank,
-                max_rows=self.max_rows,
-                max_pairs=self.max_pairs,
+                max_tokens=self.max_tokens,
+                top_k=self.top_k,
+                hidden=self.hidden,
                 row_bytes=self.row_bytes,
                 sequence=at(self.sequences[rank]),
                 done_R=at(self.done[rank]),
-                fault=at(self.faults[rank]),
+                fault_R=at(self.faults[rank]),
+                abort=at(self.aborts[rank]) if seed % 2 else None,
                 timeout_ns=timeout_ns,
                 **{name: at(array) for name, array in self.got[rank].items()},
             )
             for rank in range(num_ranks)
         ]
+        num_bytes = library.sg_cuda_peer_bytes(ctypes.byref(self.args[0]))
+        assert num_bytes == headers + pairs + rows + returned, f"seed {seed}"
+        assert library.sg_cuda_peer_rows_at(ctypes.byref(self.args[0])) == self.rows_at
+        self.regions = [self.arena.put(np.zeros(num_bytes), np.uint8) for _ in range(num_ranks)]
+        self.table = self.arena.put([at(region) for region in self.regions], np.int64)
+        for args in self.args:
+            args.regions_R = at(self.table)
         self.sent: list[dict[str, np.ndarray]] = [{} for _ in range(num_ranks)]
+        self.results: list[np.ndarray] = [np.empty((0, self.hidden))] * num_ranks
 
-    def draw(self, rank: int, rng: np.random.Generator, *, with_pairs: bool) -> None:
-        sizes = rng.integers(0, self.max_rows + 1, self.num_ranks) * rng.integers(0, 2, self.num_ranks)
-        pairs = rng.integers(0, self.max_pairs + 1, self.num_ranks) * (sizes > 0)
-        begin, pairs_begin = (np.concatenate([[0], one.cumsum()]) for one in (sizes, pairs))
+    def draw(self, rank: int, rng: np.random.Generator) -> None:
+        """Tokens, the ranks of their experts (-1: none), and a plan as sg_cuda_dispatch_plan makes it."""
+        num_tokens = int(rng.integers(0, self.max_tokens + 1))
+        ranks_TK = rng.integers(0, self.num_ranks, (num_tokens, self.top_k))
+        ranks_TK[rng.random(ranks_TK.shape) < 0.1] = -1
+        rows, pairs, index_TK = [], [], np.full(ranks_TK.shape, -1)
+        rows_begin, pairs_begin = [0], [0]
+        for to in range(self.num_ranks):
+            for t, k in np.argwhere(ranks_TK == to).tolist():
+                if t not in rows[rows_begin[-1] :]:
+                    rows.append(t)
+                index_TK[t, k] = len(pairs)
+                pairs.append((len(rows) - rows_begin[-1] - 1, int(rng.integers(1 << 30))))
+            rows_begin.append(len(rows))
+            pairs_begin.append(len(pairs))
+        arena = self.arena
         sent = {
-            "rows_M": self.arena.put(rng.integers(0, 256, (begin[-1], self.row_bytes)), np.uint8),
-            "rows_begin_R1": self.arena.put(begin, np.int32),
-            "pairs_N2": self.arena.put(rng.integers(0, 1 << 30, (pairs_begin[-1], 2)), np.int32),
-            "pairs_begin_R1": self.arena.put(pairs_begin, np.int32),
+            "rows_begin_R1": arena.put(rows_begin, np.int32),
+            "pairs_begin_R1": arena.put(pairs_begin, np.int32),
+            "pairs_N2": arena.put(np.array(pairs, np.int32).reshape(-1, 2), np.int32),
+            "pair_index_TK": arena.put(index_TK, np.int32),
+            "weights_TK": arena.put(rng.random(index_TK.shape), np.float32),
         }
-        self.sent[rank] = sent
+        if self.packed:
+            sent["rows_M"] = arena.put(rng.integers(0, 256, (len(rows), self.row_bytes)), np.uint8)
+        else:
+            sent["x_TD"] = arena.put(rng.standard_normal((num_tokens, self.hidden)), np.float32)
+            sent["row_tokens_M"] = arena.put(rows, np.int32)
+        args = self.args[rank]
+        args.num_tokens = num_tokens
         for name, array in sent.items():
-            setattr(self.args[rank], name, at(array) if with_pairs or "pairs" not in name else None)
-        self.args[rank].pairs_to_N2 = at(self.got[rank]["pairs_to_N2"]) if with_pairs else None
+            setattr(args, name, at(array))
+        self.sent[rank] = sent
 
-    def send(self, rank: int) -> None:
-        self.library.sg_cuda_peer_send(ctypes.byref(self.args[rank]), None)
+    def call(self, name: str, rank: int) -> None:
+        getattr(self.library, f"sg_cuda_peer_{name}")(ctypes.byref(self.args[rank]), None)
 
-    def collect(self, rank: int) -> None:
-        self.library.sg_cuda_peer_collect(ctypes.byref(self.args[rank]), None)
+    def rows_of(self, source: int, to: int) -> np.ndarray:
+        """The bytes of the rows that `source` sends to `to`."""
+        sent = self.sent[source]
+        mine = slice(*sent["rows_begin_R1"][to : to + 2])
+        if self.packed:
+            return sent["rows_M"][mine]
+        return to_bf16(sent["x_TD"][sent["row_tokens_M"][mine]]).view(np.uint8).reshape(-1, self.row_bytes)
 
-    def verify(self, rank: int, sequence: int, *, with_pairs: bool, absent: int = -1) -> None:
+    def compute(self, rank: int, rng: np.random.Generator) -> None:
+        """Any results for the pairs that came."""
+        num_pairs = int(self.got[rank]["pairs_to_R1"][-1])
+        self.results[rank] = self.arena.put(to_bf16(rng.standard_normal((num_pairs, self.hidden))), np.uint16)
+        self.args[rank].y_ND = at(self.results[rank])
+
+    def verify_arrived(self, rank: int, *, absent: int = -1) -> None:
         got = self.got[rank]
-        assert self.sequences[rank][0] == sequence + 1
-        assert (got["from_begin_R1"] == np.arange(self.num_ranks + 1) * self.max_rows).all()
-        rows_at = self.library.sg_cuda_peer_rows_at(ctypes.byref(self.args[rank]), sequence)
-        assert rows_at == self.rows_at[sequence % 2]
-        counts, all_pairs = [], []
+        assert (got["from_begin_R1"] == np.arange(self.num_ranks + 1) * self.max_tokens).all()
+        counts, all_pairs = [], [np.empty((0, 2), np.int32)]
         for source in range(self.num_ranks):
             if source == absent:
                 counts.append(0)
                 continue
-            sent = self.sent[source]
-            rows = sent["rows_M"][sent["rows_begin_R1"][rank] : sent["rows_begin_R1"][rank + 1]]
-            begin = rows_at + source * self.max_rows * self.row_bytes
+            rows = self.rows_of(source, rank)
+            begin = self.rows_at + source * self.max_tokens * self.row_bytes
             found = self.regions[rank][begin : begin + rows.size].reshape(rows.shape)
-            assert (found == rows).all(), f"rows of rank {source} at {rank}, exchange {sequence}"
-            pairs = sent["pairs_N2"][sent["pairs_begin_R1"][rank] : sent["pairs_begin_R1"][rank + 1]]
-            all_pairs.append(pairs)
-            counts.append(len(pairs) if with_pairs else len(rows))
+            assert (found == rows).all(), f"rows of rank {source} at {rank}"
+            sent = self.sent[source]
+            all_pairs.append(sent["pairs_N2"][slice(*sent["pairs_begin_R1"][rank : rank + 2])])
+            counts.append(len(all_pairs[-1]))
         assert got["pairs_to_R1"].tolist() == [0, *np.cumsum(counts).tolist()]
-        if with_pairs:
-            assert (got["pairs_to_N2"][: sum(counts)] == np.concatenate(all_pairs)).all()
+        assert (got["pairs_to_N2"][: sum(counts)] == np.concatenate(all_pairs)).all()
+
+    def verify_combined(self, rank: int) -> None:
+        sent = self.sent[rank]
+        back = []  # results by pair, as this rank counts them
+        for expert_rank in range(self.num_ranks):
+            begin, end = self.got[expert_rank]["pairs_to_R1"][rank : rank + 2]
+            back.append(of_bf16(self.results[expert_rank][begin:end]))
+        back_ND = np.concatenate(back)
+        index_TK, weights_TK = sent["pair_index_TK"], sent["weights_TK"]
+        expected = np.zeros((len(index_TK), self.hidden), np.float32)
+        for t, k in np.ndindex(index_TK.shape):
+            if index_TK[t, k] >= 0:
+                product = weights_TK[t, k].astype(np.float64) * back_ND[index_TK[t, k]]
+                expected[t] = (product + expected[t]).astype(np.float32)
+        assert self.got[rank]["out_TD"][: len(index_TK)].tobytes() == expected.tobytes()
 
 
 def check_peers(library: Checked, seed: int) -> None:
-    """All send, then all collect, so that one thread and one stream do. Then one is absent, then one sends too much."""
+    """All ranks make each call, then the next, so that one thread and one stream do. Then one is absent, in either
+    exchange, or announces what cannot be."""
     num_ranks = (1, 2, 3, 5)[seed % 4]
     ranks = PeerRanks(library, seed, num_ranks=num_ranks, timeout_ns=20_000_000)
-    rng = ranks.arena.rng
-    for sequence in range(1, 5):
-        with_pairs = sequence != 3
-        for rank in range(num_ranks):
-            ranks.draw(rank, rng, with_pairs=with_pairs)
-            ranks.send(rank)
-        for rank in range(num_ranks):
-            ranks.collect(rank)
-            ranks.verify(rank, sequence, with_pairs=with_pairs)
-            assert ranks.faults[rank][0] == 0, f"seed {seed}"
+    rng, all_ranks = ranks.arena.rng, range(num_ranks)
+    for layer in range(1, 4):
+        for rank in all_ranks:
+            ranks.draw(rank, rng)
+            ranks.call("dispatch", rank)
+        for rank in all_ranks:
+            ranks.call("arrive", rank)
+            ranks.verify_arrived(rank)
+        for rank in all_ranks:
+            ranks.compute(rank, rng)
+            ranks.call("give_back", rank)
+        for rank in all_ranks:
+            ranks.call("combine", rank)
+            ranks.verify_combined(rank)
+            assert ranks.sequences[rank][0] == layer + 1, f"seed {seed}"
         assert not any(done.any() for done in ranks.done), f"seed {seed}"
-    absent, present = num_ranks - 1, 0
+        assert not any(fault.any() for fault in ranks.faults), f"seed {seed}"
+    absent = num_ranks - 1
     if num_ranks > 1:
-        for rank in range(num_ranks):
-            ranks.draw(rank, rng, with_pairs=True)
-            if rank != absent:
-                ranks.send(rank)
-        ranks.collect(present)
-        ranks.verify(present, 5, with_pairs=True, absent=absent)
-        assert ranks.faults[present][0] == 1 + absent, f"seed {seed}"
-    too_many = np.full(num_ranks, ranks.max_rows) + (np.arange(num_ranks) == 0)
-    ranks.draw(absent, rng, with_pairs=False)
-    ranks.args[absent].rows_M = at(ranks.arena.room((too_many.sum(), ranks.row_bytes), np.uint8))
-    ranks.args[absent].rows_begin_R1 = at(ranks.arena.put(np.concatenate([[0], too_many.cumsum()]), np.int32))
-    ranks.faults[absent][0] = 0
-    ranks.send(absent)
-    assert ranks.faults[absent][0] == 1 + absent, f"seed {seed}"
+        _check_absence(ranks, rng, absent, seed)
+    _check_too_much(ranks, seed)
     ranks.arena.check()
-    for wrong in ({"rank": num_ranks}, {"rank": -1}, {"row_bytes": ranks.row_bytes + 8}):
-        args = structs.Peer(num_ranks=num_ranks, rank=0, row_bytes=ranks.row_bytes, max_rows=1, max_pairs=1)
+    for wrong in ({"rank": num_ranks}, {"rank": -1}, {"row_bytes": ranks.row_bytes + 8}, {"hidden": ranks.hidden + 4}):
+        args = structs.Peer(num_ranks=num_ranks, rank=0, row_bytes=ranks.row_bytes, hidden=ranks.hidden)
         for name, value in wrong.items():
             setattr(args, name, value)
-        with pytest.raises(DeviceError):
-            library.sg_cuda_peer_send(ctypes.byref(args), None)
+        for name in ("dispatch", "arrive", "give_back", "combine"):
+            with pytest.raises(DeviceError):
+                getattr(library, f"sg_cuda_peer_{name}")(ctypes.byref(args), None)
+
+
+def _check_absence(ranks: PeerRanks, rng: np.random.Generator, absent: int, seed: int) -> None:
+    """The last rank dispatches nothing; then it gives nothing back. Who waits names it, and an abort ends the wait."""
+    for rank in range(ranks.num_ranks):
+        ranks.draw(rank, rng)
+        if rank != absent:
+            ranks.call("dispatch", rank)
+    ranks.call("arrive", 0)
+    ranks.verify_arrived(0, absent=absent)
+    named = (np.arange(ranks.num_ranks) == absent).astype(np.int32)
+    assert (ranks.faults[0] == LATE_DISPATCH * named).all(), f"seed {seed}"
+    ranks.compute(0, rng)
+    for rank in range(ranks.num_ranks - 1):
+        ranks.got[rank]["pairs_to_R1"][:] = 0  # they gave up
+        ranks.call("give_back", rank)
+    if ranks.args[0].abort is not None:
+        ranks.aborts[0][0] = 1
+        ranks.args[0].timeout_ns = 60_000_000_000
+    start_s = time.monotonic()
+    ranks.call("combine", 0)
+    assert time.monotonic() - start_s < 20.0
+    assert (ranks.faults[0] == LATE_RESULTS * named).all(), f"seed {seed}"
+    assert not any(done.any() for done in ranks.done), f"seed {seed}"
+
+
+def _check_too_much(ranks: PeerRanks, seed: int) -> None:
+    """Rank 0 would send a row, or a pair, over what was agreed: it sends nothing, and says so. And what a header cannot
+    mean is refused by who reads it."""
+    args, arena = ranks.args[0], ranks.arena
+    max_pairs = ranks.max_tokens * ranks.top_k
+    for num_rows, num_pairs in ((ranks.max_tokens + 1, 1), (1, max_pairs + 1)):
+        begin, pairs_begin = ([0, *[count] * ranks.num_ranks] for count in (num_rows, num_pairs))
+        keep = [
+            arena.put(begin, np.int32),
+            arena.put(pairs_begin, np.int32),
+            arena.room((num_rows, max(ranks.row_bytes, 4 * ranks.hidden)), np.uint8),
+            arena.put(np.zeros(num_rows), np.int32),
+            arena.put(np.zeros((num_pairs, 2)), np.int32),
+        ]
+        args.rows_begin_R1, args.pairs_begin_R1 = at(keep[0]), at(keep[1])
+        args.row_tokens_M, args.pairs_N2 = at(keep[3]), at(keep[4])
+        args.rows_M, args.x_TD = (at(keep[2]), None) if ranks.packed else (None, at(keep[2]))
+        ranks.faults[0][:] = 0
+        ranks.call("dispatch", 0)
+        assert ranks.faults[0][0] == TOO_MUCH, f"seed {seed}"
+        header = ranks.regions[0][:16].view(np.int32)
+        assert header.tolist() == [int(ranks.sequences[0][0]), 0, 0, 0], f"seed {seed}"
+    for source in range(1, ranks.num_ranks):
+        ranks.regions[0][source * HEADER_BYTES :][:16].view(np.int32)[:] = [ranks.sequences[0][0], 0, 0, 0]
+    limits = [ranks.max_tokens, max_pairs, 0]
+    for place, value, is_right in (
+        (1, ranks.max_tokens, True),
+        (1, ranks.max_tokens + 1, False),
+        (1, -1, False),
+        (2, max_pairs, True),
+        (2, max_pairs + 1, False),
+        (2, -1, False),
+        (3, -1, False),
+        (3, 1, False),
+    ):
+        header[1:] = limits
+        header[place] = value
+        ranks.faults[0][:] = 0
+        ranks.call("arrive", 0)
+        assert ranks.faults[0][0] == (0 if is_right else TOO_MUCH), f"seed {seed}: {header}"
+        assert ranks.got[0]["pairs_to_R1"][1] == (header[2] if is_right else 0), f"seed {seed}: {header}"
+    header[1:] = [0, max_pairs - 1, 1]
+    ranks.faults[0][:] = 0
+    ranks.call("arrive", 0)
+    assert ranks.faults[0][0] == 0, f"seed {seed}"
 
 
 def check_waits(library: Checked, seed: int) -> None:
-    """One that collects before the others send gets it all: no flag comes before the last row. On the host only, where
-    a thread is a rank; ranks of a GPU's one stream would wait for each other."""
+    """One that waits before the others send gets it all: no flag comes before the last row. On the host only, where a
+    thread is a rank; ranks of a GPU's one stream would wait for each other."""
     if library.managed:
         return
-    ranks = PeerRanks(library, seed, num_ranks=2, timeout_ns=10_000_000_000, max_rows=400)
-    for sequence in (1, 2):
+    ranks = PeerRanks(library, seed, num_ranks=2, timeout_ns=10_000_000_000, max_tokens=100)
+    rng = ranks.arena.rng
+    for _ in range(2):
         for rank in (0, 1):
-            ranks.draw(rank, ranks.arena.rng, with_pairs=True)
-        failures: list[BaseException] = []
+            ranks.draw(rank, rng)
+        for first, second, verify in (
+            ("dispatch", "arrive", ranks.verify_arrived),
+            ("give_back", "combine", ranks.verify_combined),
+        ):
+            failures: list[BaseException] = []
 
-        def collect(sequence: int = sequence, failures: list[BaseException] = failures) -> None:
-            try:
-                ranks.collect(1)
-                ranks.verify(1, sequence, with_pairs=True)
-            except BaseException as error:  # noqa: BLE001 (it is raised below)
-                failures.append(error)
+            def wait(call: str = second, failures: list[BaseException] = failures) -> None:
+                try:
+                    ranks.call(call, 1)
+                except BaseException as error:  # noqa: BLE001 (it is raised below)
+                    failures.append(error)
 
-        ranks.send(1)
-        thread = threading.Thread(target=collect)
-        thread.start()
-        time.sleep(0.002)
-        ranks.send(0)
-        ranks.collect(0)
-        thread.join(timeout=20)
-        assert not failures, f"seed {seed}: {failures}"
-        assert [ranks.faults[rank][0] for rank in (0, 1)] == [0, 0], f"seed {seed}"
-        assert not any(done.any() for done in ranks.done), f"seed {seed}"
+            if first == "give_back":
+                for rank in (0, 1):
+                    ranks.compute(rank, rng)
+            ranks.call(first, 1)
+            thread = threading.Thread(target=wait)
+            thread.start()
+            time.sleep(0.002)
+            ranks.call(first, 0)
+            ranks.call(second, 0)
+            thread.join(timeout=20)
+            assert not failures, f"seed {seed}: {failures}"
+            for rank in (0, 1):
+                verify(rank)
+                assert not ranks.faults[rank].any(), f"seed {seed}"
+                assert not ranks.done[rank].any(), f"seed {seed}"
     ranks.arena.check()

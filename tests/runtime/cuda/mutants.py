@@ -54,6 +54,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
 HEADERS = {  # and the sources that show a mutant of them
     "bucket.h": ("dispatch.cu",),
     "gemm_tile.h": ("gemm.cu",),
+    "peer_layout.h": ("peer.cu",),
     "numbers.h": ("payload.cu", "rows.cu"),
 }
 OPERATORS = {

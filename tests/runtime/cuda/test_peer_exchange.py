@@ -1,4 +1,4 @@
-"""Peer-memory exchange by ranks that run at once: threads, each with its own pace, over the kernels' twin."""
+"""Exchanges through peer memory by ranks that run at once: threads, each with its own pace, over the kernels' twin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checks_peer import PeerRanks
 from switchgear_runtime.cuda.library import device_library
 
 SEED = random.SystemRandom().randrange(1 << 32)
-EXCHANGES = 30
+LAYERS = 30
 
 
 def test_ranks_that_run_at_once() -> None:
@@ -24,16 +24,22 @@ def test_ranks_that_run_at_once() -> None:
 
     def run(rank: int) -> None:
         rng = np.random.default_rng((SEED, rank))
-        for sequence in range(1, EXCHANGES + 1):
-            ranks.draw(rank, rng, with_pairs=True)
+        for layer in range(1, LAYERS + 1):
+            ranks.draw(rank, rng)
             time.sleep(rng.random() * 1e-3)
-            ranks.send(rank)
-            ranks.collect(rank)  # waits for the others, in the kernel
-            ranks.verify(rank, sequence, with_pairs=True)
+            ranks.call("dispatch", rank)
+            ranks.call("arrive", rank)  # waits for the others, in the kernel
+            ranks.verify_arrived(rank)
+            ranks.compute(rank, rng)
+            time.sleep(rng.random() * 1e-3)
+            ranks.call("give_back", rank)
+            ranks.call("combine", rank)
+            ranks.verify_combined(rank)
+            assert ranks.sequences[rank][0] == layer + 1
             verified.wait(timeout=60)
 
     with ThreadPoolExecutor(num_ranks) as pool:
         for done in [pool.submit(run, rank) for rank in range(num_ranks)]:
             done.result(timeout=120)
-    assert [fault[0] for fault in ranks.faults] == [0] * num_ranks, f"seed {SEED}"
+    assert not any(fault.any() for fault in ranks.faults), f"seed {SEED}"
     ranks.arena.check()
