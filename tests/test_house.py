@@ -49,6 +49,8 @@ LAYERS = [
     "moe",
     "model",
     "cuda",
+    "backends",
+    "launched_step",
     "model_runner",
     "migration",
     "engine",

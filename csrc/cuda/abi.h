@@ -124,11 +124,13 @@ struct sg_cuda_peer {
   int64_t row_bytes;                                   // of a dispatched row, a multiple of 16
   int32_t* sequence;                                   // [1] number of the layer, from 1 on; combine adds one
   int32_t* done_R;                                     // [R] zeros, and zeros again after each call
-  int32_t* fault_R;      // [R] of a rank that 1 did not dispatch in time, 2 did not give back, 4 sent more than agreed
-  const int32_t* abort;  // [1] or null: once it is not 0, nobody waits any more
-  int64_t timeout_ns;    // of each wait
-  const float* x_TD;     // dispatch: rows that get rounded to bf16 on their way; or null, then
-  const void* rows_M;    // dispatch: packed rows by destination
+  int32_t*
+      fault_R1;  // [R + 1] of a rank that 1 did not dispatch in time, 2 did not give back, 4 sent more than agreed;
+                 // and last, whether this rank gave up: then it waits for nobody, and what it computes is garbage
+  const int32_t* abort;           // [1] or null: once it is not 0, this rank gives up
+  int64_t timeout_ns;             // of each wait
+  const float* x_TD;              // dispatch: rows that get rounded to bf16 on their way; or null, then
+  const void* rows_M;             // dispatch: packed rows by destination
   const int32_t* row_tokens_M;    // dispatch, of x_TD: the token of each row
   const int32_t* rows_begin_R1;   // dispatch: of each destination
   const int32_t* pairs_N2;        // dispatch: by destination
@@ -148,6 +150,21 @@ SG_API int sg_cuda_peer_dispatch(const struct sg_cuda_peer* args, void* stream);
 SG_API int sg_cuda_peer_arrive(const struct sg_cuda_peer* args, void* stream);
 SG_API int sg_cuda_peer_give_back(const struct sg_cuda_peer* args, void* stream);
 SG_API int sg_cuda_peer_combine(const struct sg_cuda_peer* args, void* stream);
+
+// steps.cu
+// token_ids_T[t] = drawn_B[from_T[t]], where from_T[t] >= 0.
+SG_API int sg_cuda_take_tokens(const int32_t* from_T, const int64_t* drawn_B, int64_t num_tokens, int64_t* token_ids_T,
+                               void* stream);
+struct sg_cuda_slots {  // the slot of each pair: its expert's one, and on that rank the variant of the token's version
+  const int32_t* topk_ids_TK;
+  int64_t num_tokens, top_k, num_experts, slots_per_rank;
+  const int32_t* num_tokens_now;    // [1] or null: tokens from there on get -1
+  const int32_t* slot_of_E;         // or null: slot_ids_TK has the slots already
+  const int32_t* versions_T;        // row of variant_slots_NE; or null: no variants
+  const int32_t* variant_slots_NE;  // slot within the rank; -1: the expert's own
+  int32_t* slot_ids_TK;
+};
+SG_API int sg_cuda_choose_slots(const struct sg_cuda_slots* args, void* stream);
 
 // graph.cu: what this thread enqueues on `stream` between begin and end is kept, not run. One graph at a time runs.
 SG_API int sg_cuda_graph_begin(void* stream);

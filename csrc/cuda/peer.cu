@@ -11,7 +11,8 @@
 //
 // A sender's block copies rows in strides and counts itself done; the last one of a destination writes the header and,
 // behind a fence, its flag: the layer's number. A waiter has a deadline on the device's clock, and a word by which the
-// host ends the wait; it names whoever did not come.
+// host ends the wait; it names whoever did not come. After the first fault nobody waits any more: a step ends within
+// one deadline, and counts for nothing.
 #include "cuda/abi.h"
 #include "cuda/numbers.h"
 #include "cuda/peer_layout.h"
@@ -22,7 +23,7 @@ namespace {
 
 constexpr int64_t BLOCKS = 32;  // of a destination
 constexpr int64_t LINE_BYTES = sizeof(Line);
-enum { LATE_DISPATCH = 1, LATE_RESULTS = 2, TOO_MUCH = 4 };  // in fault_R
+enum { LATE_DISPATCH = 1, LATE_RESULTS = 2, TOO_MUCH = 4 };  // in fault_R1
 
 SG_DEVICE void copy_lines(void* to, const void* from, int64_t num_lines, int thread, int num_threads) {
   for (int64_t i = thread; i < num_lines; i += num_threads)
@@ -51,11 +52,22 @@ SG_DEVICE void when_all_are_done(int32_t* done, int64_t num_blocks, Announce ann
   announce();
 }
 
-// Whether `flag` shows this layer before the deadline, and the host has not given up.
-SG_DEVICE bool await(const int32_t* flag, int32_t sequence, const int32_t* abort, int64_t deadline) {
+SG_DEVICE void blame(const sg_cuda_peer& a, int64_t rank, int32_t code) {
+  atomic_max(&a.fault_R1[rank], code);
+  atomic_max(&a.fault_R1[a.num_ranks], 1);
+}
+
+// Whether `flag` of `rank` shows this layer in time.
+SG_DEVICE bool await(const sg_cuda_peer& a, const int32_t* flag, int32_t sequence, int64_t rank, int32_t code) {
+  const int64_t deadline = clock_ns() + a.timeout_ns;
   for (int64_t polls = 1; get_word(flag) != sequence; ++polls) {
+    if (get_word(&a.fault_R1[a.num_ranks]) != 0) return false;
     if (polls % 64 != 0) continue;
-    if (clock_ns() >= deadline || (abort != nullptr && get_word(abort) != 0)) return false;
+    if (clock_ns() >= deadline) {
+      blame(a, rank, code);
+      return false;
+    }
+    if (a.abort != nullptr && get_word(a.abort) != 0) atomic_max(&a.fault_R1[a.num_ranks], 1);
     rest();
   }
   return true;
@@ -97,7 +109,7 @@ struct PeerDispatch {
         header->num_rows = static_cast<int32_t>(num_rows);
         header->num_pairs = static_cast<int32_t>(num_pairs);
         header->back_begin = static_cast<int32_t>(first_pair);
-        if (!fits) atomic_max(&a.fault_R[a.rank], TOO_MUCH);
+        if (!fits) blame(a, a.rank, TOO_MUCH);
         fence();
         set_word(&header->flag, sequence);
       });
@@ -116,14 +128,13 @@ struct PeerArrive {
     const PeerLayout layout(a);
     auto* region = static_cast<unsigned char*>(a.regions_R[a.rank]);
     block.each([&](int thread) {
-      const int64_t deadline = clock_ns() + a.timeout_ns;
       for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
         const PeerHeader* header = layout.dispatched(region, r);
-        const bool is_there = await(&header->flag, sequence, a.abort, deadline);
+        const bool is_there = await(a, &header->flag, sequence, r, LATE_DISPATCH);
         const int32_t rows = header->num_rows, pairs = header->num_pairs, back = header->back_begin;
         const bool is_right = is_there && rows >= 0 && rows <= a.max_tokens && pairs >= 0 && back >= 0 &&
                               pairs <= layout.max_pairs() - back;
-        if (!is_right) atomic_max(&a.fault_R[r], is_there ? TOO_MUCH : LATE_DISPATCH);
+        if (is_there && !is_right) blame(a, r, TOO_MUCH);
         counts[r] = is_right ? pairs : 0;
         a.from_begin_R1[r] = static_cast<int32_t>(r * a.max_tokens);
       }
@@ -180,7 +191,7 @@ struct PeerGiveBack {
 // Every block waits for all ranks, then has its tokens. The sum is that of sg_cuda_combine_rows.
 struct PeerCombine {
   static constexpr int THREADS = 256;
-  static constexpr int64_t BLOCKS_MAX = 1024;
+  static constexpr int64_t BLOCKS_MAX = 128;  // they wait: those of ranks that share a GPU have to fit it together
   sg_cuda_peer a;
 
   SG_DEVICE void operator()(Block& block) const {
@@ -188,10 +199,8 @@ struct PeerCombine {
     const PeerLayout layout(a);
     auto* region = static_cast<unsigned char*>(a.regions_R[a.rank]);
     block.each([&](int thread) {
-      const int64_t deadline = clock_ns() + a.timeout_ns;
       for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
-        if (await(&layout.given_back(region, r)->flag, sequence, a.abort, deadline)) continue;
-        atomic_max(&a.fault_R[r], LATE_RESULTS);
+        await(a, &layout.given_back(region, r)->flag, sequence, r, LATE_RESULTS);
       }
     });
     block.each([&](int thread) {

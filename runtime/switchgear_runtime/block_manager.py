@@ -80,14 +80,14 @@ class BlockManager:
             sequence.block_table.append(self._take())
         return True
 
-    def publish(self, sequence: Sequence, start: int) -> None:
-        """Let others share the blocks that filled up as `sequence` computed tokens `start` and later.
+    def publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let others share the blocks that filled up as `sequence` computed tokens [start, end).
 
         Only once the step that computed them is over.
         """
         if not self.enable_prefix_caching:
             return
-        num_full = sequence.num_computed_tokens // self.block_size
+        num_full = end // self.block_size
         self._extend_hashes(sequence, num_full)
         for index in range(start // self.block_size, num_full):
             block = sequence.block_table[index]

@@ -89,6 +89,15 @@ class EngineConfig:
         "An experiment: folder in which each rank writes the experts of every token, as `switchgear record --tokens` "
         "does. Steps then run op by op, slower.",
     )
+    small_step_tokens: int = setting(
+        256,
+        "On a device: steps in which no rank has more tokens run without the host, in exchanges through peer memory and "
+        "as CUDA graphs; 0: none do.",
+    )
+    enforce_eager: bool = setting(False, "On a device: no CUDA graphs; small steps are launched one kernel at a time.")
+    async_scheduling: bool = setting(
+        True, "On a device: schedule a step while the one before runs; its tokens are given a step later."
+    )
     num_threads: int = setting(1, "Compute threads per rank.")
     bind_cpus: bool = setting(
         True, "Give each rank CPUs of its own, where the host has enough free ones for all ranks' threads."
@@ -106,6 +115,8 @@ class EngineConfig:
                 _positive(name, getattr(self, name))
         if not isinstance(self.survive, int) or self.survive < 0:
             raise ConfigError(f"survive={self.survive!r} must be a number of ranks, 0 or more")
+        if self.small_step_tokens < 0:
+            raise ConfigError(f"small_step_tokens={self.small_step_tokens} must not be negative; 0: no small steps")
         if self.lending < 0:
             raise ConfigError(f"lending={self.lending} must not be negative; 0 lends nothing")
         if self.dtype == "float32":

@@ -1,7 +1,7 @@
 """One rank's loop: `Engine` turns messages into steps, together with the other ranks, and steps into frames of tokens.
 
     run():   receive messages -> step -> receive -> step ... -> park when no rank has work -> wake -> ... -> stop
-    step():  agree with all ranks -> schedule -> forward -> sample -> postprocess -> emit
+    step():  agree with all ranks -> schedule -> launch -> finish (wait for the tokens, complete, emit)
 
 Between generations (before the first, after a fault) a rank keeps its sequences and waits for the next BeginGeneration.
 A fault in a step, whatever it is, aborts the transport so that no peer is left waiting, takes the step back, and is
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from switchgear_runtime import messages
+from switchgear_runtime.batch import Batch
 from switchgear_runtime.block_manager import BlockManager
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
@@ -22,6 +23,7 @@ from switchgear_runtime.errors import RequestError, TransportAborted, TransportE
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision, StepHeader, decide
 from switchgear_runtime.inbox import Inbox
+from switchgear_runtime.launched_step import FinishedStep, LaunchedStep, StepResult
 from switchgear_runtime.membership import Group, Membership, OpenPeers
 from switchgear_runtime.messages import FromRank, PromptLogprobs, Submit, TokenOutput, ToRank
 from switchgear_runtime.migration.stager import StageOutcome
@@ -91,6 +93,7 @@ class Engine:
         self._send = send
         self._pending: deque[EngineMessage] = deque()  # drained, not yet applied
         self._load_reported_at = system.now()
+        self._launched: tuple[Batch, LaunchedStep] | None = None  # and not finished
         self._flipped = False  # and no frame has told it
         self._stop_requested = False
         self._stopped = False
@@ -121,25 +124,49 @@ class Engine:
             self.membership.close()
 
     def step(self) -> Decision:
-        """One turn of all ranks. When it raises, the scheduler is as before."""
+        """One turn of all ranks. When it raises, the scheduler is as before the first step that is not complete."""
+        try:
+            return self._step()
+        except BaseException:
+            self._launched = None
+            self.scheduler.rollback()
+            raise
+
+    def _step(self) -> Decision:
         decision = self._agree()  # run, flip to an epoch, park or stop: the same on all ranks
         if decision.kind != "run":
+            self._finish()
             return decision
         batch = self.scheduler.schedule()  # may be empty: all ranks step together, or combine hangs
         self.runner.begin_step(decision)
-        try:
-            logits_BV = self.runner.forward(batch)
-            sampled = self.sampler(logits_BV, batch)
-            scored = score_prompts(self.runner.prompt_logits(), batch) if batch.unscored else []
-        except BaseException:
-            self.scheduler.rollback(batch)
-            raise
-        outputs = self.scheduler.postprocess(batch, sampled)
-        *early, last = frames_of(scored)
+        launched = self._launch(batch)
+        self._finish()  # the step before, which may have run until now
+        self.scheduler.advance(batch)
+        self._launched = (batch, launched)
+        if not (self.config.async_scheduling and launched.may_overlap):
+            self._finish()
+        return decision
+
+    def _launch(self, batch: Batch) -> LaunchedStep:
+        if self.runner.launches:
+            return self.runner.launch(batch, self.sampler)
+        logits_BV = self.runner.forward(batch)
+        sampled = self.sampler(logits_BV, batch)
+        scored = score_prompts(self.runner.prompt_logits(), batch) if batch.unscored else []
+        return FinishedStep(StepResult(sampled, scored))
+
+    def _finish(self) -> None:
+        """The step that was launched last, if it is not complete: wait for its tokens, and tell them."""
+        if self._launched is None:
+            return
+        batch, launched = self._launched
+        result = launched.finish()
+        self._launched = None
+        outputs = self.scheduler.complete(batch, result.tokens)
+        *early, last = frames_of(result.scored)
         for parts in early:
             self._emit([], parts)
         self._emit(outputs, last)
-        return decision
 
     def _turn(self) -> None:
         try:
@@ -238,6 +265,7 @@ class Engine:
     def _fault(self, error: Exception) -> None:
         """Give the generation up and say why."""
         group = self.membership.group
+        self.runner.abandon()
         self.membership.leave(f"rank {self.rank} failed: {error}")
         peers = list(error.peers) if isinstance(error, TransportError) else []
         fault = messages.Fault(

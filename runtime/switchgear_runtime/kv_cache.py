@@ -17,6 +17,7 @@ import mmap
 import torch
 from torch import Tensor
 
+from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.spec import DecoderSpec
 
@@ -61,3 +62,21 @@ class KVCache:
                 tensors.append(torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape))
                 offset += count * dtype.itemsize
         assert offset == num_bytes
+
+
+def max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:
+    """The user's, which must fit; else the model's, or what the cache holds if that is less."""
+    capacity = num_kv_blocks * config.block_size
+    asked = config.max_model_len
+    if asked is None:
+        return min(spec.max_position_embeddings, capacity)
+    if asked > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={asked} is over the model's max_position_embeddings={spec.max_position_embeddings}"
+        )
+    if asked > capacity:
+        raise ConfigError(
+            f"max_model_len={asked} does not fit the KV cache of {num_kv_blocks} blocks of {config.block_size} tokens; "
+            "raise kv_cache_memory_bytes (or num_kv_blocks), or lower max_model_len"
+        )
+    return asked

@@ -7,14 +7,15 @@ current one. Experts already here are never read again.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from switchgear_runtime.backends import backend_of
 from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.loopback import LoopbackTransport
 from switchgear_runtime.comm.shm import ShmTransport
@@ -22,14 +23,15 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.header import Decision
-from switchgear_runtime.kv_cache import num_blocks_in
+from switchgear_runtime.kv_cache import max_model_len, num_blocks_in
+from switchgear_runtime.launched_step import DeviceLaunch, prompt_chunks
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
-from switchgear_runtime.model.backend import Backend, HostBackend
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.expert_file import read_expert_file
+from switchgear_runtime.model.fingerprint import fingerprint_of
 from switchgear_runtime.model.map_builder import MapBuilder, ReadExpert
-from switchgear_runtime.model.matrices import expert_matrix_names
+from switchgear_runtime.model.matrices import held_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
 from switchgear_runtime.model.spec import DecoderSpec
@@ -39,7 +41,7 @@ from switchgear_runtime.model.weight_cache import weight_cache_folder
 from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
-from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
+from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.layer_placement import ExpertTensors
@@ -47,9 +49,13 @@ from switchgear_runtime.moe.load import ExpertLoad
 from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
 from switchgear_runtime.moe.replica_choice import ReplicaChoice
 from switchgear_runtime.moe.token_log import TokenLog
+from switchgear_runtime.sampler import Sampler, needs_host
+
+if TYPE_CHECKING:
+    from switchgear_runtime.cuda.decoder import DeviceDecoder
 
 KV_TILE = 16  # a bf16 cache keeps so many positions of a block together
-PROMPT_LOGITS_BYTES_MAX = 16 << 20  # held at a time while prompts are scored
+LARGE_STEP = 1 << 30  # tokens
 
 
 class ModelRunner:
@@ -80,19 +86,23 @@ class ModelRunner:
         self.num_kv_blocks = config.num_kv_blocks or num_blocks_in(
             config.kv_cache_memory_bytes, spec, config.block_size, self.dtype
         )
-        self.max_model_len = _max_model_len(config, spec, self.num_kv_blocks)
+        self.max_model_len = max_model_len(config, spec, self.num_kv_blocks)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
         if config.routing_log is not None:
             self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
             native = False  # native steps count, and keep no token's ids
-        self._backend = _backend_of(config, rank, native=native)
+        self._backend = backend_of(config, rank, native=native)
         self._store = self._backend.store(checkpoint, self.dtype)
         self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(expert_map, ModelVersions())
-        self._store.prepare([*self._store.dense_names(), *self._expert_names(expert_map)])
+        self._store.prepare([*self._store.dense_names(), *held_matrix_names(spec, expert_map, rank)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
-        self._native = self._backend.decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
+        self._native = self._backend.native_decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
+        self._device: DeviceDecoder | None = self._backend.device_decoder(
+            self._decoder, self.kv_cache, max_model_len=self.max_model_len
+        )
+        self._num_tokens_max: int | None = None  # of any rank, in the step that runs; None: nobody told
         self._decoder_layers = spec.moe_layers  # of each MoE layer; the spec counts them anew each time
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._forced = ForcedRouting.load(
@@ -110,19 +120,21 @@ class ModelRunner:
             moe_layer.step = self.replica_choice.step
         self.lends = False  # in this generation this rank can compute with the others' experts
         self._transport: Transport | None = None
-        self._prompt_states: tuple[Tensor, Tensor] | None = None  # hidden states of the last step, and rows of them
+        self._prompt_states: tuple[Tensor, list[int]] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
         self.versions = ModelVersions()
         self._swap_files = SwapFiles(weight_cache_folder(config.weight_cache_dir))
         self._has_variants = False  # some sequences may see other weights than those in the slots
-        self._builder = MapBuilder(spec, self._store, self.moe_layers, self.replica_choice, self._native, rank=rank)
+        self._builder = MapBuilder(
+            spec, self._store, self.moe_layers, self.replica_choice, self._device or self._native, rank=rank
+        )
         self._place(self._builder.build(expert_map, self.versions, self.read_expert))
         self._store.publish()
 
     @property
     def is_native(self) -> bool:
         """Whether steps run in native code as a whole."""
-        return self._native is not None
+        return self._native is not None or self._device is not None
 
     def profile(self) -> NDArray[np.int64]:
         """From now on steps add their nanoseconds to what this returns, by native_structs.PHASES. Of native steps only."""
@@ -137,7 +149,7 @@ class ModelRunner:
         return decoder.layer_cpu_ns
 
     def _clocked(self) -> NativeDecoder:
-        if not isinstance(self._native, NativeDecoder):
+        if self._native is None:
             raise ConfigError(f"{self.spec.architecture} on {self.device} has no clock; only the CPU's native steps do")
         return self._native
 
@@ -158,17 +170,10 @@ class ModelRunner:
 
     def fingerprint(self) -> str:
         """Ranks whose fingerprints differ could compute different bits, and may not join one generation."""
-        parts: Mapping[str, object] = {
-            **self._backend.identity(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "quantization": self.config.quantization,
-            "block_size": self.config.block_size,
-            "checkpoint": self.checkpoint.identity(),
-            "model": hashlib.sha256(repr(self.spec).encode()).hexdigest()[:16],
-        }
-        if self._forced is not None:
-            parts = {**parts, "forced_routing": self._forced.digest}
-        return " ".join(f"{name}={value}" for name, value in parts.items())
+        forced = None if self._forced is None else self._forced.digest
+        return fingerprint_of(
+            self._backend.identity(), self.config, self.spec, self.checkpoint, self.dtype, forced_routing=forced
+        )
 
     def begin(self, transport: Transport, expert_map: ExpertMap, versions: ModelVersions | None = None) -> None:
         """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays. `versions`: None:
@@ -180,6 +185,8 @@ class ModelRunner:
         self._check(expert_map, versions)
         one_host = isinstance(transport, ShmTransport | LoopbackTransport)
         self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)
+        if self._device is not None:
+            self._device.begin(transport)
         self._place(self._builder.build(expert_map, versions, self.read_expert))
         self._store.publish()
         self._connect(transport)
@@ -247,23 +254,77 @@ class ModelRunner:
         return self._store.to_host(gate_up), self._store.to_host(down)
 
     def begin_step(self, decision: Decision) -> None:
-        """Before `forward`: how this step spreads tokens over replicas, from what all ranks have agreed on."""
+        """Before `forward` or `launch`: what all ranks have agreed on."""
+        self._num_tokens_max = max(decision.num_tokens)
         self.replica_choice.begin_step(sum(decision.num_tokens), self.world_size, lends=decision.lends)
+
+    @property
+    def launches(self) -> bool:
+        """Whether steps run beside the host: `launch` then takes the place of `forward`."""
+        return self._device is not None
+
+    def launch(self, batch: Batch, sampler: Sampler) -> DeviceLaunch:
+        """Enqueue a step on the device; its draws, too. Errors of the transport pass through, some when it is
+        finished. A negative token id is drawn by the step before, in its row -1 - id."""
+        return self._launch(batch, sampler, logits_to_host=any(map(needs_host, batch.sampling)))
+
+    def abandon(self) -> None:
+        """This generation is given up: nothing on the device waits for its peers any more."""
+        if self._device is not None:
+            self._device.abort()
 
     def forward(self, batch: Batch) -> Tensor:
         """logits fp32 [sampling rows, vocabulary], in the order of the batch's sequences that sample. An empty batch
         still takes part in every MoE layer. Errors of the transport pass through; the step then counts no load."""
-        if self._transport is None:
-            raise RuntimeError("forward before begin: the rank is in no generation")
+        if self._device is not None:
+            pending = self._launch(batch, Sampler(), logits_to_host=True).wait()
+            assert pending.logits_SV is not None
+            self._prompt_states = (pending.x_TD, batch.flatten(self.config.block_size).prompt_rows)
+            return pending.logits_SV
+        transport = self._connected()
         flat = batch.flatten(self.config.block_size)
         self.load.begin_step(*batch.tenants())
-        if self._forced is not None:
-            self._force(self._forced.of_batch(batch))
-        x_TD = self._hidden_states(flat, self._transport)
+        self._force(batch)
+        x_TD = self._hidden_states(flat, transport)
         logits = self._logits(x_TD, torch.from_numpy(np.array(flat.sampling_rows, np.int64)))
         self.load.commit()
-        self._prompt_states = (x_TD, torch.tensor(flat.prompt_rows)) if flat.prompt_rows else None
+        self._prompt_states = (x_TD, flat.prompt_rows)
         return logits
+
+    def prompt_logits(self) -> Iterator[Tensor]:
+        """Logits of the last batch's prompt rows (FlatBatch.prompt_rows), in order, a bounded number of rows at a
+        time."""
+        if self._prompt_states is None:
+            return
+        (x_TD, rows), self._prompt_states = self._prompt_states, None
+        for chunk in prompt_chunks(rows, self.spec.vocab_size) if rows else ():
+            yield self._logits(x_TD, chunk)
+
+    def _launch(self, batch: Batch, sampler: Sampler, *, logits_to_host: bool) -> DeviceLaunch:
+        assert self._device is not None
+        self._connected()
+        self._force(batch)
+        num_tokens_max = self._num_tokens_max
+        if num_tokens_max is None:  # whoever steps without an agreement is alone, or takes the way for any size
+            num_tokens_max = batch.num_tokens if self.world_size == 1 else LARGE_STEP
+        flat = batch.flatten(self.config.block_size)
+        return DeviceLaunch.of(
+            batch,
+            flat,
+            self._device,
+            num_tokens_max=num_tokens_max,
+            forced_ids_LTK=self._forced_ids_LTK,
+            versions_S=self._versions_of(flat) if self._has_variants else None,
+            logits_to_host=logits_to_host,
+            load=self.load,
+            sampler=sampler,
+            timeout_s=2 * self.config.step_timeout_s,
+        )
+
+    def _connected(self) -> Transport:
+        if self._transport is None:
+            raise RuntimeError("a step before begin: the rank is in no generation")
+        return self._transport
 
     def _hidden_states(self, flat: FlatBatch, transport: Transport) -> Tensor:
         versions_S = self._versions_of(flat) if self._has_variants else None
@@ -288,28 +349,20 @@ class ModelRunner:
         rows_S = np.array(self.versions.rows(flat.versions_S), np.int32)
         return rows_S if rows_S.any() else None
 
-    def _force(self, ids_LTK: NDArray[np.int32]) -> None:
-        """The experts of the step's tokens, whatever the routers say."""
-        self._forced_ids_LTK = ids_LTK
+    def _force(self, batch: Batch) -> None:
+        """In an experiment, the experts of the step's tokens, whatever the routers say."""
+        if self._forced is None:
+            return
+        self._forced_ids_LTK = ids_LTK = self._forced.of_batch(batch)
         for layer, ids_TK in zip(self.moe_layers, ids_LTK, strict=True):
             layer.forced_ids_TK = torch.from_numpy(ids_TK)
 
     def _logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
-        if self._native is not None:
-            return self._native.logits(x_TD, rows_S)
+        decoder = self._device or self._native
+        if decoder is not None:
+            return decoder.logits(x_TD, rows_S)
         with torch.inference_mode():
             return self._decoder.logits(x_TD, rows_S)
-
-    def prompt_logits(self) -> Iterator[Tensor]:
-        """Logits of the last batch's prompt rows (FlatBatch.prompt_rows), in order, a bounded number of rows at a
-        time: a prompt has many more rows than sequences sample."""
-        if self._prompt_states is None:
-            return
-        x_TD, rows = self._prompt_states
-        self._prompt_states = None
-        num_rows = max(1, PROMPT_LOGITS_BYTES_MAX // (4 * self.spec.vocab_size))
-        for chunk in torch.split(rows, num_rows):
-            yield self._logits(x_TD, chunk)
 
     def _check(self, expert_map: ExpertMap, versions: ModelVersions) -> None:
         versions.check(num_layers=self.spec.num_moe_layers, num_experts=self.spec.num_experts)
@@ -320,21 +373,13 @@ class ModelRunner:
                 f"expert map is for (ranks, layers, experts) = {actual}; this model and cluster have {expected}"
             )
 
-    def _expert_names(self, expert_map: ExpertMap) -> list[str]:
-        """Of the matrices that this rank needs."""
-        names: list[str] = []
-        for index, layer in enumerate(self.spec.moe_layers):
-            for expert in expert_map.local_experts(index, self.rank).tolist():
-                if expert != EMPTY:
-                    names += expert_matrix_names(layer, expert)
-        return names
-
     def _place(self, staged: StagedMap) -> None:
         for layer, placement in zip(self.moe_layers, staged.layers, strict=True):
             layer.place(placement)
-        if self._native is not None:
+        decoder = self._device or self._native
+        if decoder is not None:
             assert staged.native is not None
-            self._native.place(staged.native)
+            decoder.place(staged.native)
         self.expert_map, self.versions = staged.expert_map, staged.versions
         self._has_variants = bool(staged.versions.live)
 
@@ -348,30 +393,3 @@ class ModelRunner:
         for layer in self.moe_layers:
             layer.connect(dispatcher)
         self._transport = transport
-
-
-def _backend_of(config: EngineConfig, rank: int, *, native: bool) -> Backend:
-    """By the setting `device`; a device's libraries are loaded for who asks for one only."""
-    if config.device == "cpu":
-        return HostBackend(config, rank, native=native)
-    from switchgear_runtime.cuda.backend import DeviceBackend
-
-    return DeviceBackend(config, rank)
-
-
-def _max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -> int:
-    """The user's, which must fit; else the model's, or what the cache holds if that is less."""
-    capacity = num_kv_blocks * config.block_size
-    asked = config.max_model_len
-    if asked is None:
-        return min(spec.max_position_embeddings, capacity)
-    if asked > spec.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={asked} is over the model's max_position_embeddings={spec.max_position_embeddings}"
-        )
-    if asked > capacity:
-        raise ConfigError(
-            f"max_model_len={asked} does not fit the KV cache of {num_kv_blocks} blocks of {config.block_size} tokens; "
-            "raise kv_cache_memory_bytes (or num_kv_blocks), or lower max_model_len"
-        )
-    return asked

@@ -29,11 +29,16 @@ class Sampler:
         self._arguments: dict[str, Any] = {}
 
     def __call__(self, logits_BV: Tensor, batch: Batch) -> list[SampledToken]:
-        sequences = batch.sampling
+        return self.of(logits_BV, batch.sampling)
+
+    def of(
+        self, logits_BV: Tensor, sequences: list[Sequence], layout: dict[str, Any] | None = None
+    ) -> list[SampledToken]:
+        """A token for each row. `layout`: of the sequences as they were before tokens were added to them."""
         assert logits_BV.shape[0] == len(sequences), (logits_BV.shape, len(sequences))
         if not sequences:
             return []
-        ids_B, logprob_B, top_ids_BN, top_logprobs_BN = ops.sample(logits_BV, **self._laid_out(sequences))
+        ids_B, logprob_B, top_ids_BN, top_logprobs_BN = ops.sample(logits_BV, **(layout or self.layout(sequences)))
         return [
             _sampled(sequence, token_id, logprob, top_ids, top_logprobs)
             for sequence, token_id, logprob, top_ids, top_logprobs in zip(
@@ -46,7 +51,8 @@ class Sampler:
             )
         ]
 
-    def _laid_out(self, sequences: list[Sequence]) -> dict[str, Any]:
+    def layout(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """The arguments of ops.sample for their next tokens."""
         known = self._sequences
         if len(known) == len(sequences) and all(map(is_, known, sequences)):
             return self._arguments | {"positions_B": _positions(sequences)}
@@ -68,13 +74,13 @@ def _arguments(sequences: list[Sequence]) -> dict[str, Any]:
     banned_ids, banned_offsets = _ragged([_banned(sequence) for sequence in sequences], torch.int32)
     return {
         "temperature_B": torch.tensor([params.temperature for params in sampling], dtype=torch.float32),
-        "top_k_B": torch.tensor([_top_k(params.top_k) for params in sampling], dtype=torch.int32),
+        "top_k_B": torch.tensor([top_k_or_all(params.top_k) for params in sampling], dtype=torch.int32),
         "top_p_B": torch.tensor([params.top_p for params in sampling], dtype=torch.float32),
         "min_p_B": torch.tensor([params.min_p for params in sampling], dtype=torch.float32),
         "presence_B": torch.tensor([params.presence_penalty for params in sampling], dtype=torch.float32),
         "frequency_B": torch.tensor([params.frequency_penalty for params in sampling], dtype=torch.float32),
         "repetition_B": torch.tensor([params.repetition_penalty for params in sampling], dtype=torch.float32),
-        "seeds_B": torch.tensor([_signed(params.seed) for params in sampling], dtype=torch.int64),
+        "seeds_B": torch.tensor([signed_seed(params.seed) for params in sampling], dtype=torch.int64),
         "positions_B": _positions(sequences),
         "history": history,
         "history_offsets": history_offsets,
@@ -116,6 +122,18 @@ def _history(sequence: Sequence) -> Iterable[int]:
     return sequence.token_ids if _has_penalties(sequence) else ()  # only penalties read it
 
 
+def needs_host(sequence: Sequence) -> bool:
+    """Whether its next token takes more than a device's sampler knows: logits that are changed first, or logprobs. By the
+    request and the token's index alone."""
+    sampling = sequence.sampling
+    return (
+        sampling.logprobs is not None
+        or bool(sampling.logit_bias)
+        or _has_penalties(sequence)
+        or sequence.num_output_tokens < sampling.min_tokens
+    )
+
+
 def _has_penalties(sequence: Sequence) -> bool:
     sampling = sequence.sampling
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
@@ -126,11 +144,11 @@ def _banned(sequence: Sequence) -> Iterable[int]:
     return sampling.stop_token_ids if sequence.num_output_tokens < sampling.min_tokens else ()
 
 
-def _top_k(top_k: int) -> int:
+def top_k_or_all(top_k: int) -> int:
     """0 and -1 mean all tokens, and so does any number beyond int32."""
     return top_k if 0 < top_k < 1 << 31 else 0
 
 
-def _signed(seed: int) -> int:
+def signed_seed(seed: int) -> int:
     """The same 64 bits as an int64."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed

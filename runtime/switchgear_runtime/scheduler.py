@@ -7,10 +7,14 @@ mid-prefill); what is left goes to the waiting. A preempted sequence loses its b
 outputs again as one prefill; tokens once sampled never change.
 
     batch = schedule()  ->  postprocess(batch, sampled)   the step completed: advance, publish blocks, finish
-                        ->  rollback(batch)               it broke: as if it had not been scheduled
+                        ->  rollback()                    it broke: as if it had not been scheduled
 
-What rollback cannot bring back is what the broken step may have overwritten: a block handed out to it is no longer in
-the prefix cache, and a sequence preempted for it stays preempted.
+Postprocess is `advance` and `complete`. In between, the next step may be scheduled: what the step draws then counts as
+tokens to come, `pending_token(row)` by its row of the step, which the next one computes without knowing. A sequence
+that turns out to have ended has a row too many in that step, of which nothing is kept.
+
+What rollback cannot bring back is what the broken steps may have overwritten: a block handed out to them is no longer in
+the prefix cache, and a sequence preempted for them stays preempted.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import islice
 
 from switchgear_runtime.batch import Batch, SampledToken, ScheduledSequence
 from switchgear_runtime.block_manager import BlockManager
@@ -25,17 +30,26 @@ from switchgear_runtime.errors import RequestError
 from switchgear_runtime.messages import RankStats, TokenOutput
 from switchgear_runtime.sequence import Sequence
 
+OPEN_STEPS_MAX = 2
+
+
+def pending_token(row: int) -> int:
+    """In place of a token id: the token that the step before draws in this row."""
+    return -1 - row
+
 
 @dataclass(slots=True)
 class _OpenStep:
     """What `rollback` needs."""
 
+    batch: Batch = field(default_factory=Batch)
+    advanced: bool = False
     table_lengths: dict[int, int] = field(default_factory=dict)  # by sequence id, of running sequences
     admitted: list[tuple[Sequence, bool]] = field(default_factory=list)  # and: for the first time?
 
 
 class Scheduler:
-    """One rank's queues. Not thread-safe; `add` and `abort` only between steps."""
+    """One rank's queues. Not thread-safe; `add` and `abort` not between `schedule` and `advance`."""
 
     def __init__(
         self,
@@ -55,7 +69,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
         self._num_arrivals = 0
-        self._open: _OpenStep | None = None
+        self._open: deque[_OpenStep] = deque()  # the oldest first
         self.num_preemptions = 0
         self.num_computed_tokens = 0
         self.prefix_cache_hit_tokens = 0
@@ -71,8 +85,9 @@ class Scheduler:
     def num_pending_tokens(self) -> int:
         """About how many tokens the next step would compute; exact unless blocks or sequences run short."""
         total = 0
-        for sequence in (*self.running, *self.waiting):
-            total += sequence.num_uncomputed_tokens
+        num_admissible = self.max_num_seqs - len(self.running)
+        for sequence in (*self.running, *islice(self.waiting, max(0, num_admissible))):
+            total += self._num_schedulable(sequence)
             if total >= self.max_num_batched_tokens:
                 return self.max_num_batched_tokens
         return total
@@ -87,7 +102,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises RequestError for one that could never run here."""
-        assert self._open is None
+        assert self._is_settled
         self._check(sequence)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
@@ -96,7 +111,7 @@ class Scheduler:
 
     def abort(self, sequence_id: int) -> bool:
         """Forget a sequence and free its blocks; False when it is not here (finished, or never was)."""
-        assert self._open is None
+        assert self._is_settled
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return False
@@ -118,40 +133,79 @@ class Scheduler:
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _is_settled(self) -> bool:
+        """Every open step has advanced."""
+        return all(step.advanced for step in self._open)
+
     def schedule(self) -> Batch:
-        assert self._open is None
-        self._open = _OpenStep()
+        assert self._is_settled
+        assert len(self._open) < OPEN_STEPS_MAX
+        step = _OpenStep()
+        self._open.append(step)
         num_preemptions = self.num_preemptions
-        scheduled = self._schedule_running()
+        scheduled = self._schedule_running(step)
         if self.num_preemptions == num_preemptions:  # else blocks are short: none for newcomers
             num_scheduled = sum(entry.num_tokens for entry in scheduled)
-            scheduled += self._schedule_waiting(self.max_num_batched_tokens - num_scheduled)
-        assert scheduled or not self.has_work
-        return Batch(tuple(scheduled))
+            scheduled += self._schedule_waiting(step, self.max_num_batched_tokens - num_scheduled)
+        assert scheduled or not self.has_work or len(self._open) > 1
+        step.batch = Batch(tuple(scheduled))
+        return step.batch
 
     def postprocess(self, batch: Batch, sampled: Items[SampledToken]) -> list[TokenOutput]:
         """The step completed: append `sampled` (in the order of `batch.sampling`), publish blocks, end what ends."""
-        assert self._open is not None
-        self._open = None
+        self.advance(batch)
+        return self.complete(batch, sampled)
+
+    def advance(self, batch: Batch) -> None:
+        """The step was launched: its tokens count as computed, and what it draws as tokens to come."""
+        step = self._open[-1]
+        assert step.batch is batch
+        assert not step.advanced
+        step.advanced = True
+        row = 0
+        for entry in batch:
+            sequence = entry.sequence
+            sequence.num_computed_tokens = entry.end
+            if entry.samples:
+                sequence.token_ids.append(pending_token(row))
+                row += 1
+
+    def complete(self, batch: Batch, sampled: Items[SampledToken]) -> list[TokenOutput]:
+        """The oldest step is over, and these are its tokens."""
+        step = self._open.popleft()
+        assert step.batch is batch
+        assert step.advanced
         outputs: list[TokenOutput] = []
         tokens = iter(sampled)
         for entry in batch:
             sequence = entry.sequence
+            token = next(tokens) if entry.samples else None
+            self.num_computed_tokens += entry.num_tokens
+            if sequence.status == "finished":  # by the step before, or aborted since
+                continue
             if unscored := entry.unscored:
                 sequence.num_prompt_logprobs = unscored.stop
-            sequence.num_computed_tokens = entry.end
-            self.num_computed_tokens += entry.num_tokens
-            self.blocks.publish(sequence, entry.start)
-            if entry.samples:
-                outputs.append(self._append(sequence, next(tokens)))
+            if token is not None:
+                sequence.token_ids[entry.end] = token.token_id
+            if sequence.status == "running" and sequence.num_computed_tokens >= entry.end:  # not preempted since
+                self.blocks.publish(sequence, entry.start, entry.end)
+            if token is not None:
+                outputs.append(self._output(sequence, entry.end, token))
         assert next(tokens, None) is None, "more tokens sampled than sequences"
         return outputs
 
-    def rollback(self, batch: Batch) -> None:
-        """The step broke; see the module's text."""
-        assert self._open is not None
-        step, self._open = self._open, None
+    def rollback(self) -> None:
+        """All open steps broke; see the module's text."""
+        while self._open:
+            self._rollback(self._open.pop())
+
+    def _rollback(self, step: _OpenStep) -> None:
+        if step.advanced:
+            self._take_back(step.batch)
         for sequence, first_time in reversed(step.admitted):
+            if sequence.status != "running":  # it ended, or a later step preempted it
+                continue
             assert self.running[-1] is sequence
             self.running.pop()
             self._to_waiting(sequence)
@@ -159,29 +213,47 @@ class Scheduler:
                 self.prefix_cache_hit_tokens -= sequence.num_cached_tokens or 0
                 self.prefix_cache_query_tokens -= sequence.num_tokens
                 sequence.num_cached_tokens = None
-        for entry in batch:
-            if (table_length := step.table_lengths.get(entry.sequence.sequence_id)) is not None:
+        for entry in step.batch:
+            table_length = step.table_lengths.get(entry.sequence.sequence_id)
+            if table_length is not None and entry.sequence.status == "running":
                 self.blocks.free(entry.sequence, keep=table_length)
 
-    def _schedule_running(self) -> list[ScheduledSequence]:
-        assert self._open is not None
+    def _take_back(self, batch: Batch) -> None:
+        """What `advance` did."""
+        for entry in batch:
+            sequence = entry.sequence
+            if sequence.status == "finished":
+                continue
+            if entry.samples:
+                assert sequence.token_ids[-1] < 0
+                sequence.token_ids.pop()
+            if sequence.status == "running":
+                sequence.num_computed_tokens = entry.start
+
+    def _num_schedulable(self, sequence: Sequence) -> int:
+        """Not computed yet, unless it surely ends with a token that is being drawn."""
+        return 0 if sequence.is_full(self.max_model_len) else sequence.num_uncomputed_tokens
+
+    def _schedule_running(self, step: _OpenStep) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
         budget = self.max_num_batched_tokens
         index = 0
         while index < len(self.running) and budget > 0:  # preemption shortens `running` from its end
             sequence = self.running[index]
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = min(self._num_schedulable(sequence), budget)
+            if num_tokens == 0:
+                index += 1
+                continue
             table_length = len(sequence.block_table)
             if not self._make_room(sequence, num_tokens):
                 break
-            self._open.table_lengths[sequence.sequence_id] = table_length
+            step.table_lengths[sequence.sequence_id] = table_length
             scheduled.append(_entry(sequence, num_tokens))
             budget -= num_tokens
             index += 1
         return scheduled
 
-    def _schedule_waiting(self, budget: int) -> list[ScheduledSequence]:
-        assert self._open is not None
+    def _schedule_waiting(self, step: _OpenStep, budget: int) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             sequence = self.waiting[0]
@@ -197,7 +269,7 @@ class Scheduler:
             sequence.status = "running"
             self.blocks.share(sequence, hits)
             sequence.num_computed_tokens = num_cached
-            self._open.admitted.append((sequence, sequence.num_cached_tokens is None))
+            step.admitted.append((sequence, sequence.num_cached_tokens is None))
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = num_cached
                 self.prefix_cache_hit_tokens += num_cached
@@ -231,12 +303,12 @@ class Scheduler:
         sequence.status = "waiting"
         self.waiting.appendleft(sequence)
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
-        index = sequence.num_output_tokens
-        sequence.token_ids.append(token.token_id)
-        finish_reason = sequence.finish_reason(self.max_model_len)
+    def _output(self, sequence: Sequence, place: int, token: SampledToken) -> TokenOutput:
+        """Of the token that now is at `place`; ends the sequence where that ends it."""
+        index = place - sequence.num_prompt_tokens
+        finish_reason = sequence.finish_reason(self.max_model_len, num_tokens=place + 1)
         if finish_reason is not None:
-            self.running.remove(sequence)
+            (self.running if sequence.status == "running" else self.waiting).remove(sequence)
             self._forget(sequence)
         return TokenOutput(
             sequence_id=sequence.sequence_id,

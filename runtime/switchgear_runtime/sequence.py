@@ -79,11 +79,18 @@ class Sequence:
         """The longest this sequence can get, prompt and outputs."""
         return min(self.num_prompt_tokens + self.sampling.max_tokens, max_model_len)
 
-    def finish_reason(self, max_model_len: int) -> Literal["stop", "length"] | None:
-        """Why the sequence ends with its newest token, or None when it goes on."""
+    def is_full(self, max_model_len: int) -> bool:
+        """It ends with its newest token, whatever that is."""
+        return self.num_output_tokens >= self.sampling.max_tokens or self.num_tokens >= max_model_len
+
+    def finish_reason(self, max_model_len: int, *, num_tokens: int | None = None) -> Literal["stop", "length"] | None:
+        """Why the sequence ends with its newest token, or None when it goes on. `num_tokens`: where that is not the last
+        that is there, since one after it is being drawn."""
         sampling = self.sampling
-        if self.num_output_tokens >= sampling.min_tokens and self.token_ids[-1] in sampling.stop_token_ids:
+        num_tokens = self.num_tokens if num_tokens is None else num_tokens
+        num_output_tokens = num_tokens - self.num_prompt_tokens
+        if num_output_tokens >= sampling.min_tokens and self.token_ids[num_tokens - 1] in sampling.stop_token_ids:
             return "stop"
-        if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
+        if num_output_tokens >= sampling.max_tokens or num_tokens >= max_model_len:
             return "length"
         return None

@@ -22,6 +22,11 @@ class BesideHosts:
         self._num_exchanges = self._sent_bytes = self._received_bytes = 0
 
     @property
+    def control(self) -> Transport:
+        """The hosts'."""
+        return self._control
+
+    @property
     def rank(self) -> int:
         return self._control.rank
 

@@ -21,6 +21,7 @@ import torch
 
 from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
 from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportTimeout
 
@@ -36,7 +37,9 @@ class PeerMemory(Protocol):
 
     device: torch.device
 
-    def allocate(self, num_bytes: int) -> int: ...
+    def allocate(self, num_bytes: int) -> int:
+        """Zeros."""
+        ...
 
     def free(self, address: int) -> None: ...
 
@@ -44,7 +47,7 @@ class PeerMemory(Protocol):
         """By which another process maps it."""
         ...
 
-    def map(self, handle: bytes) -> int: ...
+    def map(self, handle: bytes, *, writable: bool = False) -> int: ...
 
     def unmap(self, address: int) -> None: ...
 
@@ -68,7 +71,10 @@ class CudaPeerMemory:
 
     def allocate(self, num_bytes: int) -> int:
         with torch.cuda.device(self.device):
-            return int(self._runtime.malloc(num_bytes))
+            address = int(self._runtime.malloc(num_bytes))
+            self._runtime.memset(address, 0, num_bytes)
+            self._runtime.deviceSynchronize()
+            return address
 
     def free(self, address: int) -> None:
         self._runtime.free(address)
@@ -76,7 +82,7 @@ class CudaPeerMemory:
     def handle(self, address: int) -> bytes:
         return bytes(self._runtime.ipcGetMemHandle(address))
 
-    def map(self, handle: bytes) -> int:
+    def map(self, handle: bytes, *, writable: bool = False) -> int:  # noqa: ARG002 - IPC knows no other access
         with torch.cuda.device(self.device):
             return int(self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS))
 
@@ -91,6 +97,22 @@ class CudaPeerMemory:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event.query
+
+
+def peer_memory_over(transport: Transport, device: torch.device, *, timeout_s: float) -> PeerMemory | None:
+    """By which the ranks of this transport map each other's memory, if all can; all ranks decide the same."""
+    control = transport.control if isinstance(transport, BesideHosts) else transport
+    kind = type(control).__name__
+    if device.type != "cuda":
+        return HostPeerMemory() if kind.startswith(("Shm", "Loopback")) else None
+    can = kind.startswith("Shm") and find_spec("cupy") is not None and _all_are_peers(device)
+    have = control.all_gather(bytes([can]), timeout_s=timeout_s)
+    return CudaPeerMemory(device) if all(given[0] for given in have) else None
+
+
+def _all_are_peers(device: torch.device) -> bool:
+    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 
 
 def over_peer_memory(control: Transport, device: torch.device, *, timeout_s: float) -> Transport:
@@ -176,7 +198,7 @@ class PeerTransport(BesideHosts):
         told = self._control.all_to_all_v([handle] * self.world_size, timeout_s=timeout_s)
         handles = [bytes(view) for view in told]
         for peer in range(self.world_size):
-            self._inboxes.append(self._inbox if peer == self.rank else self._memory.map(handles[peer]))
+            self._inboxes.append(self._inbox if peer == self.rank else self._memory.map(handles[peer], writable=True))
         self._control.barrier(timeout_s=timeout_s)  # nobody gives up an inbox that a peer is about to map
 
     def _finish(self, is_done: Callable[[], bool], deadline_s: float, timeout_s: float) -> None:

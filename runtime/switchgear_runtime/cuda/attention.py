@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.step_inputs import StepInputs
 from switchgear_runtime.model.attention import Attention
 from switchgear_runtime.model.layers import RMSNorm, Rope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DeviceBatch:
-    """A FlatBatch on the device, by two copies."""
+    """Of StepInputs, on the device."""
 
     token_ids_T: Tensor  # int64
     positions_T: Tensor
@@ -29,20 +28,14 @@ class DeviceBatch:
     max_positions: int
 
     @classmethod
-    def of(cls, flat: FlatBatch, device: torch.device) -> DeviceBatch:
-        num_tokens = len(flat.token_ids_T)
-        wide = torch.from_numpy(np.array([flat.token_ids_T, flat.positions_T, flat.slots_T], np.int64)).to(device)
-        tables = np.array(flat.block_tables_SB or np.empty((0, 0)), np.int32)
-        narrow = np.concatenate([np.array(flat.seq_ids_T, np.int32), tables.reshape(-1)])
-        ids, positions, slots = wide
-        numbers = torch.from_numpy(narrow).to(device)
+    def of(cls, inputs: StepInputs, max_positions: int) -> DeviceBatch:
         return cls(
-            token_ids_T=ids,
-            positions_T=positions,
-            slots_T=slots,
-            seq_ids_T=numbers[:num_tokens],
-            block_tables_QB=numbers[num_tokens:].view(tables.shape),
-            max_positions=max(flat.positions_T, default=0) + 1,
+            token_ids_T=inputs["token_ids_T"],
+            positions_T=inputs["positions_T"],
+            slots_T=inputs["slots_T"],
+            seq_ids_T=inputs["seq_ids_T"],
+            block_tables_QB=inputs["block_tables_QB"],
+            max_positions=max_positions,
         )
 
 

@@ -36,8 +36,11 @@ class DeviceBackend:
             spec, num_blocks=num_blocks, block_size=self._config.block_size, device=self._kernels.device
         )
 
-    def decoder(self, decoder: Decoder, kv_cache: DeviceKVCache, *, num_experts: int) -> DeviceDecoder:  # noqa: ARG002
-        return DeviceDecoder(self._kernels, decoder, kv_cache)
+    def device_decoder(self, decoder: Decoder, kv_cache: DeviceKVCache, *, max_model_len: int) -> DeviceDecoder:
+        return DeviceDecoder(self._kernels, decoder, kv_cache, self._config, max_model_len=max_model_len)
+
+    def native_decoder(self, decoder: Decoder, kv_cache: DeviceKVCache, *, num_experts: int) -> None:  # noqa: ARG002
+        return None
 
     def identity(self) -> dict[str, str]:
         if self._kernels.device.type != "cuda":
@@ -59,4 +62,6 @@ def kernels_of(setting: str, rank: int) -> Kernels:
     if device.type != "cuda":
         return Kernels("twin", device)
     torch.cuda.set_device(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    torch.cuda.set_stream(stream)  # of this thread: the default stream cannot be captured
     return Kernels("cuda", device)

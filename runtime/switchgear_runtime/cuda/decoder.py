@@ -11,7 +11,9 @@ Letters: T tokens, D hidden, S sampling rows, V vocabulary, L MoE layers, E expe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +21,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.batch import FlatBatch
-from switchgear_runtime.comm.device_exchange import DeviceExchange, device_exchange
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
+from switchgear_runtime.cuda.expert_group import ExpertGroup
+from switchgear_runtime.cuda.group_choice import GenerationGroups
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
+from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacement
+from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
+from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
+from switchgear_runtime.cuda.step_memory import StepMemory
+from switchgear_runtime.cuda.step_outputs import StepOutputs
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.layer_placement import LayerPlacement
-from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.load import TENANTS_MAX, StepTenants
+from switchgear_runtime.sequence import Sequence as TokenSequence
 
 _SCORINGS = ("softmax", "sigmoid")
 
@@ -39,7 +49,9 @@ _SCORINGS = ("softmax", "sigmoid")
 class DeviceDecoder:
     """One rank's. Not thread-safe but for `prepare`. `place` experts before the first step."""
 
-    def __init__(self, kernels: Kernels, decoder: Decoder, kv_cache: DeviceKVCache) -> None:
+    def __init__(
+        self, kernels: Kernels, decoder: Decoder, kv_cache: DeviceKVCache, config: EngineConfig, *, max_model_len: int
+    ) -> None:
         check_supported(decoder)
         self._kernels = kernels
         self._decoder = decoder
@@ -48,10 +60,26 @@ class DeviceDecoder:
             _DeviceLayer(kernels, layer, tables, k_cache, v_cache)
             for layer, k_cache, v_cache in zip(decoder.layers, kv_cache.k, kv_cache.v, strict=True)
         ]
+        self._moes = [layer.moe for layer in self._layers if layer.moe is not None]
         self._final_norm = _DeviceNorm.of(decoder.norm, kernels.device)
         self._lm_head = decoder.lm_head.weight
         self._lm_head_bias = on_device(self._lm_head.bias_N, kernels.device)
-        self._exchange: tuple[Transport, DeviceExchange] | None = None
+        self._config = config
+        self._groups: GenerationGroups | None = None
+        self._outputs: StepOutputs | None = None
+        self._small = SmallSteps(
+            kernels,
+            self._enqueue_small,
+            max_tokens=config.small_step_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+            captures=not config.enforce_eager,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._lm_head.data.shape[0])
 
     def prepare(self, layers: Sequence[LayerPlacement]) -> list[DevicePlacement]:
         """What `place` takes. Any thread, any time; complete when it returns."""
@@ -62,71 +90,156 @@ class DeviceDecoder:
         return placements
 
     def place(self, placements: Sequence[DevicePlacement]) -> None:
-        """Compute with these experts and tables from now on. Between steps."""
-        moes = [layer.moe for layer in self._layers if layer.moe is not None]
-        for moe, placement in zip(moes, placements, strict=True):
-            moe.placement = placement
+        """Compute with these experts and tables, from the next step that is launched on."""
+        kept = [moe.place(placement) for moe, placement in zip(self._moes, placements, strict=True)]
+        if not all(kept):
+            self._forget_graphs()
 
-    def hidden_states(
+    def begin(self, transport: Transport) -> None:
+        """A new generation. All ranks call it, after the last one's steps have ended."""
+        if self._groups is not None:  # its regions and graphs may be in use by what was given up
+            self.abort()
+            StepMark(self._kernels.device).wait("a generation's end", transport.rank, self._config.step_timeout_s)
+            self._groups.close()
+        self._small.forget()
+        routers = [moe.router for moe in self._moes]
+        self._outputs = StepOutputs(
+            self._kernels,
+            num_rows=max(self._config.max_num_seqs, self._small.max_tokens),
+            num_ranks=transport.world_size,
+            num_tenants=TENANTS_MAX,
+            num_layers=len(routers),
+            num_experts=max((router.num_experts for router in routers), default=1),
+        )
+        self._groups = GenerationGroups.of(
+            self._kernels,
+            transport,
+            before=self._groups,
+            peer_faults_R1=self._outputs.peer_faults_R1,
+            max_tokens=self._small.max_tokens,
+            top_k=max((router.top_k for router in routers), default=1),
+            hidden=self._decoder.embedding_VD.shape[1],
+            timeout_s=self._config.step_timeout_s,
+        )
+
+    def abort(self) -> None:
+        """No kernel of this generation waits for a peer any more. Any thread."""
+        if self._groups is not None:
+            self._groups.abort()
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def launch(
         self,
         flat: FlatBatch,
-        transport: Transport,
+        sampled: Sequence[TokenSequence],
+        tenants: StepTenants,
         *,
-        timeout_s: float,
-        load: ExpertLoad,
+        num_tokens_max: int,
         forced_ids_LTK: NDArray[np.int32] | None = None,
-        balance: int = 0,
         versions_S: NDArray[np.int32] | None = None,
-    ) -> Tensor:
-        """x_TD fp32 on the device, after the last layer; counts into the step's load. An empty batch takes part in every
-        MoE layer. `balance` is the layers' own (StepBalance). Errors of the transport pass through."""
-        assert balance < 2, "lending is not for devices"
-        for layer in self._layers:
-            if layer.moe is not None:
-                layer.moe.see(None if versions_S is None else versions_S[flat.seq_ids_T])
-        kernels, device = self._kernels, self._kernels.device
+        logits_to_host: bool = False,
+    ) -> PendingStep:
+        """Enqueue a step of all layers, and of the draws of `sampled`, the sequences of flat.sampling_rows. An empty
+        batch takes part in every MoE layer. `num_tokens_max`: of any rank, by which all ranks choose one way."""
+        groups, outputs = self._groups, self._outputs
+        assert groups is not None
+        assert outputs is not None
+        versions_T = None if versions_S is None else versions_S[flat.seq_ids_T]
+        is_small = groups.small is not None and forced_ids_LTK is None and num_tokens_max <= self._small.max_tokens
         with torch.inference_mode():
-            batch = DeviceBatch.of(flat, device)
-            tenant_rows_T = load.step_tenants_Q[flat.seq_ids_T] if flat.seq_ids_T else np.zeros(0, np.int32)
-            step = DeviceStep(
-                exchange=self._exchange_over(transport),
-                rank=transport.rank,
-                num_ranks=transport.world_size,
-                timeout_s=timeout_s,
-                tenant_rows_T=torch.from_numpy(tenant_rows_T.astype(np.int32)).to(device),
-                routed_NLE=torch.zeros(load.step_routed_NLE.shape, dtype=torch.int64, device=device),
-                rows_LE=torch.zeros(load.step_rows_LE.shape, dtype=torch.int64, device=device),
-                forced_ids_LTK=None if forced_ids_LTK is None else torch.from_numpy(forced_ids_LTK).to(device),
-            )
-            x_TD = kernels.embed(self._decoder.embedding_VD, batch.token_ids_T, self._decoder.embedding_multiplier)
-            for layer in self._layers:
-                layer.forward_(x_TD, batch, step)
-            self._check_faults()
-            load.step_routed_NLE += step.routed_NLE.cpu().numpy()
-            load.step_rows_LE += step.rows_LE.cpu().numpy()
-        return x_TD
+            if is_small:
+                bucket = self._small.bucket(num_tokens_max, max(flat.positions_T, default=0) + 1)
+                inputs = self._small.inputs(bucket)
+            else:
+                inputs = StepInputs(InputShape.of(flat), self._kernels.device)
+            tenant_rows_T = tenants.rows_Q[flat.seq_ids_T] if flat.seq_ids_T else tenants.rows_Q[:0]
+            inputs.fill(flat, sampled, tenant_rows_T, outputs.padding_row, versions_T)
+            if is_small:
+                enqueued = self._small.launch(bucket)
+            else:
+                self._kernels.copy_(inputs.on_device, inputs.host)
+                step = self._step(groups.large, inputs, has_versions=versions_T is not None)
+                if forced_ids_LTK is not None:
+                    step.forced_ids_LTK = torch.from_numpy(forced_ids_LTK).to(self._kernels.device)
+                enqueued = self._enqueue(inputs, step, max(flat.positions_T, default=0) + 1)
+            logits_SV = None
+            if logits_to_host:
+                on_gpu = self._kernels.device.type == "cuda"
+                logits_SV = torch.empty(len(sampled), self.vocab_size, pin_memory=on_gpu)
+                self._kernels.copy_(logits_SV, enqueued.logits_SV[: len(sampled)])
+            read = outputs.read(len(tenants.names))
+        return PendingStep(
+            rank=groups.rank,
+            mark=StepMark(self._kernels.device),
+            read=read,
+            x_TD=enqueued.x_TD,
+            logits_SV=logits_SV,
+            give_up=outputs.clear_faults_,
+        )
 
     def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
-        """logits_SV fp32 on the host, of rows (int64) of `hidden_states`; a row's bits do not depend on the others."""
+        """logits_SV fp32 on the host, of rows (int64) of a step's x_TD; a row's bits do not depend on the others."""
         if not len(rows_S):
             return self._decoder.no_logits()
         with torch.inference_mode():
-            h_SD = self._final_norm(self._kernels, x_TD.index_select(0, rows_S.to(x_TD.device)), torch.bfloat16)
-            logits_SV = self._kernels.linear(h_SD, self._lm_head.data, self._lm_head_bias)
-            scaling = self._decoder.logits_scaling
-            return (logits_SV if scaling == 1.0 else logits_SV / scaling).cpu()
+            return self._logits(x_TD, rows_S.to(x_TD.device, torch.int32)).cpu()
 
-    def _check_faults(self) -> None:
-        over_plan, no_slot = self._kernels.faults.tolist()
-        if over_plan or no_slot:
-            self._kernels.faults.zero_()
-            what = f"expert {over_plan - 1} over its plan" if over_plan else f"pair {no_slot - 1} has no slot here"
-            raise ValueError(f"a step on the device broke: {what}")
+    def _step(self, group: ExpertGroup[Any], inputs: StepInputs, *, has_versions: bool) -> DeviceStep:
+        assert self._outputs is not None
+        return DeviceStep(
+            group=group,
+            timeout_s=self._config.step_timeout_s,
+            tenant_rows_T=inputs["tenant_rows_T"],
+            routed_NLE=self._outputs.routed_NLE,
+            rows_LE=self._outputs.rows_LE,
+            versions_T=inputs["versions_T"] if has_versions else None,
+        )
 
-    def _exchange_over(self, transport: Transport) -> DeviceExchange:
-        if self._exchange is None or self._exchange[0] is not transport:
-            self._exchange = (transport, device_exchange(transport))
-        return self._exchange[1]
+    def _enqueue_small(self, inputs: StepInputs, bucket: Bucket) -> Enqueued:
+        """The same launches for every step of the bucket: versions are always looked up, padding is always possible."""
+        groups = self._groups
+        assert groups is not None
+        assert groups.small is not None
+        groups.set_num_tokens(bucket.num_tokens)
+        step = self._step(groups.small, inputs, has_versions=True)
+        step.num_tokens_now, step.takes_static_slots = inputs["num_tokens_now"], True
+        return self._enqueue(inputs, step, bucket.max_positions, self._small.memory)
+
+    def _enqueue(
+        self, inputs: StepInputs, step: DeviceStep, max_positions: int, memory: StepMemory | None = None
+    ) -> Enqueued:
+        kernels, outputs, decoder = self._kernels, self._outputs, self._decoder
+        assert outputs is not None
+        outputs.begin_()
+        batch = DeviceBatch.of(inputs, max_positions)
+        kernels.take_tokens(inputs["from_T"], outputs.drawn_S, batch.token_ids_T)
+        x_TD = kernels.embed(decoder.embedding_VD, batch.token_ids_T, decoder.embedding_multiplier)
+        for layer in self._layers:
+            with memory.scope() if memory is not None else nullcontext():
+                layer.forward_(x_TD, batch, step)
+        logits_SV = self._logits(x_TD, inputs["rows_S"])
+        kernels.sample(
+            logits_SV,
+            temperature_S=inputs["temperature_S"],
+            top_p_S=inputs["top_p_S"],
+            min_p_S=inputs["min_p_S"],
+            top_k_S=inputs["top_k_S"],
+            seeds_S=inputs["seeds_S"],
+            draws_S=inputs["draws_S"],
+            out_S=outputs.drawn_S,
+        )
+        return Enqueued(x_TD, logits_SV)
+
+    def _logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        kernels, scaling = self._kernels, self._decoder.logits_scaling
+        h_SD = self._final_norm(kernels, kernels.select_rows(x_TD, rows_S), torch.bfloat16)
+        return kernels.linear(h_SD, self._lm_head.data, self._lm_head_bias, scale=1.0 / scaling)
+
+    def _forget_graphs(self) -> None:
+        if self._groups is not None:  # a graph that runs must not be taken away
+            StepMark(self._kernels.device).wait("a change of tables", self._groups.rank, self._config.step_timeout_s)
+        self._small.forget()
 
 
 def check_supported(decoder: Decoder) -> None:

@@ -67,10 +67,10 @@ class DenseKernels:
 
     # --- dense --------------------------------------------------------------------------------------------------------
 
-    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        """[M, N] fp32. x has the weight's dtype."""
+    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        """[M, N] fp32: scale * (x @ weight.T + bias). x has the weight's dtype."""
         y_MN = self.empty(x_MK.shape[0], weight_NK.shape[0])
-        self._gemm(x_MK, weight_NK, y_MN, STORE, bias_N=bias_N)
+        self._gemm(x_MK, weight_NK, y_MN, STORE, bias_N=bias_N, scale=scale)
         return y_MN
 
     def add_linear(
@@ -158,6 +158,10 @@ class DenseKernels:
     def rounded(self, x_TD: Tensor) -> Tensor:
         """fp32 to bf16."""
         return self._rows("pack_rows", x_TD, None, self.empty(*x_TD.shape, dtype=torch.bfloat16), FP32, BF16)
+
+    def select_rows(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
+        """[S, D] fp32, by int32."""
+        return self._rows("pack_rows", x_TD, rows_S, self.empty(rows_S.shape[0], x_TD.shape[1]), FP32, FP32)
 
     def add_branch(self, x_TD: Tensor, branch_TD: Tensor, multiplier: float, gate_T: Tensor | None = None) -> None:
         """x += multiplier * (sigmoid(gate) * branch); without a gate, of the branch."""
@@ -253,11 +257,51 @@ class DenseKernels:
         self.call("paged_attention", args)
         return out_TX
 
-    def _rows(self, name: str, x: Tensor, index_M: Tensor | None, out: Tensor, from_kind: int, to_kind: int) -> Tensor:
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        logits_SV: Tensor,
+        *,
+        temperature_S: Tensor,
+        top_p_S: Tensor,
+        min_p_S: Tensor,
+        top_k_S: Tensor,
+        seeds_S: Tensor,
+        draws_S: Tensor,
+        out_S: Tensor,
+    ) -> None:
+        """A token id (int64) of each row into `out_S`, by the request's seed and the index of the draw; the meaning of
+        ops.sample, without penalties, bias and logprobs."""
+        args = structs.Sample(
+            logits_BV=logits_SV.data_ptr(),
+            batch=logits_SV.shape[0],
+            vocab_size=logits_SV.shape[1],
+            temperature_B=temperature_S.data_ptr(),
+            top_p_B=top_p_S.data_ptr(),
+            min_p_B=min_p_S.data_ptr(),
+            top_k_B=top_k_S.data_ptr(),
+            seeds_B=seeds_S.data_ptr(),
+            positions_B=draws_S.data_ptr(),
+            token_ids_B=out_S.data_ptr(),
+        )
+        self.call("sample_rows", args)
+
+    def _rows(
+        self,
+        name: str,
+        x: Tensor,
+        index_M: Tensor | None,
+        out: Tensor,
+        from_kind: int,
+        to_kind: int,
+        num_now: Tensor | None = None,
+    ) -> Tensor:
         args = structs.Rows(
             x=x.data_ptr(),
             out=out.data_ptr(),
             index_M=address(index_M),
+            num_now=address(num_now),
             max_rows=out.shape[0],
             hidden=x.shape[1],
             x_kind=from_kind,
@@ -265,6 +309,11 @@ class DenseKernels:
         )
         self.call(name, args)
         return out
+
+    def size(self, name: str, *args: Any) -> int:
+        """A function of the library that only says how much."""
+        given = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in args]
+        return int(getattr(self._library, f"sg_cuda_{name}")(*given))
 
     def free_graph(self, handle: int | None) -> None:
         self._library.sg_cuda_graph_free(handle)

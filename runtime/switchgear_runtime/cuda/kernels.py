@@ -60,21 +60,58 @@ class Kernels(DenseKernels):
         self.call("topk_router", args)
         return weights_TK, ids_TK
 
-    def remap(self, topk_ids_TK: Tensor, slot_of_E: Tensor) -> Tensor:
-        """Each logical expert's one slot."""
+    def remap(self, topk_ids_TK: Tensor, begin_E1: Tensor, ends_P: Tensor, slots_P: Tensor) -> Tensor:
+        """Slots (int32 [T, K]) by the parts of a plan (NativeQuotas.parts), in token order."""
         slot_ids_TK = self.empty(*topk_ids_TK.shape, dtype=torch.int32)
-        work = self.empty(self._library.sg_cuda_bucket_work(topk_ids_TK.numel(), slot_of_E.shape[0]), dtype=torch.int32)
+        num_pairs, num_experts = topk_ids_TK.numel(), begin_E1.shape[0] - 1
+        work = self.empty(self._library.sg_cuda_bucket_work(num_pairs, num_experts), dtype=torch.int32)
         args = structs.Remap(
             topk_ids_N=topk_ids_TK.data_ptr(),
-            num_pairs=topk_ids_TK.numel(),
-            num_experts=slot_of_E.shape[0],
-            slots_P=slot_of_E.data_ptr(),
+            num_pairs=num_pairs,
+            num_experts=num_experts,
+            begin_E1=begin_E1.data_ptr(),
+            ends_P=ends_P.data_ptr(),
+            slots_P=slots_P.data_ptr(),
             slot_ids_N=slot_ids_TK.data_ptr(),
             fault=self.faults.data_ptr(),
             work=work.data_ptr(),
         )
         self.call("remap_pairs", args)
         return slot_ids_TK
+
+    def choose_slots(
+        self,
+        topk_ids_TK: Tensor,
+        slots: Tensor,
+        slots_per_rank: int,
+        *,
+        num_tokens_now: Tensor | None = None,
+        versions_T: Tensor | None = None,
+        variant_slots_NE: Tensor | None = None,
+    ) -> Tensor:
+        """int32 [T, K]: the slots given (of each expert, [E]; or of each pair, [T, K], which is written), or on that rank
+        the variant of the token's version. -1 from token `num_tokens_now` ([1], int32; None: all are tokens) on."""
+        by_expert = slots.dim() == 1
+        slot_ids_TK = self.empty(*topk_ids_TK.shape, dtype=torch.int32) if by_expert else slots
+        num_tokens, top_k = topk_ids_TK.shape
+        args = structs.Slots(
+            topk_ids_TK=topk_ids_TK.data_ptr(),
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_experts=0 if variant_slots_NE is None else variant_slots_NE.shape[1],
+            slots_per_rank=slots_per_rank,
+            num_tokens_now=address(num_tokens_now),
+            slot_of_E=slots.data_ptr() if by_expert else None,
+            versions_T=address(versions_T),
+            variant_slots_NE=address(variant_slots_NE),
+            slot_ids_TK=slot_ids_TK.data_ptr(),
+        )
+        self.call("choose_slots", args)
+        return slot_ids_TK
+
+    def take_tokens(self, from_T: Tensor, drawn_B: Tensor, token_ids_T: Tensor) -> None:
+        """token_ids_T[t] = drawn_B[from_T[t]], where from_T[t] >= 0."""
+        self.call("take_tokens", from_T.data_ptr(), drawn_B.data_ptr(), len(token_ids_T), token_ids_T.data_ptr())
 
     def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
         num_tokens, top_k = slot_ids_TK.shape
@@ -104,10 +141,10 @@ class Kernels(DenseKernels):
         self.call("dispatch_plan", args)
         return plan
 
-    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor) -> Tensor:
-        """[M, D] bf16: the tokens' rows, rounded as payload."""
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
+        """[M, D] bf16: the tokens' rows, rounded as payload; the first `num_now` ([1], int32; None: all) are made."""
         rows_MD = self.empty(row_tokens_M.shape[0], x_TD.shape[1], dtype=torch.bfloat16)
-        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, FP32, BF16)
+        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, FP32, BF16, num_now)
 
     def group(
         self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
@@ -153,11 +190,11 @@ class Kernels(DenseKernels):
         self.call("combine_rows", args)
         return out_TD
 
-    def count(self, ids_TK: Tensor, rows_T: Tensor, row_stride: int, counts: Tensor, begin: int) -> None:
-        """counts[begin + rows_T[t] * row_stride + ids_TK[t, k]] += 1, int64."""
+    def count(self, ids_TK: Tensor, rows_T: Tensor | None, row_stride: int, counts: Tensor, begin: int) -> None:
+        """counts[begin + rows_T[t] * row_stride + ids_TK[t, k]] += 1, int64. `rows_T` None: all are of row 0."""
         num_tokens, top_k = ids_TK.shape
         at = counts.data_ptr() + 8 * begin
-        self.call("count", ids_TK.data_ptr(), rows_T.data_ptr(), num_tokens, top_k, row_stride, at)
+        self.call("count", ids_TK.data_ptr(), address(rows_T), num_tokens, top_k, row_stride, at)
 
     def count_rows(self, begin_S1: Tensor, experts_S: Tensor, counts_E: Tensor) -> None:
         """counts[expert of each slot] += the slot's rows, int64."""

@@ -37,6 +37,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "peer_arrive": (POINTER(structs.Peer),),
     "peer_give_back": (POINTER(structs.Peer),),
     "peer_combine": (POINTER(structs.Peer),),
+    "take_tokens": (c_void_p, c_void_p, c_int64, c_void_p),
+    "choose_slots": (POINTER(structs.Slots),),
     "graph_begin": (),
     "graph_end": (POINTER(c_void_p),),
     "graph_launch": (c_void_p,),

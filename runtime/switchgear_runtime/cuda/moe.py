@@ -1,58 +1,65 @@
-"""A mixture-of-experts layer on a device: `DeviceMoE`, its five verbs as kernels and two exchanges between ranks.
+"""A mixture-of-experts layer on a device: `DeviceMoE`, its five verbs as kernels over an ExpertGroup.
 
-What crosses is what the CPU's dispatcher sends: a token's row once per destination rank, and (row, slot) pairs; back
-come the K rows of a token one by one, which `combine` sums at the source in router order. The host learns how much goes
-where by one small copy per layer.
+The group moves rows to the experts and results back (expert_group.py); this is the rest of a layer: which experts and
+which slots, the experts' two products, and the counters.
 
-Letters: T tokens, D hidden, F ffn, K top-k, E experts, N pairs, M rows, R ranks, S slots of this rank, L MoE layers.
+Letters: T tokens, D hidden, F ffn, K top-k, E experts, N tenant rows, M rows, L MoE layers, P parts of a plan.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
-from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
-from switchgear_runtime.cuda.placement import DevicePlacement
-from switchgear_runtime.errors import TransportError
-from switchgear_runtime.moe.experts import ExpertSlots
+from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
+from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.placement import DevicePlacement, PlacementTables
 from switchgear_runtime.moe.layer import MoELayer
-
-PAIR_BYTES = 8
+from switchgear_runtime.moe.native_quotas import NativeQuotas
+from switchgear_runtime.moe.spec import MoESpec
 
 
 @dataclass(slots=True, eq=False)
 class DeviceStep:
     """What all layers of a step share."""
 
-    exchange: DeviceExchange
-    rank: int
-    num_ranks: int
+    group: ExpertGroup[Any]
     timeout_s: float
     tenant_rows_T: Tensor  # int32: where a token's sequence is counted
     routed_NLE: Tensor  # int64 counters on the device
     rows_LE: Tensor
-    forced_ids_LTK: Tensor | None
+    forced_ids_LTK: Tensor | None = None
+    versions_T: Tensor | None = None  # int32, rows of variant_slots_NE; None: all see the oldest
+    num_tokens_now: Tensor | None = None  # [1], int32: tokens from there on are padding; None: none are
+    takes_static_slots: bool = False  # no quotas, whose plan is the host's
 
 
 class DeviceMoE:
-    """One layer, over the router and shared expert of a MoELayer, which also chooses replicas where counts decide."""
+    """One layer, over the router and shared expert of a MoELayer, which also plans replicas where counts decide."""
 
     def __init__(self, kernels: Kernels, layer: MoELayer) -> None:
         self._kernels = kernels
         self._layer = layer
         self._spec = layer.router.spec
         self._router_ED = layer.router.weight.data
-        self.placement: DevicePlacement | None = None
+        self._placement: DevicePlacement | None = None
+        self._tables: PlacementTables | None = None  # the layer's own, with the addresses that graphs know
 
-    def see(self, versions_T: NDArray[np.int32] | None) -> None:
-        """Which model version each of the step's tokens sees (Variants.slots_NE); None: all the oldest."""
-        self._layer.versions_T = versions_T
+    @property
+    def router(self) -> MoESpec:
+        return self._spec
+
+    def place(self, placement: DevicePlacement) -> bool:
+        """From the next step that is enqueued on. False: tables moved, and what was captured is of no use."""
+        self._placement = placement
+        if self._tables is not None and self._tables.take(self._kernels, placement.tables):
+            return True
+        self._tables = placement.tables.clone()
+        return False
 
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By the branch's unrounded input."""
@@ -66,16 +73,16 @@ class DeviceMoE:
 
     def forward(self, h_TD: Tensor, step: DeviceStep) -> Tensor:
         """y_TD fp32 of the branch's fp32 input. Every rank calls it, with no tokens if it has none."""
-        kernels, layer, placement = self._kernels, self._layer, self._placed()
+        kernels, layer, tables = self._kernels, self._layer, self._placed()
         weights_TK, topk_ids_TK = self.route(h_TD)
         if step.forced_ids_LTK is not None:
             topk_ids_TK = step.forced_ids_LTK[layer.index]
-        slot_ids_TK = self._remap(topk_ids_TK, placement)
-        plan = kernels.plan_dispatch(slot_ids_TK, step.num_ranks, layer.slots_per_rank)
-        rows, pairs = self._dispatch(h_TD, plan, step)
-        returned = self._compute(rows, pairs, placement, step)
-        (back,) = step.exchange.exchange([returned], timeout_s=step.timeout_s)
-        y_TD = kernels.combine(self._as_rows(back), plan.pair_index_TK, weights_TK)
+        slots_per_rank = len(tables.experts_S)
+        assert slots_per_rank == layer.slots_per_rank, "the placement is of another epoch"
+        handle = step.group.create_handle(self._slots(topk_ids_TK, tables, step), slots_per_rank)
+        received = step.group.dispatch(h_TD, handle, timeout_s=step.timeout_s)
+        y_ND = self._compute(received, tables, step)
+        y_TD = step.group.combine(y_ND, weights_TK, handle, timeout_s=step.timeout_s)
         num_layers, num_experts = step.rows_LE.shape
         kernels.count(
             topk_ids_TK,
@@ -86,60 +93,44 @@ class DeviceMoE:
         )
         return y_TD
 
-    def _remap(self, topk_ids_TK: Tensor, placement: DevicePlacement) -> Tensor:
-        """On the host, as the CPU does, where the counts of all ranks or a token's version decide; else the static slot."""
-        host, mode = self._layer.placement, self._layer.step.mode
+    def _slots(self, topk_ids_TK: Tensor, tables: PlacementTables, step: DeviceStep) -> Tensor:
+        """Logical experts -> one physical replica each, and there the weights of the token's model version."""
+        host = self._layer.placement
         assert host is not None
-        quotas = host.quotas
-        by_counts = quotas is not None and (quotas.is_hash or (mode and quotas.can_plan(lends=False)))
-        if by_counts or (host.variants is not None and self._layer.versions_T is not None):
-            return self._layer.remap(topk_ids_TK.cpu()).to(self._kernels.device)
-        return self._kernels.remap(topk_ids_TK, placement.slot_of_E)
-
-    def _dispatch(self, h_TD: Tensor, plan: DispatchPlan, step: DeviceStep) -> tuple[Parts, Parts]:
-        """The rows and the pairs that came here."""
-        rows_begin, pairs_begin = torch.stack([plan.rows_begin_R1, plan.pairs_begin_R1]).tolist()
-        rows_MD = self._kernels.gather_rows(h_TD, plan.row_tokens_M[: rows_begin[-1]])
-        row_bytes = 2 * h_TD.shape[1]
-        send = (
-            Parts(_bytes(rows_MD), [row_bytes * begin for begin in rows_begin]),
-            Parts(_bytes(plan.pairs_N2), [PAIR_BYTES * begin for begin in pairs_begin]),
+        slots = tables.slot_of_E
+        if not step.takes_static_slots and host.quotas is not None and self._layer.splits(host.quotas):
+            slots = self._by_quotas(topk_ids_TK, host.quotas)
+        has_variants = step.versions_T is not None and tables.variant_slots_NE.shape[0] > 0
+        return self._kernels.choose_slots(
+            topk_ids_TK,
+            slots,
+            len(tables.experts_S),
+            num_tokens_now=step.num_tokens_now,
+            versions_T=step.versions_T if has_variants else None,
+            variant_slots_NE=tables.variant_slots_NE if has_variants else None,
         )
-        rows, pairs = step.exchange.exchange(send, timeout_s=step.timeout_s)
-        return rows, pairs
 
-    def _compute(self, rows: Parts, pairs: Parts, placement: DevicePlacement, step: DeviceStep) -> Parts:
-        """Rows grouped by slot, two products, and each pair's row where its pair came."""
-        kernels, slots = self._kernels, placement.slots
-        groups = self._group(rows, pairs, slots)
-        x_MD = self._as_rows(rows)
-        act_NF = kernels.expert_gated_linear(x_MD, placement.w13_S, slots.ffn, groups)
-        y_ND = kernels.expert_linear(act_NF, placement.w2_S, slots.hidden, groups)
-        kernels.count_rows(groups.begin_S1, placement.experts_S, step.rows_LE[self._layer.index])
-        row_bytes = 2 * slots.hidden
-        return Parts(_bytes(y_ND), [row_bytes * (begin // PAIR_BYTES) for begin in pairs.offsets])
+    def _by_quotas(self, topk_ids_TK: Tensor, quotas: NativeQuotas) -> Tensor:
+        """int32 [T, K]. The counts of all ranks meet on the host, which plans; tokens are split by the plan here."""
+        kernels, device = self._kernels, self._kernels.device
+        if quotas.is_hash:
+            return torch.from_numpy(quotas.choose(topk_ids_TK.cpu().numpy())).to(device)
+        counts_E = torch.zeros(quotas.num_experts, dtype=torch.int64, device=device)
+        kernels.count(topk_ids_TK, None, 0, counts_E, 0)
+        parts = self._layer.plan_quotas(counts_E.cpu().numpy().astype(np.int32)).parts()
+        sizes = [len(part) for part in parts]
+        begin_E1, ends_P, slots_P = torch.split(torch.from_numpy(np.concatenate(parts)).to(device), sizes)
+        return kernels.remap(topk_ids_TK, begin_E1, ends_P, slots_P)
 
-    def _group(self, rows: Parts, pairs: Parts, slots: ExpertSlots) -> Grouping:
-        row_bytes = 2 * slots.hidden
-        begins = np.array(
-            [[at // row_bytes for at in rows.offsets], [at // PAIR_BYTES for at in pairs.offsets]], np.int32
-        )
-        if any(at % row_bytes for at in rows.offsets) or any(at % PAIR_BYTES for at in pairs.offsets):
-            raise TransportError(
-                f"a rank sent {rows.offsets} bytes of rows and {pairs.offsets} of pairs, which are no whole ones",
-                rank=-1,
-            )
-        rows_begin_R1, pairs_begin_R1 = torch.from_numpy(begins).to(self._kernels.device)
-        pairs_N2 = pairs.data.view(torch.int32).view(-1, 2)
-        return self._kernels.group(pairs_N2, rows_begin_R1, pairs_begin_R1, slots.first_slot, len(slots.experts))
+    def _compute(self, received: Received, tables: PlacementTables, step: DeviceStep) -> Tensor:
+        """Two products over the rows by slot; each result where the group expects it."""
+        assert self._placement is not None
+        kernels, slots, groups = self._kernels, self._placement.slots, received.groups
+        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups)
+        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups)
+        kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
+        return y_ND
 
-    def _as_rows(self, parts: Parts) -> Tensor:
-        return parts.data.view(torch.bfloat16).view(-1, self._placed().slots.hidden)
-
-    def _placed(self) -> DevicePlacement:
-        assert self.placement is not None, "a step before the first placement"
-        return self.placement
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    def _placed(self) -> PlacementTables:
+        assert self._tables is not None, "a step before the first placement"
+        return self._tables

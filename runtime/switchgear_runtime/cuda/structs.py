@@ -62,10 +62,18 @@ class Combine(ctypes.Structure):
     _fields_ = _fields("p: rows_ND pair_index_TK weights_TK out_TD; q: num_tokens top_k hidden; i: dtype")
 
 
+class Slots(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = _fields(
+        "p: topk_ids_TK; q: num_tokens top_k num_experts slots_per_rank;"
+        "p: num_tokens_now slot_of_E versions_T variant_slots_NE slot_ids_TK"
+    )
+
+
 class Peer(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: regions_R; q: num_ranks rank max_tokens top_k hidden row_bytes; p: sequence done_R fault_R abort;"
+        "p: regions_R; q: num_ranks rank max_tokens top_k hidden row_bytes; p: sequence done_R fault_R1 abort;"
         "q: timeout_ns; p: x_TD rows_M row_tokens_M rows_begin_R1 pairs_N2 pairs_begin_R1 from_begin_R1 pairs_to_N2"
         " pairs_to_R1 y_ND pair_index_TK weights_TK out_TD; q: num_tokens"
     )
@@ -115,6 +123,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {  # by their name in abi.h
     "sg_cuda_group": Group,
     "sg_cuda_rows": Rows,
     "sg_cuda_combine": Combine,
+    "sg_cuda_slots": Slots,
     "sg_cuda_peer": Peer,
     "sg_cuda_gemm": Gemm,
     "sg_cuda_norm": Norm,

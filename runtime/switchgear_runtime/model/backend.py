@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from switchgear_runtime import ops
-from switchgear_runtime.batch import FlatBatch
-from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.kv_cache import KVCache
 from switchgear_runtime.model.checkpoint import Checkpoint
@@ -21,33 +16,18 @@ from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.weight_store import WeightStore
 from switchgear_runtime.moe.layer_placement import LayerPlacement
-from switchgear_runtime.moe.load import ExpertLoad
 
 
-class StepDecoder(Protocol):
-    """Runs a Decoder's steps as a whole: NativeDecoder says what each method does."""
+class Placing(Protocol):
+    """What a decoder that runs whole steps has to know of an epoch (NativeDecoder, DeviceDecoder)."""
 
     def prepare(self, layers: Sequence[LayerPlacement]) -> Any: ...
 
     def place(self, placements: Any) -> None: ...
 
-    def hidden_states(
-        self,
-        flat: FlatBatch,
-        transport: Transport,
-        *,
-        timeout_s: float,
-        load: ExpertLoad,
-        forced_ids_LTK: NDArray[np.int32] | None = None,
-        balance: int = 0,
-        versions_S: NDArray[np.int32] | None = None,
-    ) -> Tensor: ...
-
-    def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor: ...
-
 
 class Backend(Protocol):
-    """Of one rank. `store`, `kv_cache` and `decoder` each once, in this order."""
+    """Of one rank. `store`, `kv_cache` and the decoders each once, in this order."""
 
     device: str  # as torch names it
     can_lend: bool
@@ -56,8 +36,12 @@ class Backend(Protocol):
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> Any: ...
 
-    def decoder(self, decoder: Decoder, kv_cache: Any, *, num_experts: int) -> StepDecoder | None:
-        """None: steps run op by op."""
+    def native_decoder(self, decoder: Decoder, kv_cache: Any, *, num_experts: int) -> NativeDecoder | None:
+        """None: the host's steps run op by op, or there are none."""
+        ...
+
+    def device_decoder(self, decoder: Decoder, kv_cache: Any, *, max_model_len: int) -> Any:
+        """A DeviceDecoder; None: steps run on the host."""
         ...
 
     def identity(self) -> Mapping[str, str]:
@@ -87,7 +71,10 @@ class HostBackend:
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> KVCache:
         return KVCache(spec, num_blocks=num_blocks, block_size=self._config.block_size, dtype=dtype)
 
-    def decoder(self, decoder: Decoder, kv_cache: KVCache, *, num_experts: int) -> NativeDecoder | None:
+    def device_decoder(self, decoder: Decoder, kv_cache: KVCache, *, max_model_len: int) -> None:  # noqa: ARG002
+        return None
+
+    def native_decoder(self, decoder: Decoder, kv_cache: KVCache, *, num_experts: int) -> NativeDecoder | None:
         if not self._native or not NativeDecoder.supports(decoder):
             return None
         return NativeDecoder(decoder, kv_cache, num_experts=num_experts)

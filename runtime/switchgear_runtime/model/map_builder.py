@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from switchgear_runtime.model.backend import StepDecoder
+from switchgear_runtime.model.backend import Placing
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap, digest_of
 from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
@@ -35,7 +35,7 @@ class MapBuilder:
         store: WeightStore,
         layers: Sequence[MoELayer],
         choice: ReplicaChoice,
-        native: StepDecoder | None,
+        native: Placing | None,
         *,
         rank: int,
     ) -> None:

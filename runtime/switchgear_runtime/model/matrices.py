@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from switchgear_runtime.model.names import EMBED, SHARED_EXPERT, SHARED_GATE, ExpertNames
 from switchgear_runtime.model.spec import DecoderSpec, MoESpec
+from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.packing import packed_bytes
 from switchgear_runtime.weight_format import Kind, weight_format
 
@@ -108,3 +109,13 @@ def expert_matrices(
         Matrix(name=gate_up, num_out=2 * ffn, num_k=hidden, gate_up=True, **common),  # type: ignore[arg-type]
         Matrix(name=down, num_out=hidden, num_k=ffn, **common),  # type: ignore[arg-type]
     )
+
+
+def held_matrix_names(spec: DecoderSpec, expert_map: ExpertMap, rank: int) -> list[str]:
+    """Of the experts that the map gives to this rank."""
+    names: list[str] = []
+    for index, layer in enumerate(spec.moe_layers):
+        for expert in expert_map.local_experts(index, rank).tolist():
+            if expert != EMPTY:
+                names += expert_matrix_names(layer, expert)
+    return names

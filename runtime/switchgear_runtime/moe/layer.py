@@ -18,6 +18,7 @@ from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import ExpertLoad
+from switchgear_runtime.moe.native_quotas import NativeQuotas
 from switchgear_runtime.moe.replica_choice import StepBalance
 from switchgear_runtime.moe.router import TopKRouter
 
@@ -80,16 +81,27 @@ class MoELayer:
         slots = variants.choose(slot_ids_TK.numpy(), topk_ids_TK.numpy(), self.versions_T, slots_per_rank)
         return torch.from_numpy(slots)
 
+    def splits(self, quotas: NativeQuotas) -> bool:
+        """Whether this step's tokens may take other slots than the static ones."""
+        return quotas.is_hash or (self.step.mode > 0 and quotas.can_plan(lends=self.step.mode == 2))
+
+    def plan_quotas(self, counts_E: NDArray[np.int32]) -> NativeQuotas:
+        """This layer's quotas, planned for this rank's tokens by what all ranks count: an exchange."""
+        assert self._dispatcher is not None
+        assert self.placement is not None
+        quotas = self.placement.quotas
+        assert quotas is not None
+        counts_RE = self._dispatcher.all_gather_counts(counts_E)
+        quotas.plan(counts_RE, self._dispatcher.transport.rank, lends=self.step.mode == 2)
+        return quotas
+
     def _replicas(self, placement: LayerPlacement, topk_ids_TK: Tensor) -> Tensor:
         """Static, or by the counts of this batch on all ranks."""
-        quotas, lends = placement.quotas, self.step.mode == 2
-        if quotas is not None and (quotas.is_hash or (self.step.mode and quotas.can_plan(lends=lends))):
-            assert self._dispatcher is not None
+        quotas = placement.quotas
+        if quotas is not None and self.splits(quotas):
             topk_ids = topk_ids_TK.numpy()
             if not quotas.is_hash:
-                counts_E = np.bincount(topk_ids.reshape(-1), minlength=quotas.num_experts).astype(np.int32)
-                counts_RE = self._dispatcher.all_gather_counts(counts_E)
-                quotas.plan(counts_RE, self._dispatcher.transport.rank, lends=lends)
+                self.plan_quotas(np.bincount(topk_ids.reshape(-1), minlength=quotas.num_experts).astype(np.int32))
             return torch.from_numpy(quotas.choose(topk_ids))
         return torch.index_select(placement.slot_table_E, 0, topk_ids_TK.reshape(-1)).view(topk_ids_TK.shape)
 

@@ -12,6 +12,7 @@ Letters: N tenant rows, L MoE layers, E logical experts, S slots of this rank, Q
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,24 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 TENANTS_MAX = 8  # rows, that of the others included
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTenants:
+    """Of one step that counts by itself: the row of each sequence, and whose the rows are."""
+
+    rows_Q: Int32
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, tenants_Q: Sequence[str]) -> StepTenants:
+        names: dict[str, int] = {}
+        for tenant in tenants_Q:
+            if len(names) == TENANTS_MAX - 1 and tenant not in names:
+                tenant = OTHER_TENANTS
+            names.setdefault(tenant, len(names))
+        rows_Q = [names.get(tenant, names.get(OTHER_TENANTS, 0)) for tenant in tenants_Q]
+        return cls(np.array(rows_Q, np.int32), list(names))
 
 
 class ExpertLoad:
@@ -74,6 +93,14 @@ class ExpertLoad:
         """`experts`: logical expert of each slot. Slots without an expert have no rows."""
         held = experts >= 0
         np.add.at(self.step_rows_LE[layer], experts[held], rows_per_slot_S[held])  # one may be lent beside its slot
+
+    def add_step(self, tenants: StepTenants, routed_NLE: Int64, rows_LE: Int64) -> None:
+        """What a step that counted by itself has counted, once it is over."""
+        for name, routed_LE in zip(tenants.names, routed_NLE, strict=True):
+            row = self._row(name)
+            self._routed_NLE[row] += routed_LE
+            self._num_rows = max(self._num_rows, row + 1)
+        self._rows_LE += rows_LE
 
     def commit(self) -> None:
         used = slice(self._num_step_rows)

@@ -41,7 +41,7 @@ class PeerRanks:
         )
         headers, pairs, rows, returned = (-(-size // ALIGN) * ALIGN for size in sizes)
         self.rows_at = headers + pairs
-        self.faults = [self.arena.put(np.zeros(num_ranks), np.int32) for _ in range(num_ranks)]
+        self.faults = [self.arena.put(np.zeros(num_ranks + 1), np.int32) for _ in range(num_ranks)]
         self.sequences = [self.arena.put([1], np.int32) for _ in range(num_ranks)]
         self.done = [self.arena.put(np.zeros(num_ranks), np.int32) for _ in range(num_ranks)]
         self.aborts = [self.arena.put([0], np.int32) for _ in range(num_ranks)]
@@ -64,7 +64,7 @@ class PeerRanks:
                 row_bytes=self.row_bytes,
                 sequence=at(self.sequences[rank]),
                 done_R=at(self.done[rank]),
-                fault_R=at(self.faults[rank]),
+                fault_R1=at(self.faults[rank]),
                 abort=at(self.aborts[rank]) if seed % 2 else None,
                 timeout_ns=timeout_ns,
                 **{name: at(array) for name, array in self.got[rank].items()},
@@ -211,18 +211,27 @@ def _check_absence(ranks: PeerRanks, rng: np.random.Generator, absent: int, seed
     ranks.call("arrive", 0)
     ranks.verify_arrived(0, absent=absent)
     named = (np.arange(ranks.num_ranks) == absent).astype(np.int32)
-    assert (ranks.faults[0] == LATE_DISPATCH * named).all(), f"seed {seed}"
+    assert (ranks.faults[0] == [*LATE_DISPATCH * named, 1]).all(), f"seed {seed}"
+    ranks.args[0].timeout_ns = 60_000_000_000
+    start_s = time.monotonic()
+    ranks.call("arrive", 0)  # it has given up
+    assert time.monotonic() - start_s < 20.0
+    ranks.verify_arrived(0, absent=absent)
+    ranks.args[0].timeout_ns = 20_000_000
+    ranks.faults[0][:] = 0
     ranks.compute(0, rng)
     for rank in range(ranks.num_ranks - 1):
         ranks.got[rank]["pairs_to_R1"][:] = 0  # they gave up
         ranks.call("give_back", rank)
-    if ranks.args[0].abort is not None:
+    aborts = bool(ranks.args[0].abort)
+    if aborts:
         ranks.aborts[0][0] = 1
         ranks.args[0].timeout_ns = 60_000_000_000
     start_s = time.monotonic()
     ranks.call("combine", 0)
     assert time.monotonic() - start_s < 20.0
-    assert (ranks.faults[0] == LATE_RESULTS * named).all(), f"seed {seed}"
+    assert (ranks.faults[0] == [*(0 if aborts else LATE_RESULTS) * named, 1]).all(), f"seed {seed}"
+    ranks.aborts[0][0] = 0
     assert not any(done.any() for done in ranks.done), f"seed {seed}"
 
 
@@ -246,6 +255,7 @@ def _check_too_much(ranks: PeerRanks, seed: int) -> None:
         ranks.faults[0][:] = 0
         ranks.call("dispatch", 0)
         assert ranks.faults[0][0] == TOO_MUCH, f"seed {seed}"
+        assert ranks.faults[0][-1] == 1, f"seed {seed}"
         header = ranks.regions[0][:16].view(np.int32)
         assert header.tolist() == [int(ranks.sequences[0][0]), 0, 0, 0], f"seed {seed}"
     for source in range(1, ranks.num_ranks):
@@ -265,7 +275,7 @@ def _check_too_much(ranks: PeerRanks, seed: int) -> None:
         header[place] = value
         ranks.faults[0][:] = 0
         ranks.call("arrive", 0)
-        assert ranks.faults[0][0] == (0 if is_right else TOO_MUCH), f"seed {seed}: {header}"
+        assert (ranks.faults[0][[0, -1]] == ([0, 0] if is_right else [TOO_MUCH, 1])).all(), f"seed {seed}: {header}"
         assert ranks.got[0]["pairs_to_R1"][1] == (header[2] if is_right else 0), f"seed {seed}: {header}"
     header[1:] = [0, max_pairs - 1, 1]
     ranks.faults[0][:] = 0

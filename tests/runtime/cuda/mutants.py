@@ -27,6 +27,7 @@ import checks_products
 import checks_routing
 import checks_rows
 import checks_sampler
+import checks_steps
 from arena import Arena, Checked
 
 from switchgear_runtime.cuda.library import load
@@ -48,6 +49,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "gemm.cu": [(checks_products.check_gemm, 32), (checks_products.check_row_independence, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
+    "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
     "sampler.cu": [(checks_sampler.check_sampler, 60)],
     "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
 }
@@ -98,10 +100,9 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("payload.cu", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
     ("payload.cu", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
     ("payload.cu", "if (thread % WARP == 0 && group", "!= 0", "every lane has the same"),
-    ("peer.cu", "int64_t aligned(", "", "spare room; sizes are multiples of 8"),
-    ("peer.cu", "clock_ns() < deadline", "<=", "a nanosecond"),
-    ("peer.cu", "if (thread != 0) return;", "==", "every thread writes the same"),
-    ("peer.cu", "*a.sequence - 1)", "+ 1)", "the same parity"),
+    ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
+    ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
+    ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
     (
         "attention.cu",
         "i < heads * at.size; i += THREADS) {",

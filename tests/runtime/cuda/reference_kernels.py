@@ -1,4 +1,5 @@
-"""The device kernels in plain torch: `ReferenceKernels`, slow, row by row, sums in double.
+"""The device kernels in plain torch: `ReferenceKernels`, slow, row by row, sums in double. Large steps only: it runs
+nothing that could be captured, and draws tokens by the twin.
 
 What a kernel rounds (bf16 rows between products), so does this; sums are rounded once, so the last bits differ.
 """
@@ -29,11 +30,11 @@ class ReferenceKernels(Kernels):
 
     # --- dense --------------------------------------------------------------------------------------------------------
 
-    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
         assert x_MK.dtype == weight_NK.dtype
         wide = weight_NK.double()
         bias = 0.0 if bias_N is None else bias_N.double()
-        return by_rows(lambda row: wide @ row.double() + bias, x_MK, x_MK.shape[0], weight_NK.shape[0])
+        return by_rows(lambda row: scale * (wide @ row.double() + bias), x_MK, x_MK.shape[0], weight_NK.shape[0])
 
     def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
         return ops_reference.silu_mul(self.linear(x_MK, gate_up_2FK)).bfloat16()
@@ -109,8 +110,32 @@ class ReferenceKernels(Kernels):
     def topk_router(self, logits_TE: Tensor, top_k: int, *, sigmoid: bool, renormalize: bool) -> tuple[Tensor, Tensor]:
         return ops_reference.topk_router(logits_TE, top_k, "sigmoid" if sigmoid else "softmax", renormalize)
 
-    def remap(self, topk_ids_TK: Tensor, slot_of_E: Tensor) -> Tensor:
-        return slot_of_E[topk_ids_TK.long()]
+    def remap(self, topk_ids_TK: Tensor, begin_E1: Tensor, ends_P: Tensor, slots_P: Tensor) -> Tensor:
+        places = [0] * (len(begin_E1) - 1)
+        slots = []
+        for expert in topk_ids_TK.view(-1).tolist():
+            parts = range(int(begin_E1[expert]), int(begin_E1[expert + 1]))
+            slots.append(next(int(slots_P[part]) for part in parts if places[expert] < int(ends_P[part])))
+            places[expert] += 1
+        return torch.tensor(slots, dtype=torch.int32).view(topk_ids_TK.shape)
+
+    def choose_slots(
+        self,
+        topk_ids_TK: Tensor,
+        slots: Tensor,
+        slots_per_rank: int,
+        *,
+        num_tokens_now: Tensor | None = None,
+        versions_T: Tensor | None = None,
+        variant_slots_NE: Tensor | None = None,
+    ) -> Tensor:
+        assert num_tokens_now is None
+        slot_ids_TK = slots[topk_ids_TK.long()] if slots.dim() == 1 else slots
+        if versions_T is None or variant_slots_NE is None:
+            return slot_ids_TK
+        variants_TK = variant_slots_NE[versions_T.long()[:, None], topk_ids_TK.long()]
+        on_rank_TK = slot_ids_TK // slots_per_rank * slots_per_rank + variants_TK
+        return torch.where(variants_TK < 0, slot_ids_TK, on_rank_TK).int()
 
     def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
         num_tokens, top_k = slot_ids_TK.shape
@@ -133,7 +158,8 @@ class ReferenceKernels(Kernels):
             pair_index_TK=pair_index_TK,
         )
 
-    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor) -> Tensor:
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
+        assert num_now is None or int(num_now) == len(row_tokens_M)
         return x_TD[row_tokens_M.long()].bfloat16()
 
     def group(
@@ -177,11 +203,12 @@ class ReferenceKernels(Kernels):
         gathered_TKD = rows_ND[pair_index_TK.long()].double()
         return (gathered_TKD * weights_TK.double()[..., None]).sum(1).float()
 
-    def count(self, ids_TK: Tensor, rows_T: Tensor, row_stride: int, counts: Tensor, begin: int) -> None:
+    def count(self, ids_TK: Tensor, rows_T: Tensor | None, row_stride: int, counts: Tensor, begin: int) -> None:
         flat = counts.view(-1)
         for t, ids in enumerate(ids_TK.tolist()):
             for expert in ids:
-                flat[begin + int(rows_T[t]) * row_stride + expert] += 1
+                row = 0 if rows_T is None else int(rows_T[t])
+                flat[begin + row * row_stride + expert] += 1
 
     def count_rows(self, begin_S1: Tensor, experts_S: Tensor, counts_E: Tensor) -> None:
         for slot, expert in enumerate(experts_S.tolist()):

@@ -59,7 +59,7 @@ class FakePeerMemory:
         assert address in self._mine
         return address.to_bytes(8, "little") + bytes(56)
 
-    def map(self, handle: bytes) -> int:
+    def map(self, handle: bytes, *, writable: bool = False) -> int:  # noqa: ARG002
         address = int.from_bytes(handle[:8], "little")
         assert address in self._all
         assert address not in self._mine, "a process cannot map its own memory"

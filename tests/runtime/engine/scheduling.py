@@ -79,29 +79,31 @@ def next_token(token_ids: Items[int]) -> int:
 
 
 class KVOracle:
-    """Slot by slot, what the steps have written. A cell of position p is right when it was written from tokens 0..p."""
+    """Slot by slot, what the steps have written. A cell of position p is right when it was written from tokens 0..p.
+
+    `drawn`: tokens of the step before, which the scheduler may not know yet."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cells: dict[int, object] = {}
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: Batch, drawn: Items[int] = ()) -> None:
         flat = batch.flatten(self.block_size)
         row = 0
         for entry in batch:
             for position in range(entry.start, entry.end):
                 assert flat.token_ids_T[row] == entry.sequence.token_ids[position]
                 assert flat.positions_T[row] == position
-                self.cells[flat.slots_T[row]] = self._cell(entry.sequence, position)
+                self.cells[flat.slots_T[row]] = self._cell(entry.sequence, position, drawn)
                 row += 1
         assert row == len(flat.token_ids_T) == batch.num_tokens
 
-    def spoil(self, batch: Batch) -> None:
+    def spoil(self, slots: Items[int]) -> None:
         """A broken step leaves anything in the slots it was given."""
-        for slot in batch.flatten(self.block_size).slots_T:
+        for slot in slots:
             self.cells[slot] = "spoilt"
 
-    def sample(self, batch: Batch) -> list[SampledToken]:
+    def sample(self, batch: Batch, drawn: Items[int] = ()) -> list[SampledToken]:
         """The tokens of the batch, once every cell that attention would read is found right."""
         flat = batch.flatten(self.block_size)
         sampled = []
@@ -109,10 +111,14 @@ class KVOracle:
             table = flat.block_tables_SB[index]
             for position in range(entry.end):
                 slot = table[position // self.block_size] * self.block_size + position % self.block_size
-                assert self.cells.get(slot) == self._cell(entry.sequence, position), (entry, position)
+                assert self.cells.get(slot) == self._cell(entry.sequence, position, drawn), (entry, position)
             if entry.samples:
-                sampled.append(SampledToken(next_token(entry.sequence.token_ids)))
+                sampled.append(SampledToken(next_token(_known(entry.sequence, drawn))))
         return sampled
 
-    def _cell(self, sequence: Sequence, position: int) -> object:
-        return sequence.tenant, sequence.cache_salt, tuple(sequence.token_ids[: position + 1])
+    def _cell(self, sequence: Sequence, position: int, drawn: Items[int]) -> object:
+        return sequence.tenant, sequence.cache_salt, tuple(_known(sequence, drawn)[: position + 1])
+
+
+def _known(sequence: Sequence, drawn: Items[int]) -> list[int]:
+    return [drawn[-1 - token_id] if token_id < 0 else token_id for token_id in sequence.token_ids]

@@ -260,8 +260,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         free_before, num_preemptions = scheduler.blocks.num_free_blocks, scheduler.num_preemptions
         counters_before = scheduler.prefix_cache_hit_tokens, scheduler.prefix_cache_query_tokens
         batch = scheduler.schedule()
-        self.oracle.spoil(batch)
-        scheduler.rollback(batch)
+        self.oracle.spoil(batch.flatten(scheduler.blocks.block_size).slots_T)
+        scheduler.rollback()
         for sequence in (*scheduler.running, *scheduler.waiting):
             if before[sequence.sequence_id] != state(sequence):  # only a preemption stands
                 assert sequence.status == "waiting"

@@ -1,0 +1,81 @@
+"""How the ranks of a generation exchange rows: `GenerationGroups`, an ExpertGroup for large steps and one for small ones.
+
+Letters: R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from switchgear_runtime.comm.device_exchange import device_exchange
+from switchgear_runtime.comm.peer_memory import peer_memory_over
+from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.cuda.expert_group import ExpertGroup
+from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
+from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.local_group import LocalGroup
+from switchgear_runtime.cuda.peer_group import PeerGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GenerationGroups:
+    """`large`: whose bytes know no bound, and whose host knows how much goes where. `small`: which only enqueues, so that
+    a step can be captured, in room for so many tokens; None where ranks cannot map each other's memory."""
+
+    rank: int
+    large: ExpertGroup[Any]
+    small: ExpertGroup[Any] | None
+
+    @classmethod
+    def of(
+        cls,
+        kernels: Kernels,
+        transport: Transport,
+        *,
+        before: GenerationGroups | None,
+        peer_faults_R1: Tensor,
+        max_tokens: int,
+        top_k: int,
+        hidden: int,
+        timeout_s: float,
+    ) -> GenerationGroups:
+        """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
+        all have come here."""
+        if transport.world_size == 1:
+            group = LocalGroup(kernels)
+            return cls(rank=0, large=group, small=group if max_tokens > 0 else None)
+        exchange = device_exchange(transport)
+        large = FlatDispatch(kernels, exchange, rank=transport.rank, num_ranks=transport.world_size)
+        memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
+        if before is not None and isinstance(before.small, PeerGroup):
+            before.small.free()
+        small = None
+        if memory is not None:
+            small = PeerGroup(
+                kernels,
+                transport,
+                memory,
+                faults_R1=peer_faults_R1,
+                max_tokens=max_tokens,
+                top_k=top_k,
+                hidden=hidden,
+                timeout_s=timeout_s,
+            )
+        return cls(rank=transport.rank, large=large, small=small)
+
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """The small group's steps from here on have at most so many on any rank."""
+        if isinstance(self.small, PeerGroup):
+            self.small.num_tokens = num_tokens
+
+    def abort(self) -> None:
+        if isinstance(self.small, PeerGroup):
+            self.small.abort()
+
+    def close(self) -> None:
+        self.large.close()
+        if self.small is not None and self.small is not self.large:
+            self.small.close()
