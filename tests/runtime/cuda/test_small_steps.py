@@ -1,0 +1,178 @@
+"""Steps that run without the host: captured, replayed, launched before the last one is finished; the same tokens as without.
+
+Through the twin everywhere; what ranks of one process cannot do on a GPU (kernels that wait for each other need processes
+of their own) is in test_small_steps_processes.py.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduling import make_submit
+from test_engine_equality import assert_as_alone, draw_submits
+from tiny_checkpoints import make_runner, make_sequence, run_ranks
+from tiny_cluster import Alone, Cluster, ClusterRun, content, make_config, make_tiny_checkpoint, num_finished
+
+from switchgear_runtime.batch import Batch, ScheduledSequence
+from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.cuda.small_steps import SmallSteps
+from switchgear_runtime.errors import TransportAborted, TransportTimeout
+from switchgear_runtime.header import Decision
+from switchgear_runtime.launched_step import DeviceLaunch
+from switchgear_runtime.messages import Submit
+from switchgear_runtime.model_runner import ModelRunner
+from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.sampler import Sampler
+
+Lab = tuple[Path, Alone]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    seed = random.randrange(1 << 20)  # in the directory's name, which every failure shows
+    model_dir = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), seed)
+    return model_dir, Alone(model_dir, device="twin", small_step_tokens=0)
+
+
+def small_of(runner: ModelRunner) -> SmallSteps:
+    assert runner._device is not None
+    return runner._device._small
+
+
+def run(lab: Lab, world_size: int, submits: list[Submit], **changes: Any) -> tuple[ClusterRun, Cluster]:
+    cluster = Cluster(make_config(lab[0], device="twin", **changes), world_size)
+    for index, submit in enumerate(submits):
+        cluster.inboxes[index % world_size].put(submit)
+    cluster.pump(lambda run: num_finished(run) == len(submits) or bool(run.faults))
+    assert not cluster.run_result.faults, cluster.run_result.faults
+    return cluster.stop(), cluster
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "changes", [{}, {"enforce_eager": True}, {"async_scheduling": False}, {"small_step_tokens": 5}], ids=str
+)
+def test_tokens_are_those_of_large_steps_alone(lab: Lab, world_size: int, changes: dict[str, Any]) -> None:
+    submits = draw_submits(random.Random(f"{lab[0].name} {world_size} {changes}"), 12, longest=40)
+    result, cluster = run(lab, world_size, submits, max_num_seqs=8, max_num_batched_tokens=24, **changes)
+    assert_as_alone(lab, submits, result)
+    assert result.expert_load == result.expert_rows > 0
+    for engine in cluster.engines:
+        small = small_of(engine.runner)
+        eager = bool(changes.get("enforce_eager"))
+        assert (small.num_replays == 0) == eager
+        assert (small.num_captures == 0) == eager
+
+
+def test_a_migration_keeps_the_graphs(lab: Lab) -> None:
+    """Maps with as many slots, flipped while requests run: what was captured goes on to be used."""
+    rng = random.Random(lab[0].name)
+    submits = [make_submit(i, [rng.randrange(96) for _ in range(5)], max_tokens=40, seed=i) for i in range(6)]
+    cluster = Cluster(make_config(lab[0], device="twin", max_num_seqs=8), 2)
+    draw = np.random.default_rng(rng.randrange(1 << 30))
+    for index, submit in enumerate(submits):
+        cluster.inboxes[index % 2].put(submit)
+    captures = []
+    for epoch in (1, 2, 3):
+        cluster.stage(ExpertMap.random(draw, 2, 8, 2, epoch=epoch))
+        cluster.pump(lambda run, epoch=epoch: all(run.epochs[rank][-1:] == [epoch] for rank in (0, 1)))
+        captures.append(sum(small_of(engine.runner).num_captures for engine in cluster.engines))
+    cluster.pump(lambda run: num_finished(run) == len(submits) or bool(run.faults))
+    assert not cluster.run_result.faults
+    result = cluster.stop()
+    assert_as_alone(lab, submits, result)
+    sizes = [len(small_of(engine.runner)._known) for engine in cluster.engines]
+    assert [small_of(engine.runner).num_captures for engine in cluster.engines] == sizes  # each once
+    assert captures[0] > 0
+
+
+def test_what_the_host_draws_is_among_what_the_device_draws(lab: Lab) -> None:
+    """Requests with logprobs, penalties, bias and minimal lengths beside plain ones."""
+    rng = random.Random(f"{lab[0].name} host")
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logprobs": 2},
+        {"presence_penalty": 0.5, "repetition_penalty": 1.3},
+        {"logit_bias": {5: 3.0}},
+        {"min_tokens": 6, "stop_token_ids": tuple(range(40))},
+    ]
+    submits = [
+        make_submit(
+            i,
+            [rng.randrange(96) for _ in range(rng.randrange(1, 9))],
+            max_tokens=rng.randrange(1, 14),
+            temperature=rng.choice([0.0, 1.0]),
+            top_p=rng.choice([1.0, 0.8]),
+            seed=rng.randrange(1 << 64),
+            **kinds[i % len(kinds)],
+        )
+        for i in range(15)
+    ]
+    result, _ = run(lab, 2, submits, max_num_seqs=5)
+    for submit in submits:
+        assert content(result.outputs[submit.sequence_id]) == content(lab[1].outputs(submit)), submit
+
+
+def test_steps_overlap(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is launched before the last one's tokens are asked for."""
+    events: list[str] = []
+    launch, finish = ModelRunner.launch, DeviceLaunch.finish
+
+    def launched(self: ModelRunner, batch: Batch, sampler: Sampler) -> DeviceLaunch:
+        events.append("launch")
+        return launch(self, batch, sampler)
+
+    def finished(self: DeviceLaunch) -> Any:
+        events.append("finish")
+        return finish(self)
+
+    monkeypatch.setattr(ModelRunner, "launch", launched)
+    monkeypatch.setattr(DeviceLaunch, "finish", finished)
+    submit = make_submit(0, [1, 2, 3], max_tokens=10, temperature=0.0)
+    result, _ = run(lab, 1, [submit])
+    assert content(result.outputs[0]) == content(lab[1].outputs(submit))
+    text = "".join("L" if event == "launch" else "F" for event in events)
+    assert text.startswith("LLFLFLF"), text  # two at first, then one for one
+    assert events.count("launch") == events.count("finish")
+
+
+def test_a_rank_that_does_not_come_is_named(lab: Lab) -> None:
+    """Rank 1 agrees to a step and never launches it: the other's kernels wait for their deadline, and say for whom."""
+
+    def body(rank: int, transport: Transport) -> None:
+        runner = make_runner(lab[0], rank=rank, world_size=2, device="twin", dtype="bfloat16", step_timeout_s=1.0)
+        runner.begin(transport, ExpertMap.contiguous(2, 8, 2))
+        runner.begin_step(Decision(kind="run", epoch=0, num_tokens=(2, 2)))
+        if rank == 1:
+            return
+        batch = Batch((ScheduledSequence(make_sequence([3, 4], [0]), 0, 2, True),))
+        with pytest.raises(TransportTimeout, match="tokens of rank 1") as caught:
+            runner.launch(batch, Sampler()).finish()
+        assert list(caught.value.peers) == [1]
+        assert not any(runner.load.take_routed())  # nothing of it counts
+
+    run_ranks(2, body)
+
+
+def test_who_gives_up_does_not_wait_for_the_deadline(lab: Lab) -> None:
+    def body(rank: int, transport: Transport) -> None:
+        runner = make_runner(lab[0], rank=rank, world_size=2, device="twin", dtype="bfloat16", step_timeout_s=60.0)
+        runner.begin(transport, ExpertMap.contiguous(2, 8, 2))
+        runner.begin_step(Decision(kind="run", epoch=0, num_tokens=(2, 2)))
+        if rank == 1:
+            return
+        timer = threading.Timer(0.2, runner.abandon)
+        timer.start()
+        start_s = time.monotonic()
+        batch = Batch((ScheduledSequence(make_sequence([3, 4], [0]), 0, 2, True),))
+        with pytest.raises(TransportAborted, match="given up"):
+            runner.launch(batch, Sampler()).finish()
+        assert time.monotonic() - start_s < 30.0
+
+    run_ranks(2, body)
