@@ -128,8 +128,7 @@ class Engine:
         try:
             return self._step()
         except BaseException:
-            self._launched = None
-            self.scheduler.rollback()
+            self._take_back()
             raise
 
     def _step(self) -> Decision:
@@ -154,6 +153,11 @@ class Engine:
         sampled = self.sampler(logits_BV, batch)
         scored = score_prompts(self.runner.prompt_logits(), batch) if batch.unscored else []
         return FinishedStep(StepResult(sampled, scored))
+
+    def _take_back(self) -> None:
+        """Steps that are not complete were not: the next generation redoes them."""
+        self._launched = None
+        self.scheduler.rollback()
 
     def _finish(self) -> None:
         """The step that was launched last, if it is not complete: wait for its tokens, and tell them."""
@@ -265,6 +269,7 @@ class Engine:
     def _fault(self, error: Exception) -> None:
         """Give the generation up and say why."""
         group = self.membership.group
+        self._take_back()
         self.runner.abandon()
         self.membership.leave(f"rank {self.rank} failed: {error}")
         peers = list(error.peers) if isinstance(error, TransportError) else []
@@ -300,6 +305,7 @@ class Engine:
                 if group is not None and message.generation == group.generation:
                     group.wake_step = max(group.wake_step, message.step)
             case messages.BeginGeneration():
+                self._take_back()  # a step that was launched, since other ranks may never launch it
                 self.membership.begin(message)
                 self._reject_unknown_versions()
             case messages.EndGeneration():

@@ -11,7 +11,7 @@ import torch
 from scheduling import make_sequence, make_submit
 from tiny_cluster import VOCAB_SIZE, ClusterRun, make_config, make_runner, make_tiny_checkpoint, run_cluster
 
-from switchgear_runtime import model_runner, ops, prompt_scorer
+from switchgear_runtime import launched_step, ops, prompt_scorer
 from switchgear_runtime.batch import Batch, ScheduledSequence
 from switchgear_runtime.comm.loopback import LoopbackHub
 from switchgear_runtime.messages import Submit
@@ -80,7 +80,7 @@ def test_every_way_of_serving_gives_the_same_bits(
 ) -> None:
     if few_rows:  # chunks of three rows of logits, frames of five positions
         monkeypatch.setattr(prompt_scorer, "POSITIONS_PER_FRAME", 5)
-        monkeypatch.setattr(model_runner, "PROMPT_LOGITS_BYTES_MAX", 3 * 4 * VOCAB_SIZE)
+        monkeypatch.setattr(launched_step, "PROMPT_LOGITS_BYTES_MAX", 3 * 4 * VOCAB_SIZE)
     seed = random.randrange(1 << 30)
     rng = random.Random(seed)
     common = [rng.randrange(VOCAB_SIZE) for _ in range(70)]
