@@ -62,6 +62,4 @@ def kernels_of(setting: str, rank: int) -> Kernels:
     if device.type != "cuda":
         return Kernels("twin", device)
     torch.cuda.set_device(device)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    torch.cuda.set_stream(stream)  # of this thread: the default stream cannot be captured
     return Kernels("cuda", device)

@@ -91,16 +91,23 @@ class DeviceDecoder:
 
     def place(self, placements: Sequence[DevicePlacement]) -> None:
         """Compute with these experts and tables, from the next step that is launched on."""
-        kept = [moe.place(placement) for moe, placement in zip(self._moes, placements, strict=True)]
-        if not all(kept):
-            self._forget_graphs()
+        with self._kernels.on_stream():
+            kept = [moe.place(placement) for moe, placement in zip(self._moes, placements, strict=True)]
+            if not all(kept):
+                self._forget_graphs()
 
     def begin(self, transport: Transport) -> None:
         """A new generation. All ranks call it, after the last one's steps have ended."""
+        with self._kernels.on_stream():
+            self._begin(transport)
+
+    def _begin(self, transport: Transport) -> None:
         if self._groups is not None:  # its regions and graphs may be in use by what was given up
             self.abort()
             StepMark(self._kernels.device).wait("a generation's end", transport.rank, self._config.step_timeout_s)
             self._groups.close()
+        if self._kernels.device.type == "cuda":
+            torch.cuda.synchronize(self._kernels.device)  # what was loaded on other streams is there
         self._small.forget()
         routers = [moe.router for moe in self._moes]
         self._outputs = StepOutputs(
@@ -147,7 +154,7 @@ class DeviceDecoder:
         assert outputs is not None
         versions_T = None if versions_S is None else versions_S[flat.seq_ids_T]
         is_small = groups.small is not None and forced_ids_LTK is None and num_tokens_max <= self._small.max_tokens
-        with torch.inference_mode():
+        with torch.inference_mode(), self._kernels.on_stream():
             if is_small:
                 bucket = self._small.bucket(num_tokens_max, max(flat.positions_T, default=0) + 1)
                 inputs = self._small.inputs(bucket)
@@ -169,21 +176,28 @@ class DeviceDecoder:
                 logits_SV = torch.empty(len(sampled), self.vocab_size, pin_memory=on_gpu)
                 self._kernels.copy_(logits_SV, enqueued.logits_SV[: len(sampled)])
             read = outputs.read(len(tenants.names))
+            mark = StepMark(self._kernels.device)
         return PendingStep(
             rank=groups.rank,
-            mark=StepMark(self._kernels.device),
+            mark=mark,
             read=read,
             x_TD=enqueued.x_TD,
             logits_SV=logits_SV,
-            give_up=outputs.clear_faults_,
+            give_up=self._clear_faults,
+            keep=inputs,
         )
 
     def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
         """logits_SV fp32 on the host, of rows (int64) of a step's x_TD; a row's bits do not depend on the others."""
         if not len(rows_S):
             return self._decoder.no_logits()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._kernels.on_stream():
             return self._logits(x_TD, rows_S.to(x_TD.device, torch.int32)).cpu()
+
+    def _clear_faults(self) -> None:
+        assert self._outputs is not None
+        with self._kernels.on_stream():
+            self._outputs.clear_faults_()
 
     def _step(self, group: ExpertGroup[Any], inputs: StepInputs, *, has_versions: bool) -> DeviceStep:
         assert self._outputs is not None

@@ -1,6 +1,6 @@
 """The device kernels of dense layers and attention on tensors: `DenseKernels`, thin names over csrc/cuda/abi.h.
 
-A call makes its outputs (of torch's memory, or of a step's: `in_memory`) and only enqueues, on the current stream.
+A call makes its outputs (of torch's memory, or of a step's: `in_memory`) and only enqueues, on a stream of its own.
 Everything is contiguous and on one device. Kernels trust shapes, which the decoder knows, so nothing is checked here.
 Activations between ops are fp32 where the CPU's are; what a product takes is bf16 (norms and gated products write it at
 once).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class DenseKernels:
         self.device = device
         self._library = device_library(kind)
         self._memory: StepMemory | None = None
+        # Of its own: what is captured, and what other threads do, must not be on the default one.
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # What kernels found wrong: 1 + an expert over its plan; 1 + a pair that belongs to no slot here.
         self.faults = torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -41,6 +45,10 @@ class DenseKernels:
         """Of the kernels' numbers: ranks that differ could compute different bits."""
         version: bytes = self._library.sg_cuda_kernel_version()
         return f"{self.kind} {version.decode()}"
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Where kernels are enqueued, torch's own inside: any thread calls the rest in here. On the host nothing."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @contextmanager
     def in_memory(self, memory: StepMemory) -> Iterator[None]:
@@ -321,10 +329,8 @@ class DenseKernels:
     def call(self, name: str, *args: Any) -> None:
         """A function of the library that enqueues, by its name without sg_cuda_."""
         given = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in args]
-        getattr(self._library, f"sg_cuda_{name}")(*given, self._stream())
-
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        stream = 0 if self._stream is None else self._stream.cuda_stream
+        getattr(self._library, f"sg_cuda_{name}")(*given, stream)
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -19,8 +19,8 @@ class Graph:
 
     @classmethod
     def capture(cls, kernels: Kernels, enqueue: Callable[[], object]) -> Graph:
-        """`enqueue` runs once, and nothing of it on the device. It must enqueue by `kernels` alone, on the current stream,
-        and allocate no device memory."""
+        """`enqueue` runs once, and nothing of it on the device. It must enqueue by `kernels` alone, and allocate no device
+        memory."""
         handle = ctypes.c_void_p()
         kernels.call("graph_begin")
         try:
@@ -34,7 +34,7 @@ class Graph:
         return cls(kernels, handle.value)
 
     def launch(self) -> None:
-        """On the current stream."""
+        """On the kernels' stream."""
         self._kernels.call("graph_launch", self._handle)
 
     def close(self) -> None:

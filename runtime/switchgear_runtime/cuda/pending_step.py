@@ -45,7 +45,7 @@ class StepMark:
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PendingStep:
     """`x_TD`, and `logits_SV` where the host samples rows too (on the host then), are valid until the next step is
-    enqueued. `give_up`: what a step with faults leaves behind."""
+    enqueued. `give_up`: clears what a step with faults leaves behind. `keep`: what the device may not have read yet."""
 
     rank: int
     mark: StepMark
@@ -53,6 +53,7 @@ class PendingStep:
     x_TD: Tensor
     logits_SV: Tensor | None
     give_up: Callable[[], None]
+    keep: object
 
     def wait(self, timeout_s: float) -> None:
         """Until the step has ended. An error of another rank, or of this one's, is raised; then nothing of it counts."""

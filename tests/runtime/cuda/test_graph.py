@@ -25,7 +25,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     if found:
         pytest.skip(f"no usable GPU: {found[0]}")
     made = kernels_of("cuda", 0)
-    with torch.cuda.stream(torch.cuda.Stream(made.device)):  # the default stream cannot be captured
+    with made.on_stream():
         yield made
 
 

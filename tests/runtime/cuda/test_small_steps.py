@@ -80,7 +80,8 @@ def test_a_migration_keeps_the_graphs(lab: Lab) -> None:
         cluster.inboxes[index % 2].put(submit)
     captures = []
     for epoch in (1, 2, 3):
-        cluster.stage(ExpertMap.random(draw, 2, 8, 2, epoch=epoch))
+        shuffled_LP = np.stack([draw.permutation(8) for _ in range(2)]).astype(np.int32)
+        cluster.stage(ExpertMap.of(shuffled_LP, num_ranks=2, num_experts=8, epoch=epoch))
         cluster.pump(lambda run, epoch=epoch: all(run.epochs[rank][-1:] == [epoch] for rank in (0, 1)))
         captures.append(sum(small_of(engine.runner).num_captures for engine in cluster.engines))
     cluster.pump(lambda run: num_finished(run) == len(submits) or bool(run.faults))
