@@ -4,8 +4,9 @@
 //
 // Nothing is sorted. A logit becomes an integer key of the same order, a weight e^((logit - best) / temperature) an
 // integer of 40 bits behind the point, so that sums are exact and in any order the same. A prefix of the candidates is
-// then a key and how many of those with that key; the key where a sum passes a bound is found bit by bit, from the top,
-// each bit one pass over the row. Grid: a block per row; a thread has ids thread, thread + 512, ...
+// then a key and how many of those with that key; the key where a sum passes a bound is found digit by digit, from the
+// top, each of four bits and one pass over the row, with a histogram of its own for each thread (no atomics). Grid: a
+// block per row; a thread has ids thread, thread + 512, ...
 #include "cuda/abi.h"
 #include "cuda/numbers.h"
 #include "kernels/random.h"
@@ -14,7 +15,9 @@ namespace sg::cuda {
 
 namespace {
 
-constexpr double UNIT = 0x1p40;  // the weight of the best
+constexpr double UNIT = 0x1p40;    // the weight of the best
+constexpr double NOTHING = -28.0;  // e^NOTHING * UNIT is below one
+constexpr int DIGIT_BITS = 4, DIGITS = 1 << DIGIT_BITS;
 
 SG_DEVICE uint32_t key_of(float value) {
   if (!(value >= -infinity())) value = -infinity();
@@ -25,6 +28,8 @@ SG_DEVICE float value_of(uint32_t key) { return bits_of<float>(key & 0x80000000u
 
 struct SampleRow {
   static constexpr int THREADS = 512, WARPS = THREADS / WARP;
+  static_assert(WARPS == DIGITS, "a warp sums a digit");
+  static constexpr int64_t HISTOGRAM_BYTES = int64_t{DIGITS} * THREADS * 8, SHARED_BYTES = HISTOGRAM_BYTES + DIGITS * 8;
   sg_cuda_sample a;
 
   struct State {  // the same in every thread, but for `sum` while it is summed
@@ -40,8 +45,8 @@ struct SampleRow {
 
   SG_DEVICE uint64_t weight(const State& s, double temperature, uint32_t key) const {
     if (key == s.best) return static_cast<uint64_t>(UNIT);  // also where it is infinite
-    const double below = double{value_of(key)} - double{value_of(s.best)};
-    return static_cast<uint64_t>(exp_double(below / temperature) * UNIT);
+    const double below = (double{value_of(key)} - double{value_of(s.best)}) / temperature;
+    return below < NOTHING ? 0 : static_cast<uint64_t>(exp_double(below) * UNIT);
   }
 
   // Everybody's `sum` becomes the sum of all.
@@ -72,19 +77,40 @@ struct SampleRow {
     sum_up(block, states);
   }
 
-  // key = the largest with which the sum reaches `bound`; sum = that of the keys above it.
+  // key = the largest with which the sum reaches `bound`; sum = that of the keys above it, limit = the first of these.
   SG_DEVICE void search(Block& block, States& states, const float* row, double temperature) const {
-    block.solo([&](int thread) { states[thread].key = 0; });
-    for (int bit = 31; bit >= 0; --bit) {
-      block.solo([&](int thread) { states[thread].limit = states[thread].key | uint32_t{1} << bit; });
-      sum_from_limit(block, states, row, temperature);
+    auto* histogram = block.shared<uint64_t>();  // [DIGITS][THREADS]
+    auto* digits = block.shared<uint64_t>(HISTOGRAM_BYTES);
+    block.solo([&](int thread) { states[thread].key = 0, states[thread].sum = 0; });
+    for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+      block.each([&](int thread) {
+        const State& s = states[thread];
+        for (int digit = 0; digit < DIGITS; ++digit) histogram[digit * THREADS + thread] = 0;
+        for (int64_t id = thread; id < a.vocab_size; id += THREADS) {
+          const uint32_t key = key_of(row[id]);
+          if (uint64_t{key ^ s.key} >> (shift + DIGIT_BITS) != 0) continue;  // the digits before differ
+          const int64_t digit = key >> shift & (DIGITS - 1);
+          histogram[digit * THREADS + thread] += s.by_count ? 1 : weight(s, temperature, key);
+        }
+      });
+      Own<uint64_t, THREADS> sum;
       block.solo([&](int thread) {
+        sum[thread] = 0;
+        const uint64_t* mine = histogram + thread / WARP * THREADS;
+        for (int i = thread % WARP; i < THREADS; i += WARP) sum[thread] += mine[i];
+      });
+      warp_all(block, sum, [](uint64_t one, uint64_t other) { return one + other; });
+      block.each([&](int thread) {
+        if (thread % WARP == 0) digits[thread / WARP] = sum[thread];
+      });
+      block.each([&](int thread) {
         State& s = states[thread];
-        if (s.sum >= s.bound) s.key = s.limit;
+        uint32_t digit = DIGITS - 1;
+        for (; digit > 0 && s.sum + digits[digit] < s.bound; --digit) s.sum += digits[digit];
+        s.key |= digit << shift;
+        s.limit = s.key + 1;
       });
     }
-    block.solo([&](int thread) { states[thread].limit = states[thread].key + 1; });
-    sum_from_limit(block, states, row, temperature);
   }
 
   SG_DEVICE void operator()(Block& block) const {
@@ -220,6 +246,6 @@ struct SampleRow {
 
 int sg_cuda_sample_rows(const sg_cuda_sample* args, void* stream) {
   if (args->vocab_size < 1) return sg::fail("logits_BV has an empty vocabulary");
-  return sg::cuda::launch("sample_rows", sg::cuda::SampleRow{*args}, args->batch, 1, sg::cuda::SampleRow::THREADS * 8,
+  return sg::cuda::launch("sample_rows", sg::cuda::SampleRow{*args}, args->batch, 1, sg::cuda::SampleRow::SHARED_BYTES,
                           stream);
 }

@@ -112,6 +112,8 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("attention.cu", "begin == row.first && begin < end", "<= end", "a part that begins there has a position"),
     ("sampler.cu", "if (!(value >= -infinity()))", "> -inf", "it is -inf already"),
     ("sampler.cu", "if (thread % WARP == 0)", "!= 0", "every lane has the same"),
+    ("sampler.cu", "double NOTHING = ", "", "what is so small counts 0 either way"),
+    ("sampler.cu", "return below < NOTHING", "<=", "one part in 2^40"),
     (
         "sampler.cu",
         "if (s.sum >= s.bound) s.key",
