@@ -234,7 +234,7 @@ struct PeerCombine {
 };
 
 int check(const sg_cuda_peer& a) {
-  const bool is_whole = a.row_bytes > 0 && a.row_bytes % LINE_BYTES == 0 && a.hidden > 0 && a.hidden % 8 == 0;
+  const bool is_whole = a.row_bytes % LINE_BYTES == 0 && a.hidden % 8 == 0;
   if (is_whole && a.rank >= 0 && a.rank < a.num_ranks) return SG_OK;
   return fail("rank=%lld must be one of num_ranks=%lld, row_bytes=%lld a multiple of 16, hidden=%lld of 8",
               static_cast<long long>(a.rank), static_cast<long long>(a.num_ranks), static_cast<long long>(a.row_bytes),

@@ -106,7 +106,7 @@ struct SampleRow {
       block.each([&](int thread) {
         State& s = states[thread];
         uint32_t digit = DIGITS - 1;
-        for (; digit > 0 && s.sum + digits[digit] < s.bound; --digit) s.sum += digits[digit];
+        for (; s.sum + digits[digit] < s.bound; --digit) s.sum += digits[digit];  // all together reach it
         s.key |= digit << shift;
         s.limit = s.key + 1;
       });

@@ -27,9 +27,11 @@ class PeerRanks:
         self.arena = Arena(library, seed)
         self.library, self.num_ranks = library, num_ranks
         rng = self.arena.rng
-        self.max_tokens = max_tokens or int(rng.choice([1, 3, 40]))
-        self.top_k = int(rng.choice([1, 2, 5, 8]))
+        self.max_tokens = max_tokens or int(rng.choice([1, 3, 40, 600], p=[0.3, 0.3, 0.3, 0.1]))
+        self.top_k = int(rng.choice([1, 2, 5, 8]))  # of many tokens, more pairs than a launch has threads
         self.hidden = 8 * int(rng.choice([1, 3, 300]) if max_tokens is None else 300)
+        if self.max_tokens > 500:
+            self.hidden = 8
         self.packed = bool(rng.integers(2))
         self.row_bytes = 16 * int(rng.integers(1, 40)) if self.packed else 2 * self.hidden
         max_pairs = self.max_tokens * self.top_k
@@ -83,14 +85,17 @@ class PeerRanks:
 
     def draw(self, rank: int, rng: np.random.Generator) -> None:
         """Tokens, the ranks of their experts (-1: none), and a plan as sg_cuda_dispatch_plan makes it."""
-        num_tokens = int(rng.integers(0, self.max_tokens + 1))
+        num_tokens = self.max_tokens if rng.random() < 0.4 else int(rng.integers(0, self.max_tokens + 1))
         ranks_TK = rng.integers(0, self.num_ranks, (num_tokens, self.top_k))
-        ranks_TK[rng.random(ranks_TK.shape) < 0.1] = -1
+        if rng.random() < 0.4:
+            ranks_TK[:] = rng.integers(self.num_ranks)  # which gets as much as a rank can
+        else:
+            ranks_TK[rng.random(ranks_TK.shape) < 0.1] = -1
         rows, pairs, index_TK = [], [], np.full(ranks_TK.shape, -1)
         rows_begin, pairs_begin = [0], [0]
         for to in range(self.num_ranks):
             for t, k in np.argwhere(ranks_TK == to).tolist():
-                if t not in rows[rows_begin[-1] :]:
+                if len(rows) == rows_begin[-1] or rows[-1] != t:
                     rows.append(t)
                 index_TK[t, k] = len(pairs)
                 pairs.append((len(rows) - rows_begin[-1] - 1, int(rng.integers(1 << 30))))

@@ -103,6 +103,9 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
     ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
     ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
+    ("peer.cu", "r < a.num_ranks; ++r) {", "r <= a.num_ranks", "counts nothing, or is overwritten"),
+    ("peer.cu", "most < 1 ? 1", "most < 2", "one"),
+    ("peer_layout.h", "int64_t aligned(", "ALIGN - 2", "sizes are multiples of 8"),
     (
         "attention.cu",
         "i < heads * at.size; i += THREADS) {",
@@ -116,10 +119,11 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("sampler.cu", "return below < NOTHING", "<=", "one part in 2^40"),
     (
         "sampler.cu",
-        "if (s.sum >= s.bound) s.key",
-        ">",
+        "for (; s.sum + digits[digit] < s.bound",
+        "<=",
         "one part in 2^40; of a count, the next key then counts 0 times",
     ),
+    ("sampler.cu", "int64_t HISTOGRAM_BYTES = ", "* 9", "more shared memory than needed"),
     ("sampler.cu", "if (top_k > 0 && top_k < a.vocab_size)", "", "finds that all are kept"),
     ("sampler.cu", "s.bound = (target < s.total", "", "where rounding leads to the total itself"),
     ("sampler.cu", "if (top_p < 1.0)", "<=", "finds that all are kept"),
