@@ -5,7 +5,9 @@ name nobody. An exchange of device memory is three agreements over it: lengths (
 receives, and rounds of marks until every rank says that its part is complete. So a peer that dies or hangs in the middle
 is named by the round, and then the communicator is aborted: it is non-blocking, and no rank is inside a call of NCCL's.
 
-Migration must not share this communicator: two streams of one NCCL communicator may run in another order on each rank.
+Where domains are hosts, their ranks have a communicator more, over the host's half of `control` (InsideHost); one is used
+at a time, on one stream. Migration must share neither: two streams of one NCCL communicator may run in another order on
+each rank.
 
 STATUS: has run on no GPU yet.
 """
@@ -172,14 +174,15 @@ class NcclTransport(BesideHosts):
             marks = [given[0] for given in self._control.all_gather(bytes([mark]), timeout_s=remaining_s)]
             if all(given == DONE for given in marks):
                 return
-            failed = [peer for peer, given in enumerate(marks) if given == FAILED]
-            late = [peer for peer, given in enumerate(marks) if given in (LATE, EXPIRED)]
+            failed = self._among_all(peer for peer, given in enumerate(marks) if given == FAILED)
+            late = self._among_all(peer for peer, given in enumerate(marks) if given in (LATE, EXPIRED))
+            (own,) = self._among_all([self.rank])
             if failed:
-                self._fail(what, failed)
+                self._fail(what, failed, own)
             if EXPIRED in marks:
                 names = ", ".join(map(str, late))
-                text = f"rank {self.rank}: {what}: waited {timeout_s:.2f} s for the GPU of rank {names}"
-                raise TransportTimeout(text, rank=self.rank, peers=[peer for peer in late if peer != self.rank])
+                text = f"rank {own}: {what}: waited {timeout_s:.2f} s for the GPU of rank {names}"
+                raise TransportTimeout(text, rank=own, peers=[peer for peer in late if peer != own])
 
     def _watch(self, is_done: Callable[[], bool], until_s: float) -> int:
         """This rank's mark, as soon as it is not LATE."""
@@ -192,11 +195,11 @@ class NcclTransport(BesideHosts):
                 return LATE
             time.sleep(0)
 
-    def _fail(self, what: str, failed: list[int]) -> Never:
-        own = self._start_error if self._start_error != SUCCESS else self._async_error()
-        detail = self._library.result_text(own) if self.rank in failed else "see its log"
-        text = f"rank {self.rank}: {what}: NCCL failed on rank {', '.join(map(str, failed))}: {detail}"
-        raise TransportError(text, rank=self.rank, peers=[peer for peer in failed if peer != self.rank])
+    def _fail(self, what: str, failed: list[int], own: int) -> Never:
+        error = self._start_error if self._start_error != SUCCESS else self._async_error()
+        detail = self._library.result_text(error) if own in failed else "see its log"
+        text = f"rank {own}: {what}: NCCL failed on rank {', '.join(map(str, failed))}: {detail}"
+        raise TransportError(text, rank=own, peers=[peer for peer in failed if peer != own])
 
     def _async_error(self) -> int:
         with self._lock:

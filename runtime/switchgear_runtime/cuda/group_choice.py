@@ -11,10 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from switchgear_runtime.comm.device_exchange import device_exchange
+from switchgear_runtime.comm.domain_transport import DomainTransport
+from switchgear_runtime.comm.partition_exchange import PartitionExchange
 from switchgear_runtime.comm.peer_memory import peer_memory_over
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
+from switchgear_runtime.cuda.hierarchical_dispatch import HierarchicalDispatch
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.local_group import LocalGroup
 from switchgear_runtime.cuda.peer_group import PeerGroup
@@ -47,8 +50,7 @@ class GenerationGroups:
         if transport.world_size == 1:
             group = LocalGroup(kernels)
             return cls(rank=0, large=group, small=group if max_tokens > 0 else None)
-        exchange = device_exchange(transport)
-        large = FlatDispatch(kernels, exchange, rank=transport.rank, num_ranks=transport.world_size)
+        large = large_group(kernels, transport)
         memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
         if before is not None and isinstance(before.small, PeerGroup):
             before.small.free()
@@ -79,3 +81,20 @@ class GenerationGroups:
         self.large.close()
         if self.small is not None and self.small is not self.large:
             self.small.close()
+
+
+def large_group(kernels: Kernels, transport: Transport) -> ExpertGroup[Any]:
+    """Of several ranks: by domain, where the transport knows of any."""
+    if isinstance(transport, DomainTransport):
+        return _hierarchical(kernels, transport)
+    return FlatDispatch(kernels, device_exchange(transport), rank=transport.rank, num_ranks=transport.world_size)
+
+
+def _hierarchical(kernels: Kernels, transport: DomainTransport) -> HierarchicalDispatch:
+    domains, rank = transport.domains, transport.rank
+    outer = device_exchange(transport.world)
+    if transport.inner is not None:
+        inner = device_exchange(transport.inner)
+    else:
+        inner = PartitionExchange(outer, domains.members[domains.at(rank)[0]], domains.num_ranks)
+    return HierarchicalDispatch(kernels, outer, inner, domains, rank)

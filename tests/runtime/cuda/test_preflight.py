@@ -180,6 +180,8 @@ def test_serve_says_what_is_missing() -> None:
         ({"device": "cuda", "quantization": "int8"}, "device='cpu' only"),
         ({"device": "twin", "routing_log": "x"}, "device='cpu' only"),
         ({"device": "cuda", "dtype": "float32"}, "bfloat16"),
+        ({"device": "cpu", "dispatch": "hierarchical"}, "dispatch='hierarchical' needs device=cuda or twin"),
+        ({"device": "twin", "dispatch": "deepep"}, "dispatch='deepep' needs device=cuda, not 'twin'"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], word: str) -> None:
