@@ -142,7 +142,8 @@ class RankWorker:
             if self._cpus is not None:
                 log.info("bound to CPUs %s", sorted(self._cpus.cpus))
         if engine_config.device == "cuda":
-            require_gpu(num_ranks=config.world_size, transport=engine_config.transport)
+            transport, dispatch = engine_config.transport, engine_config.dispatch
+            require_gpu(num_ranks=config.world_size, transport=transport, dispatch=dispatch)
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         expert_map = None

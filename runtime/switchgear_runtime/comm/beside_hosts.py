@@ -6,7 +6,7 @@ rows in device memory go another way. After an error of either, both are over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from switchgear_runtime.comm.device_exchange import Parts
@@ -61,11 +61,6 @@ class BesideHosts:
             sent_bytes=host.sent_bytes + self._sent_bytes,
             received_bytes=host.received_bytes + self._received_bytes,
         )
-
-    def _among_all(self, places: Iterable[int]) -> list[int]:
-        """Ranks as everybody knows them, where `control` joins those of one host only."""
-        ranks: Sequence[int] = getattr(self._control, "ranks", range(self.world_size))
-        return [ranks[place] for place in places]
 
     def _count(self, send: Sequence[Parts], received: Sequence[Parts]) -> None:
         self._num_exchanges += 1

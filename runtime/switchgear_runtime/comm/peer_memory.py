@@ -21,6 +21,7 @@ import torch
 
 from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
 from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.device_rounds import among_all
 from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportTimeout
@@ -204,7 +205,7 @@ class PeerTransport(BesideHosts):
     def _finish(self, is_done: Callable[[], bool], deadline_s: float, timeout_s: float) -> None:
         while not is_done():
             if time.monotonic() >= deadline_s:
-                (own,) = self._among_all([self.rank])
+                (own,) = among_all(self._control, [self.rank])
                 text = f"rank {own}: exchange: waited {timeout_s:.2f} s for this rank's own GPU"
                 raise TransportTimeout(text, rank=own)
             time.sleep(0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.config import LIBRARY_DISPATCHES
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
 
@@ -33,9 +34,10 @@ def open_transport(
     come within `timeout_s`. On a GPU (`device`: cuda:0), auto and nccl put NCCL beside those. `dispatch`: of
     EngineConfig; hierarchical, or auto where ranks are in several domains, makes it a DomainTransport.
     """
-    over_nccl = device.startswith("cuda") and kind in ("auto", "nccl")
+    on_gpus = device.startswith("cuda") and kind in ("auto", "nccl")
+    over_nccl = on_gpus and dispatch not in LIBRARY_DISPATCHES  # which bring their own
     control = _open_control(
-        "auto" if over_nccl else kind,
+        "auto" if on_gpus else kind,
         descriptor,
         rank,
         mailbox_bytes=mailbox_bytes,
