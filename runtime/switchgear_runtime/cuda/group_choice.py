@@ -60,12 +60,12 @@ class GenerationGroups:
         """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
         all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
         if transport.world_size == 1:
-            group = LocalGroup(kernels)
-            return cls(rank=0, large=group, small=group if max_tokens > 0 else None)
+            alone = LocalGroup(kernels)
+            return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
         if dispatch in LIBRARY_DISPATCHES:
             max_pairs = max_batched_tokens * top_k
-            large = library_group(kernels, transport, dispatch, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
-            return cls(rank=transport.rank, large=large, small=None)
+            group = library_group(kernels, transport, dispatch, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
+            return cls(rank=transport.rank, large=group, small=None)
         large = large_group(kernels, transport)
         memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
         if before is not None and isinstance(before.small, PeerGroup):
