@@ -70,7 +70,7 @@ class HierarchicalTransport:
 
     @property
     def inside(self) -> InsideHost:
-        """Of the ranks on this host. Between two calls on it, each of them makes the same calls on the whole."""
+        """Of the ranks on this host, which make their calls on it and on the whole in one order."""
         return InsideHost(self, self._neighbours)
 
     @property
