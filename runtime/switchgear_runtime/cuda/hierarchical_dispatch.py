@@ -8,6 +8,7 @@ network. The source sums them, as in the flat way, so the bits are the flat way'
 Slot ids are renumbered on the way, so that a domain's ranks come one after the other: (domain * P + place) * S + slot, P
 ranks in the largest domain, S slots of a rank.
 
+STATUS: has run through the twin library only, on host memory; on no GPU yet.
 Letters: T tokens, D hidden, K top-k, N pairs, M rows, G domains, P places in a domain, R ranks.
 """
 

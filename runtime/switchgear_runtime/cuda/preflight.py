@@ -146,10 +146,9 @@ def _kernels(facts: GpuFacts) -> list[Obstacle]:
     if facts.kernels is not None:
         return []
     major = _torch_major(facts) or _best_major(facts)
-    fix = (
-        f"build it where nvcc is (a CUDA toolkit, or `pip install 'cuda-toolkit[nvcc,cudart,cccl]=={major}.*'`), by "
-        "`make cuda` in the repository's root"
-    )
+    # PyPI's nvidia-cuda-nvcc-cu12 has ptxas and no nvcc.
+    pip = f", or `pip install 'cuda-toolkit[nvcc,cudart,cccl]=={major}.*'`" if major >= 13 else ""
+    fix = f"build it where nvcc is (a CUDA {major} toolkit{pip}), by `make cuda` in the repository's root"
     return [Obstacle("libswitchgear_cuda.so, our kernels, is not built", fix)]
 
 

@@ -191,6 +191,7 @@ def test_a_ray_of_ones_own_finds_its_gpus_where_ranks_want_any() -> None:
     assert RayDriver(settings(1, folder="/x", gpus_per_rank=0.0), None)._init_arguments()["num_gpus"] == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(600)
 def test_two_domains_have_the_tokens_of_one_rank(ray_address: str) -> None:
     """Kernels' twin, a rank on each of three nodes: rows go by domain, one of which spans two hosts."""
 

@@ -71,6 +71,7 @@ def test_two_raylets_are_two_hosts_with_the_same_tokens(ray_address: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_device_engine_dispatches_by_host_with_the_same_tokens(ray_address: str) -> None:
     """Kernels' twin: rows once to each of two hosts, through shared memory inside; also after a rank was killed."""
 
