@@ -22,6 +22,7 @@ from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
 from switchgear_runtime.cuda.kernels import Kernels
 
 HIDDEN, FFN = 48, 24
+NOWHERE = -1  # an expert, or a slot, of a pair that counts for nothing
 TIMEOUT_S = 60.0
 
 
@@ -30,7 +31,8 @@ def kernels() -> Kernels:
 
 
 class LayerRun:
-    """`num_ranks` ranks with random experts, replicas and tokens; one has no tokens, and one expert is everybody's."""
+    """`num_ranks` ranks with random experts, replicas and tokens; one has no tokens, one expert is nearly everybody's, and some
+    pairs have no slot."""
 
     def __init__(self, seed: int, num_ranks: int) -> None:
         rng = np.random.default_rng(seed)
@@ -51,13 +53,16 @@ class LayerRun:
         hot = int(rng.integers(self.num_experts))
         self.ids_R = [_experts_of(rng, num, self.num_experts, self.top_k, hot) for num in num_tokens_R]
         self.weights_R = [torch.softmax(draw(num, self.top_k), -1) for num in num_tokens_R]
+        for ids_TK in self.ids_R:
+            ids_TK[rng.random(ids_TK.shape) < 0.05] = NOWHERE
         self.slots_R = [self._slots(rng, ids) for ids in self.ids_R]
 
     def _slots(self, rng: np.random.Generator, ids_TK: np.ndarray[Any, Any]) -> torch.Tensor:
         """A random replica for each pair."""
         flat = self.experts_RS.reshape(-1)
         holders = [np.flatnonzero(flat == expert) for expert in range(self.num_experts)]
-        slots = [[int(rng.choice(holders[expert])) for expert in ids] for ids in ids_TK.tolist()]
+        choose = lambda expert: NOWHERE if expert == NOWHERE else int(rng.choice(holders[expert]))  # noqa: E731
+        slots = [list(map(choose, ids)) for ids in ids_TK.tolist()]
         return torch.tensor(slots, dtype=torch.int32).view(-1, self.top_k)
 
     def forward(self, group: ExpertGroup[Any], rank: int) -> torch.Tensor:
@@ -96,6 +101,7 @@ class LayerRun:
             (token, slot // self.slots_per_rank)
             for token, slots in enumerate(self.slots_R[rank].tolist())
             for slot in slots
+            if slot != NOWHERE
         ]
 
 

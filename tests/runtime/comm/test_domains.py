@@ -135,7 +135,9 @@ def test_a_library_brings_its_own_nccl(dispatch: str, monkeypatch: pytest.Monkey
         return lambda control: control
 
     monkeypatch.setattr(rendezvous, "_nccl_beside", nccl_beside)
-    descriptor = GenerationDescriptor(term=1, generation=1, world_size=1, epoch=0, channel=f"test-{random.getrandbits(64):x}")
+    descriptor = GenerationDescriptor(
+        term=1, generation=1, world_size=1, epoch=0, channel=f"test-{random.getrandbits(64):x}"
+    )
     transport = rendezvous.open_transport(
         "auto", descriptor, 0, mailbox_bytes=4096, timeout_s=5.0, device="cuda:0", dispatch=dispatch
     )
