@@ -18,7 +18,8 @@ def check_settings(config: ServeConfig, engine: EngineConfig) -> None:
     if engine.device == "cuda" and (
         config.launcher == "local" or (config.launcher == "ray" and not config.ray_address)
     ):
-        require_gpu(num_ranks=config.ranks, transport=engine.transport)  # ranks on other hosts look for themselves
+        # Ranks on other hosts look for themselves.
+        require_gpu(num_ranks=config.ranks, transport=engine.transport, dispatch=engine.dispatch)
 
 
 def check_forced_routing(engine: EngineConfig, spec: DecoderSpec) -> None:

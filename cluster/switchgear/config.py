@@ -37,6 +37,16 @@ class ServeConfig:
     ray_gpus_per_rank: float = setting(
         1.0, "GPUs that a rank's Ray bundle reserves with --device cuda; a fraction puts several ranks on one."
     )
+    ray_ranks_per_domain: int = setting(
+        0,
+        "Ranks that Ray must keep together, on nodes with one value of --ray-domain-label, or on one node where no node "
+        "has that label; 0: as they fit.",
+    )
+    ray_domain_label: str = setting(
+        "ray.io/gpu-domain",
+        "Label of Ray's nodes that names their GPU domain (one NVLink network, say): ranks are in its order, and those "
+        "with one value are a domain to --dispatch. Without the label a node is a domain of its own.",
+    )
     mpi_command: str = setting(
         "mpiexec -n {ranks}", "How launcher mpi starts its processes, e.g. srun --input 0 -n {ranks}."
     )
@@ -89,6 +99,7 @@ class ServeConfig:
                 raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
         _integer("ranks", self.ranks, 1, RANKS_MAX)
         _integer("port", self.port, 0, 65535)
+        _integer("ray_ranks_per_domain", self.ray_ranks_per_domain, 0, RANKS_MAX)
         _integer("max_restarts", self.max_restarts, 0, 1 << 20)
         limits = ("max_body_bytes", "max_total_body_bytes", "max_prompts_per_request", "max_queued_requests")
         for name in (*limits, "max_connections"):

@@ -378,7 +378,8 @@ class Controller:
             world_size=len(self._ranks.members),
             epoch=0 if in_force is None else in_force.expert_map.epoch,
             channel=f"{self._system.randbits(128):032x}",
-            hosts=tuple(hello.host for hello in self.hellos),
+            hosts=self._ranks.hosts,
+            domains=self._ranks.domains,
         )
         begin = BeginGeneration(self._descriptor) if in_force is None else in_force.begin(self._descriptor)
         return [SendTo(rank_id, begin) for rank_id, _ in self._ranks.of("member")]

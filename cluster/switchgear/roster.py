@@ -74,6 +74,19 @@ class Roster:
         return [life for _, life in self.of("member")]
 
     @property
+    def hosts(self) -> tuple[str, ...]:
+        """Of the members that joined, as their descriptor has them."""
+        return tuple(life.hello.host for life in self.members if life.hello is not None)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """As `hosts`; empty where nobody named any."""
+        hellos = [life.hello for life in self.members if life.hello is not None]
+        if not any(hello.domain for hello in hellos):
+            return ()
+        return tuple(hello.domain or hello.host for hello in hellos)
+
+    @property
     def joined(self) -> list[int]:
         """Ranks that have said Hello, of any role."""
         return [rank for rank in self if self._lives[rank].status == "joined"]

@@ -22,6 +22,8 @@ DTYPES = ("auto", "bfloat16", "float32")
 CHOICES = ("static", "hash", "waterfill", "lp")  # of replicas; as moe.quotas has them
 DEVICES = ("cpu", "cuda", "twin")
 TRANSPORTS = ("auto", "shm", "gloo", "nccl", "mpi", "loopback")
+LIBRARY_DISPATCHES = ("deepep", "nccl-ep")
+DISPATCHES = ("auto", "flat", "hierarchical", *LIBRARY_DISPATCHES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,13 @@ class EngineConfig:
         "How ranks exchange tokens; auto: shm, and gloo between hosts; with device cuda, nccl beside them where each rank "
         "has a GPU of its own.",
         choices=TRANSPORTS,
+    )
+    dispatch: str = setting(
+        "auto",
+        "With device cuda or twin, how rows reach experts: flat, straight to each rank; hierarchical, once to each domain (a "
+        "host, or what shares a --ray-domain-label) and forwarded inside; auto, hierarchical where ranks are in several "
+        "domains; deepep or nccl-ep, by that library, if it is installed (cuda only).",
+        choices=DISPATCHES,
     )
     trusted_network: bool = setting(
         False, "Only this cluster reaches the network between its hosts; gloo sends in the clear."
@@ -122,6 +131,7 @@ class EngineConfig:
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
         self._check_device()
+        self._check_dispatch()
         if self.forced_routing is not None and self.enable_prefix_caching:
             raise ConfigError(
                 f"forced_routing={self.forced_routing!r} needs enable_prefix_caching=False: cached tokens were routed "
@@ -148,6 +158,13 @@ class EngineConfig:
                 )
         if self.dtype == "float32":
             raise ConfigError(f"dtype='float32' with device={self.device!r}: its products take bfloat16; use that")
+
+    def _check_dispatch(self) -> None:
+        devices = ("cuda",) if self.dispatch in LIBRARY_DISPATCHES else ("cuda", "twin")
+        if self.dispatch != "auto" and self.device not in devices:
+            raise ConfigError(
+                f"dispatch={self.dispatch!r} needs device={' or '.join(devices)}, not {self.device!r}; use dispatch='auto'"
+            )
 
 
 def _positive(name: str, value: object) -> None:

@@ -6,7 +6,7 @@ What changes a model's behaviour is a setting (config.py), not a variable; here 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from switchgear_runtime.errors import ConfigError
@@ -58,6 +58,13 @@ def _key(name: str) -> str | None:
 def visible_cuda_devices() -> str | None:
     """`CUDA_VISIBLE_DEVICES`; None where it is not set. Empty hides every GPU."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def show_gpus(ids: Sequence[str]) -> None:
+    """Those that this process was given, to CUDA when it starts; none: all stay as they are. Ray leaves it to the process
+    under RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES, and a rank that saw all of a node would take another's."""
+    if ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
 
 
 def ranks_may_share_gpu() -> bool:

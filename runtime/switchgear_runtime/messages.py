@@ -145,6 +145,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     num_layers: int  # MoE layers
     num_experts: int  # logical
     host: str = ""  # where it runs: ranks that share it share memory
+    domain: str = ""  # ranks that share it have fast links between their devices; empty: those of its host
 
 
 class TokenOutput(msgspec.Struct, array_like=True, frozen=True):

@@ -49,6 +49,7 @@ class RankWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     token: str
     host_name: str = ""  # ranks that share it share memory
+    domain_name: str = ""  # ranks that share it have fast links between their devices; empty: those of a host
     connect_timeout_s: float = 10.0
     start_timeout_s: float = 0.0  # after that, the server ends whoever has not entered a generation; 0: unknown
     expert_map: dict[str, Any] | None = None
@@ -95,7 +96,8 @@ class RankWorker:
                 Fault(rank=config.rank, generation=0, step=0, kind=type(error).__name__, peers=[], message=str(error))
             )
             raise
-        link.send(msgspec.structs.replace(engine.hello(os.getpid()), host=config.host_name))
+        hello = engine.hello(os.getpid())
+        link.send(msgspec.structs.replace(hello, host=config.host_name, domain=config.domain_name))
         gc.freeze()  # what loading made stays to the end; collections in the middle of a step need not look at it
         engine.run()
         link.close()
@@ -140,7 +142,8 @@ class RankWorker:
             if self._cpus is not None:
                 log.info("bound to CPUs %s", sorted(self._cpus.cpus))
         if engine_config.device == "cuda":
-            require_gpu(num_ranks=config.world_size, transport=engine_config.transport)
+            transport, dispatch = engine_config.transport, engine_config.dispatch
+            require_gpu(num_ranks=config.world_size, transport=transport, dispatch=dispatch)
         spec = load_spec(engine_config.model)
         checkpoint = Checkpoint(engine_config.model, spec)
         expert_map = None
@@ -172,6 +175,7 @@ class RankWorker:
                         trusted=engine_config.trusted_network,
                     ),
                     device=runner.device,
+                    dispatch="flat" if engine_config.device == "cpu" else engine_config.dispatch,
                 )
             finally:
                 self._meeting = None

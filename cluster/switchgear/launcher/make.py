@@ -25,6 +25,8 @@ def make_launcher(config: ServeConfig, engine: EngineConfig, on_exit: OnExit, *,
         num_ranks=config.ranks,
         cpus_per_rank=config.ray_cpus_per_rank,
         gpus_per_rank=config.ray_gpus_per_rank if engine.device == "cuda" else 0.0,
+        ranks_per_domain=config.ray_ranks_per_domain,
+        domain_label=config.ray_domain_label,
         one_host=engine.transport == "shm",  # ranks share memory, and must not spread over nodes
         address=config.ray_address,
         timeout_s=config.start_timeout_s,

@@ -7,6 +7,7 @@ import os
 import msgspec
 
 from switchgear.launcher.process import ProcessId
+from switchgear_runtime.env import show_gpus
 from switchgear_runtime.rank_worker import RankWorker, RankWorkerConfig, configure_logging
 
 
@@ -14,8 +15,10 @@ class RankActor:
     """Two phases: a light construction that places the process, then `run`, which loads and serves and is the sentinel
     of its life."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, domain_label: str = "") -> None:
+        """`domain_label`: of nodes: the value is the rank's GPU domain."""
         self.rank = rank
+        self._domain_label = domain_label
 
     def describe(self) -> tuple[int, float, str]:
         """(pid, creation time, Ray node id): who must be seen gone after a death."""
@@ -27,11 +30,19 @@ class RankActor:
     def run(self, config_json: bytes) -> None:
         """Returns when all ranks have agreed to stop."""
         config = msgspec.json.decode(config_json, type=RankWorkerConfig)
-        import ray
-
         configure_logging(config.rank, config.log_level)
-        node_id = ray.get_runtime_context().get_node_id()  # two raylets on one machine are two hosts
-        RankWorker(msgspec.structs.replace(config, host_name=node_id)).run()
+        RankWorker(at_its_place(config, self._domain_label)).run()
+
+
+def at_its_place(config: RankWorkerConfig, domain_label: str) -> RankWorkerConfig:
+    """With the names of where this process is, which from now on sees the GPUs that Ray gave it, and no other."""
+    import ray
+
+    context = ray.get_runtime_context()
+    show_gpus(context.get_accelerator_ids().get("GPU", []))
+    node_id = context.get_node_id()  # two raylets on one machine are two hosts
+    domain = str(context.get_node_labels().get(domain_label, ""))
+    return msgspec.structs.replace(config, host_name=node_id, domain_name=domain)
 
 
 class PlannerActor:

@@ -20,12 +20,12 @@ from typing import IO, Any
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from switchgear.launcher.process import ProcessId, read_tail
 from switchgear.launcher.ray_actor import PlannerActor, RankActor
+from switchgear.launcher.ray_places import RayPlaces
 from switchgear.launcher.ray_protocol import (
     LINE_BYTES_MAX,
     Command,
@@ -78,8 +78,7 @@ class RayDriver:
         self._num_starts = 0
         self._node_id = ""
         self._session_dir = ""
-        self._group: PlacementGroup | None = None
-        self._more_groups: dict[int, PlacementGroup] = {}  # of ranks that came later, one each
+        self._places = RayPlaces(settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def emit(self, event: Event) -> None:
@@ -89,24 +88,10 @@ class RayDriver:
 
     def open(self) -> Opened:
         """Start or join Ray, and reserve the bundles. Blocks; RuntimeError says what to change."""
-        settings = self._settings
         context: Any = ray.init(**self._init_arguments())
         self._session_dir = context.address_info["session_dir"]
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._group = placement_group(
-            [settings.bundle] * settings.num_ranks,
-            strategy="STRICT_PACK" if settings.one_host else "PACK",
-        )
-        try:
-            ray.get(self._group.ready(), timeout=settings.timeout_s)
-        except GetTimeoutError:
-            where = "one node with " if settings.one_host else ""
-            raise RuntimeError(
-                f"the Ray cluster at {context.address_info['gcs_address']} has no {where}room for {settings.num_ranks} "
-                f"bundles of {settings.bundle} (waited {settings.timeout_s:g} s); free some, or lower ranks, "
-                "ray_cpus_per_rank or ray_gpus_per_rank"
-            ) from None
-        nodes = set(placement_group_table(self._group)["bundles_to_node_id"].values())
+        nodes = self._places.reserve()
         # The loopback interface whenever it reaches all ranks; never all interfaces.
         own_address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         host = "127.0.0.1" if nodes == {self._node_id} else own_address
@@ -130,9 +115,7 @@ class RayDriver:
                 rank.process.kill_and_wait(KILL_TIMEOUT_S)
         if self._planner_process is not None:
             self._planner_process.kill_and_wait(KILL_TIMEOUT_S)
-        for group in (self._group, *self._more_groups.values()):
-            if group is not None:
-                ray.util.remove_placement_group(group)
+        self._places.close()
         ray.shutdown()
 
     def _init_arguments(self) -> dict[str, Any]:
@@ -145,7 +128,7 @@ class RayDriver:
             **common,
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, room),
-            "num_gpus": 0,
+            "num_gpus": None if settings.gpus_per_rank else 0,  # None: those that it finds
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(
@@ -171,7 +154,7 @@ class RayDriver:
             case SweepChannel():
                 await self._sweep(command.channel)
             case ReleasePlace():
-                self._give_back(command.rank)
+                self._places.give_back(command.rank)
             case ReadLog():
                 return Done(command.id, result=self._log_tail(command.rank))
             case Plan():
@@ -183,7 +166,7 @@ class RayDriver:
     async def _start(self, rank: int, config: dict[str, Any]) -> None:
         settings = self._settings
         self._num_starts += 1
-        group, bundle = await self._bundle(rank)
+        group, bundle = await self._places.of(rank)
         actor: Any = (
             ray.remote(RankActor)
             .options(
@@ -194,7 +177,7 @@ class RayDriver:
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
             )
-            .remote(rank)
+            .remote(rank, settings.domain_label)
         )
         state = _Rank(rank, actor)
         self._ranks[rank] = state
@@ -203,42 +186,6 @@ class RayDriver:
         state.process = ProcessId(pid, created_s)
         sentinel = asyncio.wrap_future(actor.run.remote(msgspec.json.encode(config)).future())
         state.watch = asyncio.get_running_loop().create_task(self._watch(state, sentinel))
-
-    async def _bundle(self, rank: int) -> tuple[PlacementGroup, int]:
-        """Where a rank has its place: among the first ones, or in a group of its own if the cluster grew."""
-        assert self._group is not None
-        settings = self._settings
-        if rank < settings.num_ranks:
-            return self._group, rank
-        if rank not in self._more_groups:
-            resources = settings.bundle
-            if settings.one_host:
-                resources |= self._node_of_the_first()
-            group = placement_group([resources], strategy="PACK")
-            ready = asyncio.wrap_future(group.ready().future())
-            try:
-                await asyncio.wait_for(ready, settings.timeout_s / 2)
-            except TimeoutError:
-                ray.util.remove_placement_group(group)
-                where = "on the ranks' node " if settings.one_host else ""
-                raise RuntimeError(
-                    f"Ray has no room {where}for one more bundle of {settings.bundle} (waited "
-                    f"{settings.timeout_s / 2:g} s); free some, or ask for fewer ranks"
-                ) from None
-            self._more_groups[rank] = group
-        return self._more_groups[rank], 0
-
-    def _node_of_the_first(self) -> dict[str, float]:
-        """A sliver of the resource that only the first ranks' node has."""
-        node_ids = set(placement_group_table(self._group)["bundles_to_node_id"].values())
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return {f"node:{node['NodeManagerAddress']}": 0.001 for node in nodes if node["NodeID"] in node_ids}
-
-    def _give_back(self, rank: int) -> None:
-        """The bundle of a rank that came later and is gone for good: it left, or never came up."""
-        group = self._more_groups.pop(rank, None)
-        if group is not None:
-            ray.util.remove_placement_group(group)
 
     async def _watch(self, state: _Rank, sentinel: asyncio.Future[None]) -> None:
         """The sentinel resolves when the rank stopped, failed or died; its exit is reported once the process is

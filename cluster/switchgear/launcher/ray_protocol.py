@@ -20,6 +20,8 @@ class DriverSettings(msgspec.Struct, frozen=True, kw_only=True):
     folder: str | None
     timeout_s: float
     gpus_per_rank: float = 0.0
+    ranks_per_domain: int = 0  # that Ray must keep together; 0: as they fit
+    domain_label: str = ""  # of nodes: those with one value of it are a GPU domain
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Every message takes one hop: to a rank of the same host through shared memory, to any other directly over the network,
 once. Both halves of a call are under way at the same time: the network's is begun first and finished last. The halves
-share the store, so a rank that one of them has ended still learns from the notes whom to blame.
+share the store, so a rank that one of them has ended still learns from the notes whom to blame. `inside` is the shared
+memory's half as a transport by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Never, TypeVar
 
+from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.comm.gloo import GlooTransport
+from switchgear_runtime.comm.inside_host import InsideHost
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.store import FailureNotes, Note
@@ -37,6 +40,7 @@ class HierarchicalTransport:
         if not 0 <= rank < len(hosts):
             raise ConfigError(f"rank={rank} must be 0 to {len(hosts) - 1}")
         self._rank = rank
+        self.hosts = Domains.of(hosts).members
         self._neighbours = [peer for peer, host in enumerate(hosts) if host == hosts[rank]]
         strangers = [peer for peer, host in enumerate(hosts) if host != hosts[rank]]
         self._notes = FailureNotes(network.store, rank)
@@ -63,6 +67,11 @@ class HierarchicalTransport:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def inside(self) -> InsideHost:
+        """Of the ranks on this host, which make their calls on it and on the whole in one order."""
+        return InsideHost(self, self._neighbours)
 
     @property
     def rank(self) -> int:
@@ -116,6 +125,15 @@ class HierarchicalTransport:
             sent_bytes=sum(part.sent_bytes for part in parts),
             received_bytes=sum(part.received_bytes for part in parts),
         )
+
+    def call_inside(self, call: Callable[[ShmTransport], Result]) -> Result:
+        """On the shared memory's half alone."""
+        inside = self._open()
+        self._num_calls += 1
+        try:
+            return call(inside)
+        except TransportError as error:
+            self._fail(self._worldwide(error))
 
     def _begin(self, kind: str, messages: Sequence[memoryview | bytes]) -> None:
         self._between.begin(kind, messages)

@@ -5,7 +5,9 @@ name nobody. An exchange of device memory is three agreements over it: lengths (
 receives, and rounds of marks until every rank says that its part is complete. So a peer that dies or hangs in the middle
 is named by the round, and then the communicator is aborted: it is non-blocking, and no rank is inside a call of NCCL's.
 
-Migration must not share this communicator: two streams of one NCCL communicator may run in another order on each rank.
+Where domains are hosts, their ranks have a communicator more, over the host's half of `control` (InsideHost); one is used
+at a time, on one stream. Migration must share neither: two streams of one NCCL communicator may run in another order on
+each rank.
 
 STATUS: has run on no GPU yet.
 """
@@ -26,13 +28,12 @@ import torch
 
 from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
 from switchgear_runtime.comm.device_exchange import Parts
-from switchgear_runtime.comm.nccl_library import IN_PROGRESS, SUCCESS, UINT8, Nccl, UniqueId, nccl, non_blocking
+from switchgear_runtime.comm.device_rounds import DONE, FAILED, LATE, among_all, until_all_done
+from switchgear_runtime.comm.nccl_library import IN_PROGRESS, SUCCESS, UINT8, Nccl, UniqueId, communicator_config, nccl
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.env import ranks_may_share_gpu
-from switchgear_runtime.errors import ConfigError, TransportError, TransportTimeout
+from switchgear_runtime.errors import ConfigError, TransportError
 
-ROUND_S = 0.2  # a rank whose part is not complete asks the others so often
-LATE, DONE, FAILED, EXPIRED = 0, 1, 2, 3  # a rank's mark in a round; EXPIRED: late, and its deadline has passed
 _GPU = struct.Struct("<?64s")  # whether ranks may share a GPU, GPU
 _MEET = struct.Struct("<I?64s128s")  # NCCL version, whether ranks may share a GPU, GPU, unique id (of rank 0)
 
@@ -163,23 +164,12 @@ class NcclTransport(BesideHosts):
     # --- agreement ----------------------------------------------------------------------------------------------------
 
     def _agree(self, what: str, is_done: Callable[[], bool], deadline_s: float, timeout_s: float) -> None:
-        """Until every rank's part is complete. Whoever has died or hangs is named by the round's all_gather."""
-        while True:
-            mark = self._watch(is_done, min(deadline_s, time.monotonic() + ROUND_S))
-            if mark == LATE and time.monotonic() >= deadline_s:
-                mark = EXPIRED  # told, so that all ranks stop in the same round
-            remaining_s = max(1.0, deadline_s - time.monotonic())
-            marks = [given[0] for given in self._control.all_gather(bytes([mark]), timeout_s=remaining_s)]
-            if all(given == DONE for given in marks):
-                return
-            failed = [peer for peer, given in enumerate(marks) if given == FAILED]
-            late = [peer for peer, given in enumerate(marks) if given in (LATE, EXPIRED)]
-            if failed:
-                self._fail(what, failed)
-            if EXPIRED in marks:
-                names = ", ".join(map(str, late))
-                text = f"rank {self.rank}: {what}: waited {timeout_s:.2f} s for the GPU of rank {names}"
-                raise TransportTimeout(text, rank=self.rank, peers=[peer for peer in late if peer != self.rank])
+        """Until every rank's part is complete. Whoever has died or hangs is named by the rounds."""
+        watch = functools.partial(self._watch, is_done)
+        failed = until_all_done(self._control, what, watch, deadline_s=deadline_s, timeout_s=timeout_s)
+        if failed:
+            (own,) = among_all(self._control, [self.rank])
+            self._fail(what, failed, own)
 
     def _watch(self, is_done: Callable[[], bool], until_s: float) -> int:
         """This rank's mark, as soon as it is not LATE."""
@@ -192,11 +182,11 @@ class NcclTransport(BesideHosts):
                 return LATE
             time.sleep(0)
 
-    def _fail(self, what: str, failed: list[int]) -> Never:
-        own = self._start_error if self._start_error != SUCCESS else self._async_error()
-        detail = self._library.result_text(own) if self.rank in failed else "see its log"
-        text = f"rank {self.rank}: {what}: NCCL failed on rank {', '.join(map(str, failed))}: {detail}"
-        raise TransportError(text, rank=self.rank, peers=[peer for peer in failed if peer != self.rank])
+    def _fail(self, what: str, failed: list[int], own: int) -> Never:
+        error = self._start_error if self._start_error != SUCCESS else self._async_error()
+        detail = self._library.result_text(error) if own in failed else "see its log"
+        text = f"rank {own}: {what}: NCCL failed on rank {', '.join(map(str, failed))}: {detail}"
+        raise TransportError(text, rank=own, peers=[peer for peer in failed if peer != own])
 
     def _async_error(self) -> int:
         with self._lock:
@@ -210,21 +200,11 @@ class NcclTransport(BesideHosts):
 
     def _connect(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
-        unique_id, library = UniqueId(), self._library.library
-        self._start_error = SUCCESS
-        if self.rank == 0:
-            self._start_error = library.ncclGetUniqueId(ctypes.byref(unique_id))
-        gpu = self._gpu.identity().encode()
-        header = _MEET.pack(self._library.version, ranks_may_share_gpu(), gpu, bytes(unique_id))
-        met = [_MEET.unpack(given) for given in self._control.all_gather(header, timeout_s=timeout_s)]
-        check_meeting(
-            [(version, shares, given.rstrip(b"\0").decode()) for version, shares, given, _ in met], self._library
-        )
-        ctypes.memmove(ctypes.byref(unique_id), met[0][3], len(met[0][3]))
-        config = non_blocking()
+        unique_id, self._start_error = meet(self._control, self._gpu, self._library, timeout_s=timeout_s)
+        config = communicator_config(blocking=False)
         if self._start_error == SUCCESS:
             with self._lock, self._gpu.current():
-                result = library.ncclCommInitRankConfig(
+                result = self._library.library.ncclCommInitRankConfig(
                     ctypes.byref(self._comm), self.world_size, unique_id, self.rank, ctypes.byref(config)
                 )
             self._start_error = SUCCESS if result == IN_PROGRESS else result
@@ -240,6 +220,19 @@ class NcclTransport(BesideHosts):
             if self._comm:
                 self._library.library.ncclCommAbort(self._comm)
                 self._comm = ctypes.c_void_p()
+
+
+def meet(control: Transport, gpu: Gpu, library: Nccl, *, timeout_s: float) -> tuple[UniqueId, int]:
+    """Rank 0's unique id, and what getting it returned here (SUCCESS on all other ranks). ConfigError on all ranks, or
+    none, if they do not go together."""
+    unique_id, error = UniqueId(), SUCCESS
+    if control.rank == 0:
+        error = int(library.library.ncclGetUniqueId(ctypes.byref(unique_id)))
+    header = _MEET.pack(library.version, ranks_may_share_gpu(), gpu.identity().encode(), bytes(unique_id))
+    met = [_MEET.unpack(given) for given in control.all_gather(header, timeout_s=timeout_s)]
+    check_meeting([(version, shares, given.rstrip(b"\0").decode()) for version, shares, given, _ in met], library)
+    ctypes.memmove(ctypes.byref(unique_id), met[0][3], len(met[0][3]))
+    return unique_id, error
 
 
 def check_meeting(met: Sequence[tuple[int, bool, str]], library: Nccl) -> None:

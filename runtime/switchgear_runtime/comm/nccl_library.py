@@ -51,13 +51,13 @@ class _Config(ctypes.Structure):
     ]
 
 
-def non_blocking() -> _Config:
-    """The only kind of communicator that can be given up while a peer is gone."""
+def communicator_config(*, blocking: bool) -> _Config:
+    """A blocking communicator cannot be given up while a peer is gone."""
     return _Config(
         size=ctypes.sizeof(_Config),
         magic=_MAGIC,
         version=_CONFIG_VERSION,
-        blocking=0,
+        blocking=int(blocking),
         cga_cluster_size=_UNDEFINED,
         min_ctas=_UNDEFINED,
         max_ctas=_UNDEFINED,

@@ -21,6 +21,7 @@ import torch
 
 from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
 from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.device_rounds import among_all
 from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportTimeout
@@ -117,7 +118,7 @@ def _all_are_peers(device: torch.device) -> bool:
 
 def over_peer_memory(control: Transport, device: torch.device, *, timeout_s: float) -> Transport:
     """`control` with peer memory beside it; `control` itself unless every rank has CuPy and is on this host."""
-    if not type(control).__name__.startswith("Shm"):
+    if not getattr(control, "is_one_host", False):
         return control
     have = control.all_gather(bytes([find_spec("cupy") is not None]), timeout_s=timeout_s)
     if not all(given[0] for given in have):
@@ -204,8 +205,9 @@ class PeerTransport(BesideHosts):
     def _finish(self, is_done: Callable[[], bool], deadline_s: float, timeout_s: float) -> None:
         while not is_done():
             if time.monotonic() >= deadline_s:
-                text = f"rank {self.rank}: exchange: waited {timeout_s:.2f} s for this rank's own GPU"
-                raise TransportTimeout(text, rank=self.rank)
+                (own,) = among_all(self._control, [self.rank])
+                text = f"rank {own}: exchange: waited {timeout_s:.2f} s for this rank's own GPU"
+                raise TransportTimeout(text, rank=own)
             time.sleep(0)
 
     def _give_up(self) -> None:

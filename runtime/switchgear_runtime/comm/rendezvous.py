@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.config import LIBRARY_DISPATCHES
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
 
@@ -23,22 +26,52 @@ def open_transport(
     hub: LoopbackHub | None = None,
     network: Network | None = None,
     device: str = "cpu",
+    dispatch: str = "flat",
 ) -> Transport:
     """Join `descriptor.channel` as `rank`; returns once all ranks have. `hub` is where loopback ranks meet.
 
     `auto`: shm, or on several hosts shm inside and gloo between. Raises TransportTimeout naming the ranks that did not
-    come within `timeout_s`. On a GPU (`device`: cuda:0), auto and nccl put NCCL beside those.
+    come within `timeout_s`. On a GPU (`device`: cuda:0), auto and nccl put NCCL beside those. `dispatch`: of
+    EngineConfig; hierarchical, or auto where ranks are in several domains, makes it a DomainTransport.
     """
-    if device.startswith("cuda") and kind in ("auto", "nccl"):
-        return _open_over_nccl(
-            descriptor,
-            rank,
-            device,
-            required=kind == "nccl",
-            mailbox_bytes=mailbox_bytes,
-            timeout_s=timeout_s,
-            network=network,
-        )
+    on_gpus = device.startswith("cuda") and kind in ("auto", "nccl")
+    over_nccl = on_gpus and dispatch not in LIBRARY_DISPATCHES  # which bring their own
+    control = _open_control(
+        "auto" if on_gpus else kind,
+        descriptor,
+        rank,
+        mailbox_bytes=mailbox_bytes,
+        timeout_s=timeout_s,
+        hub=hub,
+        network=network,
+    )
+    domains = Domains.of(descriptor.domain_names)
+    by_domain = dispatch == "hierarchical" or (dispatch == "auto" and domains.are_worth_it)
+    if not (over_nccl or by_domain):
+        return control
+    try:
+        on_device = _nccl_beside(device, required=kind == "nccl", timeout_s=timeout_s) if over_nccl else _as_it_is
+        if not by_domain:
+            return on_device(control)
+        from switchgear_runtime.comm.domain_transport import with_domains
+
+        return with_domains(control, domains, on_device)
+    except BaseException:
+        control.close()
+        raise
+
+
+def _open_control(
+    kind: str,
+    descriptor: GenerationDescriptor,
+    rank: int,
+    *,
+    mailbox_bytes: int,
+    timeout_s: float,
+    hub: LoopbackHub | None,
+    network: Network | None,
+) -> Transport:
+    """Of the hosts."""
     world_size = descriptor.world_size
     num_hosts = len(set(descriptor.hosts))
     if kind == "loopback":
@@ -71,25 +104,13 @@ def open_transport(
     )
 
 
-def _open_over_nccl(
-    descriptor: GenerationDescriptor,
-    rank: int,
-    device: str,
-    *,
-    required: bool,
-    mailbox_bytes: int,
-    timeout_s: float,
-    network: Network | None,
-) -> Transport:
+def _nccl_beside(device: str, *, required: bool, timeout_s: float) -> Callable[[Transport], Transport]:
     import torch
 
     from switchgear_runtime.comm.nccl import over_nccl
 
-    control = open_transport(
-        "auto", descriptor, rank, mailbox_bytes=mailbox_bytes, timeout_s=timeout_s, network=network
-    )
-    try:
-        return over_nccl(control, torch.device(device), required=required, timeout_s=timeout_s)
-    except BaseException:
-        control.close()
-        raise
+    return lambda control: over_nccl(control, torch.device(device), required=required, timeout_s=timeout_s)
+
+
+def _as_it_is(control: Transport) -> Transport:
+    return control

@@ -95,6 +95,8 @@ class ShmTransport:
     Views that all_to_all_v returned stay readable after close(): the mapping goes with the last of them.
     """
 
+    is_one_host = True  # peer memory works
+
     def __init__(self, channel: str, rank: int, world_size: int, mailbox_bytes: int, timeout_s: float) -> None:
         if not 1 <= world_size <= WORLD_SIZE_MAX:
             raise ConfigError(f"world_size={world_size} must be 1 to {WORLD_SIZE_MAX} for the shm transport")

@@ -25,7 +25,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
 from switchgear_runtime.cuda.expert_group import ExpertGroup
-from switchgear_runtime.cuda.group_choice import GenerationGroups
+from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
@@ -53,6 +53,7 @@ class DeviceDecoder:
         self, kernels: Kernels, decoder: Decoder, kv_cache: DeviceKVCache, config: EngineConfig, *, max_model_len: int
     ) -> None:
         check_supported(decoder)
+        check_rows(config.dispatch, decoder.embedding_VD.shape[1])
         self._kernels = kernels
         self._decoder = decoder
         tables = RotaryTables(kernels.device)
@@ -126,6 +127,8 @@ class DeviceDecoder:
             max_tokens=self._small.max_tokens,
             top_k=max((router.top_k for router in routers), default=1),
             hidden=self._decoder.embedding_VD.shape[1],
+            dispatch=self._config.dispatch,
+            max_batched_tokens=self._config.max_num_batched_tokens,
             timeout_s=self._config.step_timeout_s,
         )
 

@@ -11,13 +11,26 @@ from typing import Any
 from torch import Tensor
 
 from switchgear_runtime.comm.device_exchange import device_exchange
+from switchgear_runtime.comm.domain_transport import DomainTransport
+from switchgear_runtime.comm.nccl import Gpu
+from switchgear_runtime.comm.nccl_library import nccl
+from switchgear_runtime.comm.partition_exchange import PartitionExchange
 from switchgear_runtime.comm.peer_memory import peer_memory_over
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.config import LIBRARY_DISPATCHES
+from switchgear_runtime.cuda import deepep_dispatch, nccl_ep_dispatch
+from switchgear_runtime.cuda.deepep_dispatch import DeepEp
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
+from switchgear_runtime.cuda.hierarchical_dispatch import HierarchicalDispatch
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.local_group import LocalGroup
+from switchgear_runtime.cuda.nccl_ep_dispatch import NcclEp
+from switchgear_runtime.cuda.pair_dispatch import PairDispatch, PairLibrary
 from switchgear_runtime.cuda.peer_group import PeerGroup
+from switchgear_runtime.errors import ConfigError
+
+_HIDDEN_MULTIPLES = {"deepep": deepep_dispatch.HIDDEN_MULTIPLE, "nccl-ep": nccl_ep_dispatch.HIDDEN_MULTIPLE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,15 +53,20 @@ class GenerationGroups:
         max_tokens: int,
         top_k: int,
         hidden: int,
+        dispatch: str,
+        max_batched_tokens: int,
         timeout_s: float,
     ) -> GenerationGroups:
         """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
-        all have come here."""
+        all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
         if transport.world_size == 1:
-            group = LocalGroup(kernels)
-            return cls(rank=0, large=group, small=group if max_tokens > 0 else None)
-        exchange = device_exchange(transport)
-        large = FlatDispatch(kernels, exchange, rank=transport.rank, num_ranks=transport.world_size)
+            alone = LocalGroup(kernels)
+            return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
+        if dispatch in LIBRARY_DISPATCHES:
+            max_pairs = max_batched_tokens * top_k
+            group = library_group(kernels, transport, dispatch, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
+            return cls(rank=transport.rank, large=group, small=None)
+        large = large_group(kernels, transport)
         memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
         if before is not None and isinstance(before.small, PeerGroup):
             before.small.free()
@@ -79,3 +97,43 @@ class GenerationGroups:
         self.large.close()
         if self.small is not None and self.small is not self.large:
             self.small.close()
+
+
+def check_rows(dispatch: str, hidden: int) -> None:
+    """ConfigError where a library cannot take the model's rows."""
+    multiple = _HIDDEN_MULTIPLES.get(dispatch, 1)
+    if hidden % multiple:
+        raise ConfigError(
+            f"dispatch={dispatch!r} takes rows of multiples of {multiple} values, and this model's have {hidden}; use "
+            "dispatch='auto'"
+        )
+
+
+def large_group(kernels: Kernels, transport: Transport) -> ExpertGroup[Any]:
+    """Of several ranks: by domain, where the transport knows of any."""
+    if isinstance(transport, DomainTransport):
+        return _hierarchical(kernels, transport)
+    return FlatDispatch(kernels, device_exchange(transport), rank=transport.rank, num_ranks=transport.world_size)
+
+
+def _hierarchical(kernels: Kernels, transport: DomainTransport) -> HierarchicalDispatch:
+    domains, rank = transport.domains, transport.rank
+    outer = device_exchange(transport.world)
+    if transport.inner is not None:
+        inner = device_exchange(transport.inner)
+    else:
+        inner = PartitionExchange(outer, domains.members[domains.at(rank)[0]], domains.num_ranks)
+    return HierarchicalDispatch(kernels, outer, inner, domains, rank)
+
+
+def library_group(
+    kernels: Kernels, control: Transport, dispatch: str, *, max_pairs: int, hidden: int, timeout_s: float
+) -> PairDispatch:
+    """`max_pairs`: of a rank in a step."""
+    gpu = Gpu(kernels.device)
+    library: PairLibrary
+    if dispatch == "deepep":
+        library = DeepEp(control, gpu, nccl(), max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
+    else:
+        library = NcclEp(control, gpu, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
+    return PairDispatch(kernels, control, library, gpu.mark)

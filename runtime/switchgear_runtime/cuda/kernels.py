@@ -13,7 +13,7 @@ from torch import Tensor
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.dense_kernels import DTYPES, DenseKernels, address
-from switchgear_runtime.cuda.library import BF16, FP32, SILU_MUL, STORE
+from switchgear_runtime.cuda.library import BF16, SILU_MUL, STORE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -142,9 +142,9 @@ class Kernels(DenseKernels):
         return plan
 
     def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
-        """[M, D] bf16: the tokens' rows, rounded as payload; the first `num_now` ([1], int32; None: all) are made."""
+        """[M, D] bf16: the tokens' rows, rounded as payload, or as they are; the first `num_now` ([1], int32; None: all) are made."""
         rows_MD = self.empty(row_tokens_M.shape[0], x_TD.shape[1], dtype=torch.bfloat16)
-        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, FP32, BF16, num_now)
+        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, DTYPES[x_TD.dtype], BF16, num_now)
 
     def group(
         self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int

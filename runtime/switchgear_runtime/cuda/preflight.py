@@ -7,6 +7,7 @@ a model, torch or NCCL is loaded; a machine that passes has everything the devic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from switchgear_runtime.comm.nccl_library import NCCL_FILE
 from switchgear_runtime.cuda.facts import GpuFacts, Package, gather_facts
@@ -15,6 +16,10 @@ from switchgear_runtime.errors import ConfigError
 CAPABILITY_MIN = (8, 0)  # bf16 products; GPUs without code of their own take sm_80's as PTX
 DRIVER_FOR_CUDA = {12: "525.60.13", 13: "580.65.06"}  # the oldest Linux driver of each CUDA (NVIDIA's release notes)
 TORCH_INDEX = {12: "cu128", 13: "cu130"}  # of download.pytorch.org/whl
+_DISPATCH_LIBRARIES = {
+    "deepep": ("deep_ep", "build DeepEP 2 (github.com/deepseek-ai/DeepEP), or use dispatch='auto'"),
+    "nccl-ep": ("nccl.ep", "`pip install 'nccl-extensions[cu13]'` (or [cu12]), or use dispatch='auto'"),
+}
 _NO_DEVICE, _NOT_PERMITTED, _MISMATCH, _COMPAT = 100, 800, 803, 804  # CUresult
 
 
@@ -38,13 +43,29 @@ class DeviceUnavailable(ConfigError):
         self.obstacles = obstacles
 
 
-def require_gpu(*, num_ranks: int, transport: str) -> GpuFacts:
+def require_gpu(*, num_ranks: int, transport: str, dispatch: str = "auto") -> GpuFacts:
     """The facts, if nothing stands in the way of `num_ranks` on this host."""
     facts = gather_facts()
     found = obstacles(facts, nccl=needs_nccl(facts, num_ranks=num_ranks, transport=transport))
+    found += missing_library(dispatch)
     if found:
         raise DeviceUnavailable(found)
     return facts
+
+
+def missing_library(dispatch: str) -> list[Obstacle]:
+    """That `dispatch` names and Python does not find."""
+    module, fix = _DISPATCH_LIBRARIES.get(dispatch, ("", ""))
+    if not module or _is_installed(module):
+        return []
+    return [Obstacle(f"dispatch={dispatch!r} needs the module {module}, which is not installed", fix)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def needs_nccl(facts: GpuFacts, *, num_ranks: int, transport: str) -> bool:
@@ -125,10 +146,9 @@ def _kernels(facts: GpuFacts) -> list[Obstacle]:
     if facts.kernels is not None:
         return []
     major = _torch_major(facts) or _best_major(facts)
-    fix = (
-        f"build it where nvcc is (a CUDA toolkit, or `pip install 'cuda-toolkit[nvcc,cudart,cccl]=={major}.*'`), by "
-        "`make cuda` in the repository's root"
-    )
+    # PyPI's nvidia-cuda-nvcc-cu12 has ptxas and no nvcc.
+    pip = f", or `pip install 'cuda-toolkit[nvcc,cudart,cccl]=={major}.*'`" if major >= 13 else ""
+    fix = f"build it where nvcc is (a CUDA {major} toolkit{pip}), by `make cuda` in the repository's root"
     return [Obstacle("libswitchgear_cuda.so, our kernels, is not built", fix)]
 
 

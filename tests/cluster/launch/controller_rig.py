@@ -34,7 +34,7 @@ class Rig:
         )
         self.num_ranks = num_ranks
 
-    def hello(self, rank: int, fingerprint: str = "same") -> list[Action]:
+    def hello(self, rank: int, fingerprint: str = "same", *, host: str = "", domain: str = "") -> list[Action]:
         return self.controller.on_hello(
             Hello(
                 rank=rank,
@@ -45,6 +45,8 @@ class Rig:
                 max_model_len=128,
                 num_layers=1,
                 num_experts=4,
+                host=host,
+                domain=domain,
             )
         )
 

@@ -19,6 +19,7 @@ from cluster_rig import Leavings, idle_percent, rank_pids, real, submit, until
 
 from switchgear.cluster import Cluster
 from switchgear.launcher.ray_driver import RayDriver
+from switchgear.launcher.ray_places import Later
 from switchgear.launcher.ray_planner import RayPlanner
 from switchgear.launcher.ray_protocol import DriverSettings, ReleasePlace
 from switchgear.loop_thread import LoopThread
@@ -170,12 +171,12 @@ def test_the_place_of_a_newcomer_that_failed_is_given_back(monkeypatch: pytest.M
         name="x", num_ranks=2, cpus_per_rank=1, one_host=False, address=None, folder=None, timeout_s=1
     )
     driver = RayDriver(settings, io.BytesIO())
-    bundles = driver._more_groups = {2: object(), 3: object()}
-    two = bundles[2]
+    later = driver._places._later = {rank: Later(object()) for rank in (2, 3)}
+    two = later[2].group
     for rank in (2, 2, 0):
         asyncio.run(driver._run(ReleasePlace(1, rank)))
     assert removed == [two]
-    assert list(driver._more_groups) == [3]
+    assert list(later) == [3]
 
 
 OWNER = """

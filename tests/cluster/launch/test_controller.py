@@ -40,6 +40,25 @@ def test_channels_are_fresh_and_unguessable() -> None:
     assert all(len(channel) == 32 for channel in channels)
 
 
+@pytest.mark.parametrize(
+    ("told", "domains"),
+    [
+        ([("h1", ""), ("h1", ""), ("h2", "")], ()),
+        ([("h1", "rack"), ("h1", "rack"), ("h2", "rack")], ("rack", "rack", "rack")),
+        ([("h1", "left"), ("h1", "right"), ("h2", "")], ("left", "right", "h2")),
+    ],
+)
+def test_the_descriptor_says_where_ranks_are(told: list[tuple[str, str]], domains: tuple[str, ...]) -> None:
+    rig = Rig()
+    rig.controller.start()
+    for rank, (host, domain) in enumerate(told):
+        actions = rig.hello(rank, host=host, domain=domain)
+    (descriptor,) = {action.message.descriptor for action in of(SendTo, actions)}
+    assert descriptor.hosts == tuple(host for host, _ in told)
+    assert descriptor.domains == domains
+    assert descriptor.domain_names == (domains or descriptor.hosts)
+
+
 def test_different_fingerprint_is_refused_at_start() -> None:
     rig = Rig()
     rig.controller.start()

@@ -71,6 +71,23 @@ def test_two_raylets_are_two_hosts_with_the_same_tokens(ray_address: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_device_engine_dispatches_by_host_with_the_same_tokens(ray_address: str) -> None:
+    """Kernels' twin: rows once to each of two hosts, through shared memory inside; also after a rank was killed."""
+
+    async def scenario(cluster: Cluster) -> None:
+        assert await answers(cluster) == alone
+        psutil.Process(rank_pids(cluster)[1]).kill()
+        await until(lambda: not cluster.ready, 10)
+        await until(lambda: cluster.ready, 120)
+
+    twin = {"device": "twin", "step_timeout_s": 60.0}
+    alone = asyncio.run(tokens_and_logprobs(real("local", ranks=1, **twin)))
+    spread = two_nodes(ray_address, trusted_network=True, dispatch="hierarchical", **twin)
+    assert asyncio.run(tokens_and_logprobs(spread, scenario)) == alone
+
+
+@pytest.mark.slow
 def test_a_network_must_be_declared_trusted(ray_address: str) -> None:
     before = Leavings.now()
     with pytest.raises(ConfigError, match="trusted_network=False, but the ranks would exchange activations over"):

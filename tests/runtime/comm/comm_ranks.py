@@ -262,6 +262,8 @@ class ForkedRanks(ProcessRanks):
     def __init__(self, kind: str, folder: Path) -> None:
         super().__init__()
         self.kind = kind
+        self.hosts: list[str] = []  # of the next run's ranks; empty: two halves
+        self.dispatch = "flat"
         self._folder = folder
         self._path = str(folder / f"{kind}.socket")
         self._listener = socket.socket(socket.AF_UNIX)
@@ -279,8 +281,9 @@ class ForkedRanks(ProcessRanks):
         return ForkedRank(self._listener.accept()[0])
 
     def place(self, world_size: int) -> dict[str, Any]:
-        hosts = [f"host-{2 * rank // world_size}" for rank in range(world_size)] if self.kind == "hierarchical" else []
-        return {"folder": str(self._folder), "address": comm_scenarios.LOCAL, "hosts": hosts}
+        hosts = self.hosts or [f"host-{2 * rank // world_size}" for rank in range(world_size)]
+        where = {"hosts": hosts if self.kind == "hierarchical" else [], "dispatch": self.dispatch}
+        return {"folder": str(self._folder), "address": comm_scenarios.LOCAL, **where}
 
     def close(self) -> None:
         super().close()

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from domain_scenarios import inside_storm, moe_layers
+
 from switchgear_runtime.comm.network import Network
 from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.comm.shm import ShmTransport
@@ -277,6 +279,8 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         aborted,
         closing,
         device_exchange,
+        inside_storm,
+        moe_layers,
     )
 }
 
@@ -334,6 +338,7 @@ def _open(job: dict[str, Any], channel: str) -> Transport:
         timeout_s=job["join_timeout_s"],
         network=_network(job, channel) if "folder" in job else None,
         device=job.get("device", "cpu"),
+        dispatch=job.get("dispatch", "flat"),
     )
 
 

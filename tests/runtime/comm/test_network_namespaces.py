@@ -60,7 +60,13 @@ def ranks(spaces: list[str]) -> Iterator[list[RankProcess]]:
 
 
 def start(
-    ranks: list[RankProcess], folder: Path, scenario: str, *, transport: str = "hierarchical", **arguments: Any
+    ranks: list[RankProcess],
+    folder: Path,
+    scenario: str,
+    *,
+    transport: str = "hierarchical",
+    dispatch: str = "flat",
+    **arguments: Any,
 ) -> None:
     channel = fresh_channel()
     for rank, process in enumerate(ranks):
@@ -72,6 +78,7 @@ def start(
                 "folder": str(folder),
                 "address": ADDRESSES[host],
                 "hosts": [str(host) for host in HOSTS],
+                "dispatch": dispatch,
             }
         )
 
@@ -85,6 +92,15 @@ def test_bytes_cross_between_hosts(ranks: list[RankProcess], tmp_path: Path, tra
         outcome = process.answer()
         assert outcome is not None
         assert "result" in outcome, outcome
+
+
+def test_layers_go_by_domain_between_hosts(ranks: list[RankProcess], tmp_path: Path) -> None:
+    """With the bits of a lone rank."""
+    start(ranks, tmp_path, "moe_layers", dispatch="auto", seed=secrets.randbits(30), num_layers=6)
+    for process in ranks:
+        outcome = process.answer()
+        assert outcome is not None
+        assert outcome.get("result") == [{"group": "HierarchicalDispatch", "inner": "InsideHost"}], outcome
 
 
 def test_a_cut_cable_is_a_timeout_that_names_the_other_host(

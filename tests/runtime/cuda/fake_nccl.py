@@ -56,9 +56,11 @@ class HostGpu(Gpu):
 
 
 class FakeNccl:
-    """Shared by all ranks. `stuck`: ranks whose device never finishes; `broken`: whose communicator reports an error."""
+    """Shared by all ranks. `stuck`: ranks whose device never finishes; `broken`: whose communicator reports an error.
+    `blocking`: the kind of communicator that may be opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.blocking = blocking
         self.lock = threading.Lock()
         self.num_posted: dict[int, int] = defaultdict(int)
         self.num_done: dict[int, int] = defaultdict(int)
@@ -118,8 +120,10 @@ class FakeLibrary:
     def ncclCommInitRankConfig(self, comm: Any, world_size: int, unique_id: UniqueId, rank: int, config: Any) -> int:
         assert bytes(unique_id).startswith(b"unique\0id\0")
         assert rank == self._rank < world_size
-        assert config._obj.blocking == 0, "a blocking communicator cannot be given up"
+        assert config._obj.blocking == self._nccl.blocking, "a blocking communicator cannot be given up"
         comm._obj.value = 1000 + rank
+        if self._nccl.blocking:
+            return self._nccl.broken.get(rank, SUCCESS)
         self._num_in_progress = NUM_IN_PROGRESS
         return IN_PROGRESS
 

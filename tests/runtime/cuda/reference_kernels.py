@@ -140,7 +140,7 @@ class ReferenceKernels(Kernels):
     def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
         num_tokens, top_k = slot_ids_TK.shape
         rows_begin, pairs_begin, row_tokens, pairs = [0], [0], [], []
-        pair_index_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)
+        pair_index_TK = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
         for rank in range(num_ranks):
             for t in range(num_tokens):
                 here = [k for k in range(top_k) if int(slot_ids_TK[t, k]) // slots_per_rank == rank]

@@ -22,6 +22,7 @@ from tiny_cluster import Alone, Cluster, make_config, make_tiny_checkpoint, num_
 
 from switchgear_runtime.cuda import backend
 from switchgear_runtime.cuda.facts import gather_facts
+from switchgear_runtime.cuda.hierarchical_dispatch import HierarchicalDispatch
 from switchgear_runtime.cuda.preflight import obstacles
 from switchgear_runtime.errors import CheckpointError, ConfigError
 from switchgear_runtime.moe.expert_map import ExpertMap
@@ -95,6 +96,25 @@ def test_tokens_do_not_depend_on_placement(lab: Lab, device: str, choice: str) -
     run = cluster.stop()
     assert all(run.epochs[rank][-2:] == [1, 2] for rank in range(3))
     assert_as_alone(lab, submits, run)
+
+
+@pytest.mark.parametrize("domains", ["aabb", "abab", "aaab"])
+def test_tokens_do_not_depend_on_domains(lab: Lab, device: str, domains: str) -> None:
+    """Rows once to each domain; a random map with replicas, flipped while requests run."""
+    rng = random.Random(f"{lab[0].name} {domains}")
+    draw = np.random.default_rng(rng.randrange(1 << 30))
+    submits = draw_submits(rng, 8, longest=30)
+    num_ranks = len(domains)
+    cluster = Cluster(make_config(lab[0], device=device, max_num_seqs=8), num_ranks, domains=domains)
+    for index, submit in enumerate(submits):
+        cluster.inboxes[index % num_ranks].put(submit)
+    cluster.stage(ExpertMap.random(draw, 2, 8, num_ranks, num_redundant=rng.randint(0, 4), epoch=1))
+    cluster.pump(lambda run: all(run.epochs[rank][-1:] == [1] for rank in range(num_ranks)))
+    cluster.pump(lambda run: num_finished(run) == len(submits) or bool(run.faults))
+    assert not cluster.run_result.faults
+    groups = {type(engine.runner._device._groups.large) for engine in cluster.engines}
+    assert groups == {HierarchicalDispatch}
+    assert_as_alone(lab, submits, cluster.stop())
 
 
 def test_prompt_logprobs_and_preemption(lab: Lab, device: str) -> None:

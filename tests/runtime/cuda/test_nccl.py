@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -83,11 +83,15 @@ def test_it_is_a_transport_too() -> None:
     assert nccl.aborted == {0, 1, 2}
 
 
-def outcomes(world_size: int, break_it: Callable[[FakeNccl], None], timeout_s: float) -> list[Any]:
-    """What each rank's exchange raises after `break_it`."""
+def outcomes(
+    world_size: int, break_it: Callable[[FakeNccl], None], timeout_s: float, ranks: Sequence[int] = ()
+) -> list[Any]:
+    """What each rank's exchange raises after `break_it`. `ranks`: their numbers among all, where these are of one host."""
     nccl = FakeNccl()
 
-    def run(rank: int, control: Transport) -> Any:
+    def run(rank: int, control: Any) -> Any:
+        if ranks:
+            control.ranks = ranks
         transport = over_fake(nccl, control)
         data, offsets = draw(1, 0, rank, world_size, 0)
         transport.exchange([Parts(data, offsets)], timeout_s=TIMEOUT_S)
@@ -120,6 +124,15 @@ def test_an_error_of_nccl_is_named_at_once() -> None:
         assert list(error.peers) == ([] if rank == 2 else [2])
         assert ("a peer failed or is gone" in str(error)) == (rank == 2)
         assert elapsed_s < 10.0
+
+
+def test_ranks_of_one_host_are_named_as_all_know_them() -> None:
+    ranks = (2, 5, 6)
+    for break_it in (lambda nccl: nccl.stuck.add(1), lambda nccl: nccl.broken.update({1: 6})):
+        for rank, (error, _) in enumerate(outcomes(3, break_it, 1.0, ranks)):
+            assert error.rank == ranks[rank]
+            assert list(error.peers) == ([] if rank == 1 else [5])
+            assert "rank 5" in str(error)
 
 
 def test_a_rank_that_goes_is_named_by_the_hosts_transport() -> None:

@@ -102,7 +102,7 @@ def test_a_machine_that_has_all(changes: dict[str, Any]) -> None:
         ({"driver_cuda": 12080}, "built for CUDA 13.0, and the driver speaks 12.8", "update the driver to 580.65.06"),
         ({"driver_cuda": 12080}, "built for CUDA 13.0, and the driver speaks 12.8", "switchgear[cu12]"),
         ({"kernels": None}, "libswitchgear_cuda.so, our kernels, is not built", "cuda-toolkit[nvcc,cudart,cccl]==13.*"),
-        ({**CUDA12, "kernels": None}, "is not built", "==12.*"),
+        ({**CUDA12, "kernels": None}, "is not built", "(a CUDA 12 toolkit), by `make cuda`"),
         ({"nccl": (), "nccl_library": None}, "NCCL is not installed", "switchgear[cu13]"),
         ({"nccl": (NCCL12, NCCL13)}, "installed twice", "uninstall -y nvidia-nccl-cu12 nvidia-nccl-cu13"),
         (
@@ -180,6 +180,8 @@ def test_serve_says_what_is_missing() -> None:
         ({"device": "cuda", "quantization": "int8"}, "device='cpu' only"),
         ({"device": "twin", "routing_log": "x"}, "device='cpu' only"),
         ({"device": "cuda", "dtype": "float32"}, "bfloat16"),
+        ({"device": "cpu", "dispatch": "hierarchical"}, "dispatch='hierarchical' needs device=cuda or twin"),
+        ({"device": "twin", "dispatch": "deepep"}, "dispatch='deepep' needs device=cuda, not 'twin'"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], word: str) -> None:

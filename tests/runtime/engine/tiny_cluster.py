@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from switchgear_runtime.batch import Batch
 from switchgear_runtime.block_manager import BlockManager
 from switchgear_runtime.comm.loopback import LoopbackHub
+from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.engine import Engine, EngineMessage
 from switchgear_runtime.generation import GenerationDescriptor
@@ -127,9 +128,12 @@ class Cluster:
         wrap: Callable[[Any, int], Any] = lambda runner, _: runner,
         generation: int = 1,
         start_timeout_s: float = 0.0,
+        domains: Sequence[str] = (),
     ) -> None:
+        """`domains`: of the ranks; none: one."""
         self.system = RealSystem(seed=0)
         self.world_size = world_size
+        self._domains = tuple(domains)
         self.inbox: Inbox[FromRank] = Inbox(self.system)
         self.hub = LoopbackHub(world_size, self.system)
         self.inboxes: list[Inbox[EngineMessage]] = [Inbox(self.system) for _ in range(world_size)]
@@ -141,8 +145,14 @@ class Cluster:
                 system=self.system,
                 inbox=self.inboxes[rank],
                 send=self.inbox.put,
-                open_transport=lambda descriptor, rank=rank: self.hub.open(  # type: ignore[misc]
-                    rank, descriptor.channel, world_size=descriptor.world_size, timeout_s=TIMEOUT_S
+                open_transport=lambda descriptor, rank=rank: open_transport(  # type: ignore[misc]
+                    "loopback",
+                    descriptor,
+                    rank,
+                    mailbox_bytes=1,
+                    timeout_s=TIMEOUT_S,
+                    hub=self.hub,
+                    dispatch="flat" if config.device == "cpu" else config.dispatch,
                 ),
                 start_timeout_s=start_timeout_s,
             )
@@ -162,6 +172,7 @@ class Cluster:
             world_size=self.world_size,
             epoch=0 if expert_map is None else expert_map.epoch,
             channel=f"g{generation}",
+            domains=self._domains,
         )
         for inbox in self.inboxes:
             inbox.put(BeginGeneration(descriptor, None if expert_map is None else expert_map.to_json(), versions))
