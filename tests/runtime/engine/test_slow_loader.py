@@ -39,9 +39,10 @@ class SlowToBegin:
         self._runner.begin(transport, expert_map, versions)
 
 
-def test_who_loads_while_a_generation_begins_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "twin"])  # whose ranks tell each other of their experts first
+def test_who_loads_while_a_generation_begins_is_waited_for(tmp_path: Path, device: str) -> None:
     cluster = Cluster(
-        make_config(make_tiny_checkpoint(tmp_path, seed=8), step_timeout_s=1.0),
+        make_config(make_tiny_checkpoint(tmp_path, seed=8), step_timeout_s=1.0, device=device),
         2,
         wrap=lambda runner, rank: SlowToBegin(runner, 1.5) if rank == 1 else runner,
         start_timeout_s=30.0,
@@ -83,6 +84,6 @@ def test_a_new_process_loads_by_the_map_in_force(tmp_path: Path, num_ranks: int)
         num_read += 1
         return runner._store.expert(runner.spec.moe_layers[moe_layer], expert, None)
 
-    runner.read_expert = read  # type: ignore[method-assign]
+    runner.experts.read = read  # type: ignore[method-assign]
     runner.begin(LoopbackHub(3, system).transport(2), runner.expert_map)
     assert num_read == 0  # nothing is left to load while the others wait
