@@ -29,6 +29,7 @@ pytestmark = pytest.mark.ranks
 SEED = random.SystemRandom().randrange(1 << 20)
 NUM_TOKENS = 60
 EXPERT_BYTES = 3 * 16 * 32 * 2
+LARGE = {"small_step_tokens": 20, "async_scheduling": False}  # prompts make large steps, which lend
 Answers = dict[int, tuple[list[int], list[str]]]
 
 
@@ -39,7 +40,7 @@ class DeviceCluster(MovingCluster):
 
     def __init__(self, num_ranks: int, model_dir: Path, **settings: Any) -> None:
         given = {"model": str(model_dir), "device": "twin", "lent_expert_rows": 11, "max_num_batched_tokens": 64}
-        super().__init__(num_ranks, step_timeout_s=STEP_TIMEOUT_S, **given, **settings)
+        super().__init__(num_ranks, step_timeout_s=STEP_TIMEOUT_S, **given, **LARGE, **settings)
         self.foreign_rows: Counter[int] = Counter()  # by rank, while the first map was in force
 
     def _on_message(self, rank: int, message: FromRank) -> None:

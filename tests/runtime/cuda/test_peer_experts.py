@@ -80,6 +80,7 @@ class Rank:
             addresses_L2S=torch.tensor(addresses_L2S),
             experts_LS=torch.zeros(NUM_LAYERS, stride, dtype=torch.int32),
             slot_of_LE=torch.from_numpy(np.stack(slot_of_LE)),
+            variant_slots_LNE=torch.zeros(NUM_LAYERS, 0, NUM_EXPERTS, dtype=torch.int32),
         )
 
 

@@ -147,6 +147,8 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
 
     runtime = SimpleNamespace(
         malloc=note("malloc", lambda _: 4096),
+        memset=lambda *_: None,
+        deviceSynchronize=lambda: None,
         free=note("free", lambda _: None),
         ipcGetMemHandle=note("get", lambda address: b"of %d" % address),
         ipcOpenMemHandle=note("open", lambda handle, _: opened[handle]),
