@@ -51,7 +51,7 @@ class DeviceBackend:
         return DeviceWeightStore(checkpoint, dtype, peer_memory_of(self._kernels.device), self._copies)
 
     def peer_experts(self, store: DeviceWeightStore) -> PeerExperts:
-        return PeerExperts(store.pool, self._copies)
+        return PeerExperts(store.pool, self._copies, self._kernels.on_stream)
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> DeviceKVCache:
         assert dtype == torch.bfloat16  # the store has seen to it

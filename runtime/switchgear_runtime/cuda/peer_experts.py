@@ -13,6 +13,8 @@ Letters: L MoE layers, S slots of the map on a rank, E logical experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +40,15 @@ class _Told:
 
 
 class PeerExperts:
-    """One rank's. `pull` from the thread that stages; the others from the engine's."""
+    """One rank's. `pull` from the thread that stages; the others from the engine's. `on_stream`: of the kernels that
+    compute with lent experts."""
 
-    def __init__(self, pool: ExpertPool, copies: SideCopies) -> None:
+    def __init__(
+        self, pool: ExpertPool, copies: SideCopies, on_stream: Callable[[], AbstractContextManager[object]]
+    ) -> None:
         self._pool = pool
         self._copies = copies
+        self._on_stream = on_stream
         self._slabs: MappedSlabs | None = None
         self._addresses_R: list[Int64] = []  # of each rank's slots, by index; empty where nothing is mapped
         self._told: _Told | None = None
@@ -121,7 +127,8 @@ class PeerExperts:
         """The generation is over: unmaps what is not being read. Idempotent."""
         slabs, self._slabs, self._told = self._slabs, None, None
         if slabs is not None:
-            slabs.close()
+            with self._on_stream():  # unmapped once the kernels there have ended
+                slabs.close()
 
     def _address_of(self, peer: int, source: Source, told: _Told) -> int | None:
         layer, expert, _ = source

@@ -165,6 +165,34 @@ def test_maps_under_load_through_tight_pools(
         assert not pool.memory._mapped  # given back as the engine ended
 
 
+def test_slots_are_taken_again_only_when_every_rank_has_let_go(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is slow to flip, and rank 0 wants the slots that it has given up for the next map meanwhile."""
+    cluster, watched = tight_cluster(lab, 2, monkeypatch)
+    cluster.pump(lambda run: run.num_parked >= 2)
+    draw = random.Random(lab[0].name)
+    first = swapped(ExpertMap.contiguous(NUM_LAYERS, NUM_EXPERTS, 2), draw, 1)
+    second = swapped(first, draw, 2)
+    device = watched[1].runner._device
+    assert device is not None
+    place, num_slow = device.place, 0
+
+    def slow_place(placements: Any) -> None:
+        nonlocal num_slow
+        if num_slow == 0:
+            num_slow += 1
+            cluster.stage(second)
+            time.sleep(0.5)
+        place(placements)
+
+    monkeypatch.setattr(device, "place", slow_place)
+    cluster.stage(first)
+    wait_for_epoch(cluster, 2)
+    run = cluster.stop()
+    assert not run.refused
+    assert not run.faults
+    assert num_slow == 1
+
+
 def test_an_idle_cluster_gives_slots_back_and_flips_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks for anything, and each map needs what only the one before it gave up."""
     cluster, _ = tight_cluster(lab, 2, monkeypatch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Rank:
         self.copies = SideCopies(CPU, rank, timeout_s=0.2)
         self.pool = ExpertPool(LAYOUT, memory or StuckMemory(), self.copies)
         self.pool.grow(NUM_LAYERS * NUM_EXPERTS + 2)
-        self.peers = PeerExperts(self.pool, self.copies)
+        self.peers = PeerExperts(self.pool, self.copies, nullcontext)
         self.slots: dict[Source, Slot] = {}
 
     def hold(self, source: Source) -> Slot:
