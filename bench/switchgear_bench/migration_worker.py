@@ -283,7 +283,7 @@ def run(job: Job) -> None:
         "refused": refused,
         "pinned": claim is not None,
         "is_native": runner.is_native,
-        "shares_weights": runner.shares_weights,
+        "shares_weights": runner.experts.shares_weights,
         "experts_moved": sum(message.num_experts for message in staged if message.epoch in flipped),
         "moved_bytes": sum(message.moved_bytes for message in staged if message.epoch in flipped),
     }

@@ -47,7 +47,9 @@ Work& workspace() {
 
 void begin(const Layout& layout, Split& split) {
   split = layout.empty;
+  split.num_held = layout.empty.size();
   split.expert_rows = layout.expert_rows;
+  split.lent_expert_rows = layout.lent_expert_rows;
   split.costs_R.assign(static_cast<size_t>(layout.num_ranks), 0);
 }
 
@@ -188,7 +190,7 @@ void plan(const Layout& layout, const int64_t* counts_RE, int64_t source, bool l
   }
   const auto improve = [&](const Split& start, Split& found) {
     spread(layout, start, lending, found);
-    if (is_lp && lending > 0) level(layout, found, layout.expert_rows == 0);
+    if (is_lp && lending > 0) level(layout, found, layout.expert_rows == 0 && layout.lent_expert_rows == 0);
     best = lower(best, &found);
   };
   if (lending > 0) improve(*best, work.lent);
@@ -235,6 +237,7 @@ bool fill(Layout& layout, const sg_quotas_spec& spec) {
   layout.choice = spec.choice;
   layout.lending = spec.choice >= SG_CHOICE_WATERFILL ? spec.lending : 0;
   layout.expert_rows = spec.expert_rows;
+  layout.lent_expert_rows = spec.lent_expert_rows;
   layout.stride = spec.num_slots + (layout.lending > 0 ? spec.num_experts : 0) + spec.num_variants;
   layout.at_ER.assign(static_cast<size_t>(spec.num_experts * spec.num_ranks), -1);
   for (int64_t r = 0; r < spec.num_ranks; ++r) {

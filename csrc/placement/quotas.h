@@ -14,7 +14,7 @@ enum { SG_CHOICE_STATIC = 0, SG_CHOICE_HASH = 1, SG_CHOICE_WATERFILL = 2, SG_CHO
 struct sg_quotas_spec {
   int64_t num_ranks, num_experts, num_slots;  // num_slots: of one rank
   const int32_t* held_RS;                     // logical expert of each slot, -1: none; copied
-  int64_t choice, lending, expert_rows;
+  int64_t choice, lending, expert_rows, lent_expert_rows;
   int64_t num_variants;
 };
 
@@ -39,5 +39,6 @@ SG_API int sg_quotas_choose(const void* quotas, const int32_t* topk_ids_TK, int6
 SG_API int64_t sg_quotas_parts(int64_t capacity, int32_t* begin_E1, int32_t* ends_P, int32_t* slots_P);
 // The latest plan of this thread: number of instances, and of each its expert, rank, slot and rows. For tests.
 SG_API int64_t sg_quotas_instances(int64_t capacity, int64_t* instances_I4);
-// Of the static slots and of the latest plan: the largest over ranks of rows plus expert_rows per expert read.
+// Of the static slots and of the latest plan: the largest over ranks of rows plus expert_rows per expert read, or
+// lent_expert_rows where it is another rank's.
 SG_API void sg_quotas_costs(int64_t* static_cost, int64_t* cost);

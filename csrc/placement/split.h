@@ -28,12 +28,12 @@ struct Lists {
   int64_t count(int64_t key) const { return last(key) - first(key); }
 };
 
-// Instances: an expert at a rank, in a slot or lent (those come after the slots'). Costs: rows, and expert_rows for
-// each instance that has any.
+// Instances: an expert at a rank, in a slot or lent (those come after the num_held of the slots). Costs: rows, and
+// expert_rows for each instance that has any, lent_expert_rows where it is lent.
 struct Split {
   std::vector<int32_t> experts, ranks, slots;
   std::vector<int64_t> rows, costs_R;
-  int64_t expert_rows = 0;
+  int64_t num_held = 0, expert_rows = 0, lent_expert_rows = 0;
 
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
   int64_t cost() const { return *std::max_element(costs_R.begin(), costs_R.end()); }
@@ -49,13 +49,14 @@ struct Split {
     int64_t& now = rows[static_cast<size_t>(instance)];
     const int64_t before = now;
     now += count;
-    costs_R[static_cast<size_t>(ranks[static_cast<size_t>(instance)])] +=
-        count + ((now > 0) - (before > 0)) * expert_rows;
+    const int64_t price = instance < num_held ? expert_rows : lent_expert_rows;
+    costs_R[static_cast<size_t>(ranks[static_cast<size_t>(instance)])] += count + ((now > 0) - (before > 0)) * price;
   }
 };
 
 struct Layout {
-  int64_t num_ranks = 0, num_experts = 0, num_slots = 0, stride = 0, choice = 0, lending = 0, expert_rows = 0;
+  int64_t num_ranks = 0, num_experts = 0, num_slots = 0, stride = 0, choice = 0, lending = 0;
+  int64_t expert_rows = 0, lent_expert_rows = 0;
   Split empty;
   Lists replicas_E, held_R;
   std::vector<int32_t> at_ER;  // instance, -1: none

@@ -32,7 +32,7 @@ Import find_importer(const Layout& layout, const Split& split, int64_t target, i
     const int32_t j = at_R[rank];
     if (j == i || (j < 0 && work.lent_R[static_cast<size_t>(rank)] >= lending)) continue;
     const int64_t kind = j < 0 ? 2 : split.rows[static_cast<size_t>(j)] > 0 ? 0 : 1;
-    const int64_t charge = kind > 0 ? split.expert_rows : 0;
+    const int64_t charge = kind == 2 ? split.lent_expert_rows : kind == 1 ? split.expert_rows : 0;
     const int64_t slack = target - split.costs_R[static_cast<size_t>(rank)] - charge;
     const int64_t wanted = std::min(std::max(need, charge + 1), have), rows = std::min(wanted, slack);
     if (rows < 1 || (rows <= charge && rows < have)) continue;

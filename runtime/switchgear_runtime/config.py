@@ -79,6 +79,11 @@ class EngineConfig:
         "Most experts of other ranks that a rank with slack computes with in a layer and step, reading their weights in "
         "place; on one host, with replica_choice waterfill or lp.",
     )
+    lent_expert_rows: int | None = setting(
+        None,
+        "What a lent expert costs in a step's balance, in rows of an expert that take as long as reading its weights where "
+        "they lie. Default: as of an own expert on the CPU; on a GPU 2200, FLOPs by NVLink's bytes a second.",
+    )
     step_timeout_s: float = setting(10.0, "Deadline of one wait for the other ranks, in seconds.")
     weight_cache_dir: str | None = setting(
         None,
@@ -128,6 +133,8 @@ class EngineConfig:
             raise ConfigError(f"small_step_tokens={self.small_step_tokens} must not be negative; 0: no small steps")
         if self.lending < 0:
             raise ConfigError(f"lending={self.lending} must not be negative; 0 lends nothing")
+        if self.lent_expert_rows is not None and self.lent_expert_rows < 0:
+            raise ConfigError(f"lent_expert_rows={self.lent_expert_rows} must not be negative; 0: reads cost nothing")
         if self.dtype == "float32":
             check_quantization(self.dtype, self.quantization)  # "auto" is settled when the checkpoint is known
         self._check_device()

@@ -86,6 +86,7 @@ class Engine:
             open_peers=open_peers,
             deliver=inbox.put,
             at_stager_start=at_stager_start,
+            start_timeout_s=max(start_timeout_s, config.step_timeout_s),
         )
         self._start_timeout_s = max(start_timeout_s, config.step_timeout_s)
         self._system = system
@@ -178,8 +179,8 @@ class Engine:
             group = self.membership.group
             if group is not None:
                 decision = self.step()
-                if decision.kind == "park":
-                    self._park()
+                if decision.kind == "park" and self.membership.is_settled:
+                    self._park()  # else one more step first, which gives memory back that the next map may need
                 elif decision.kind == "stop":
                     self._stop()
                 group.step += 1

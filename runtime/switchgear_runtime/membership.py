@@ -58,7 +58,8 @@ class Group:
 
 
 class Membership:
-    """`group` is None between generations. `open_transport` meets the other ranks, within a deadline of its own."""
+    """`group` is None between generations. `open_transport` meets the other ranks, within a deadline of its own;
+    `start_timeout_s`: for them to have loaded the experts they lack, where ranks then tell each other about theirs."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Membership:
         open_peers: OpenPeers | None = None,
         deliver: Callable[[StageOutcome], None],
         at_stager_start: Callable[[], None] | None = None,
+        start_timeout_s: float,
     ) -> None:
         self.group: Group | None = None
         self._runner = runner
@@ -77,6 +79,7 @@ class Membership:
         self._system = system
         self._open_transport = open_transport
         self._open_peers = open_peers
+        self._start_timeout_s = start_timeout_s
         self._fence = Fence()
         self._stager = Stager(runner, rank=rank, system=system, deliver=deliver, at_start=at_stager_start)
         self._over_generation = 0  # the latest that the controller gave up; written by the link's reader thread
@@ -104,6 +107,7 @@ class Membership:
         digest = digest_of(expert_map, versions)
         self.group = Group(descriptor, transport, expert_map, versions, digest, last_epoch=expert_map.epoch)
         self._runner.begin(transport, expert_map, versions)
+        self._runner.meet(timeout_s=self._start_timeout_s)
         if self._open_peers is not None:
             self.group.peers = self._open_peers(descriptor)
         log.info("rank %d: in generation %d of %d ranks", self._rank, descriptor.generation, descriptor.world_size)
@@ -143,6 +147,7 @@ class Membership:
             if abort_reason is not None:
                 group.transport.abort(abort_reason)
             group.transport.close()
+            self._runner.leave()
 
     def on_arrival(self, message: object) -> None:
         """In the reader's thread: the end of a generation must reach an engine that waits for a dead peer."""
@@ -220,6 +225,7 @@ class Membership:
             epoch=job.epoch,
             num_experts=staged.num_new,
             moved_bytes=staged.new_bytes,
+            sources=dict(job.sources),
             seconds=outcome.seconds,
         )
 
@@ -247,6 +253,11 @@ class Membership:
         """All headers show a later step on the current epoch: nobody computes with the one before any more."""
         assert self.group is not None
         self.group.retired = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the memory of the epoch before is free again. The same on all ranks after a step."""
+        return self.group is None or self.group.retired is None
 
     def close(self) -> None:
         """End the stager's thread."""

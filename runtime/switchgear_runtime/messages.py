@@ -207,7 +207,8 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
 
 
 class MapStaged(msgspec.Struct, tag="map_staged", frozen=True, kw_only=True):
-    """This rank has all experts of the map and offers to flip to it."""
+    """This rank has all experts of the map and offers to flip to it. `sources`: how many of the new ones came out of
+    another rank's memory ("mapped"), over a connection to it ("peer"), or from weight cache, checkpoint or file ("disk")."""
 
     rank: int
     generation: int
@@ -215,6 +216,7 @@ class MapStaged(msgspec.Struct, tag="map_staged", frozen=True, kw_only=True):
     num_experts: int  # (layer, expert) pairs that this rank did not compute with before
     moved_bytes: int  # of their packed weights
     seconds: float  # from StageMap to here
+    sources: dict[str, int] = {}
 
 
 class MapRefused(msgspec.Struct, tag="map_refused", frozen=True, kw_only=True):

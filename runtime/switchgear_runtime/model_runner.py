@@ -7,8 +7,9 @@ current one. Experts already here are never read again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,30 +24,27 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.header import Decision
-from switchgear_runtime.kv_cache import max_model_len, num_blocks_in
+from switchgear_runtime.kv_cache import block_num_bytes, max_model_len, num_blocks_in
 from switchgear_runtime.launched_step import DeviceLaunch, prompt_chunks
 from switchgear_runtime.model import footprint
 from switchgear_runtime.model.attention import AttentionMetadata
 from switchgear_runtime.model.checkpoint import Checkpoint
-from switchgear_runtime.model.expert_file import read_expert_file
 from switchgear_runtime.model.fingerprint import fingerprint_of
 from switchgear_runtime.model.map_builder import MapBuilder, ReadExpert
 from switchgear_runtime.model.matrices import held_matrix_names
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.native_structs import PHASES
+from switchgear_runtime.model.rank_experts import RankExperts
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap
-from switchgear_runtime.model.swap_files import SwapFiles
 from switchgear_runtime.model.weight_cache import weight_cache_folder
-from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.model.weights import load_decoder
 from switchgear_runtime.moe.dispatcher import Dispatcher
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 from switchgear_runtime.moe.layer import MoELayer
-from switchgear_runtime.moe.layer_placement import ExpertTensors
 from switchgear_runtime.moe.load import ExpertLoad
-from switchgear_runtime.moe.model_versions import ExpertSwap, ModelVersions
+from switchgear_runtime.moe.model_versions import LIVE_SWAPS_MAX, ModelVersions
 from switchgear_runtime.moe.replica_choice import ReplicaChoice
 from switchgear_runtime.moe.token_log import TokenLog
 from switchgear_runtime.sampler import Sampler, needs_host
@@ -93,9 +91,14 @@ class ModelRunner:
             native = False  # native steps count, and keep no token's ids
         self._backend = backend_of(config, rank, native=native)
         self._store = self._backend.store(checkpoint, self.dtype)
-        self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(expert_map, ModelVersions())
+        self._store.reserve(
+            self._wanted_slots,
+            num_new=int(expert_map.pairs_per_rank[rank]),
+            beside_bytes=self.num_kv_blocks * block_num_bytes(spec, config.block_size, self.dtype),
+        )
+        self.kv_cache = self._backend.kv_cache(spec, num_blocks=self.num_kv_blocks, dtype=self.dtype)
         self._store.prepare([*self._store.dense_names(), *held_matrix_names(spec, expert_map, rank)])
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
         self._native = self._backend.native_decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
@@ -103,16 +106,18 @@ class ModelRunner:
             self._decoder, self.kv_cache, max_model_len=self.max_model_len
         )
         self._num_tokens_max: int | None = None  # of any rank, in the step that runs; None: nobody told
-        self._decoder_layers = spec.moe_layers  # of each MoE layer; the spec counts them anew each time
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]
         self._forced = ForcedRouting.load(
             config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
         )
         self._forced_ids_LTK: NDArray[np.int32] | None = None
+        prices = self._backend.prices(self._store.expert_format)
+        if config.lent_expert_rows is not None:
+            prices = replace(prices, lent_expert_rows=config.lent_expert_rows)
         self.replica_choice = ReplicaChoice(
             config.replica_choice,
-            config.lending if self._backend.can_lend else 0,
-            expert_format=self._store.expert_format,
+            config.lending,
+            prices=prices,
             num_experts=spec.num_experts,
             top_k=spec.moe.top_k,
         )
@@ -123,12 +128,15 @@ class ModelRunner:
         self._prompt_states: tuple[Tensor, list[int]] | None = None  # hidden states of the last step, and rows of them
         self.expert_map = expert_map
         self.versions = ModelVersions()
-        self._swap_files = SwapFiles(weight_cache_folder(config.weight_cache_dir))
         self._has_variants = False  # some sequences may see other weights than those in the slots
+        self._peers = self._backend.peer_experts(self._store)
+        self.experts = RankExperts(
+            self._store, self._peers, checkpoint, self.moe_layers, weight_cache_folder(config.weight_cache_dir)
+        )
         self._builder = MapBuilder(
             spec, self._store, self.moe_layers, self.replica_choice, self._device or self._native, rank=rank
         )
-        self._place(self._builder.build(expert_map, self.versions, self.read_expert))
+        self._place(self._builder.build(expert_map, self.versions, self.experts.read))
         self._store.publish()
 
     @property
@@ -180,35 +188,55 @@ class ModelRunner:
         the checkpoint is the only one."""
         if transport.rank != self.rank:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
+        self.leave()
         self.world_size = transport.world_size
         versions = versions or ModelVersions()
         self._check(expert_map, versions)
-        one_host = isinstance(transport, ShmTransport | LoopbackTransport)
-        self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)
         if self._device is not None:
             self._device.begin(transport)
-        self._place(self._builder.build(expert_map, versions, self.read_expert))
+        else:
+            one_host = isinstance(transport, ShmTransport | LoopbackTransport)
+            self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)
+        self._store.reserve(self._wanted_slots, num_new=self._builder.num_missing(expert_map, versions))
+        self._place(self._builder.build(expert_map, versions, self.experts.read))
         self._store.publish()
         self._connect(transport)
+
+    def meet(self, *, timeout_s: float) -> None:
+        """On devices: learn where the others' experts lie. After `begin`, all ranks at once, before the first step."""
+        if self._peers is None or self.world_size == 1:
+            return
+        assert self._device is not None
+        transport, placements = self._connected(), self._device.placements
+        self._device.place(self._peers.meet(transport, self.expert_map, placements, timeout_s=timeout_s))
+        self.lends = self.replica_choice.lends and self._peers.reaches_all
+
+    def leave(self) -> None:
+        """The generation is over: lets go of the other ranks' memory, also of those that are dead."""
+        self.lends = False
+        self.abandon()
+        if self._peers is not None:
+            self._peers.close()
 
     @property
     def pool_slots(self) -> int:
         """Most (layer, expert) pairs that this rank may hold, staged ones included."""
-        return footprint.pool_slots(self.spec, self.world_size, self.config.survive)
+        wanted, there = footprint.pool_slots(self.spec, self.world_size, self.config.survive), self._store.pool_slots
+        return wanted if there is None else min(wanted, there - LIVE_SWAPS_MAX)
 
     @property
-    def shares_weights(self) -> bool:
-        """Whether every expert of the model is a page of this host's weight cache away."""
-        return bool(self._store.shares_weights)
+    def _wanted_slots(self) -> int:
+        """With room for what newer versions have beside the map's."""
+        return footprint.pool_slots(self.spec, self.world_size, self.config.survive) + LIVE_SWAPS_MAX
 
     def stage(
         self, expert_map: ExpertMap, versions: ModelVersions | None = None, read: ReadExpert | None = None
     ) -> StagedMap:
         """Everything `flip` needs, made in another thread while steps run. `versions`: None: those in force. `read`
-        (default: `read_expert`) gives the experts that this rank does not hold yet; what it raises passes through."""
+        (default: `experts.read`) gives the experts that this rank does not hold yet; what it raises passes through."""
         versions = versions or self.versions
         self._check(expert_map, versions)
-        staged = self._builder.build(expert_map, versions, read or self.read_expert)
+        staged = self._builder.build(expert_map, versions, read or self.experts.read)
         self._store.publish()
         return staged
 
@@ -216,42 +244,11 @@ class ModelRunner:
         """Make a staged epoch current, between the same two steps on all ranks."""
         if staged.epoch <= self.epoch:
             raise ConfigError(f"expert map of epoch {staged.epoch} is not later than the current epoch {self.epoch}")
-        assert self._transport is not None
-        self._place(staged)
-        self._connect(self._transport)
-
-    def read_expert(
-        self,
-        moe_layer: int,
-        expert: int,
-        swap: ExpertSwap | None = None,
-        pace: Callable[[int], None] | None = None,
-    ) -> ExpertWeights:
-        """From the host's weight cache, or else packed from the checkpoint; with `swap`, from its file. `pace` is told of
-        every piece."""
-        layer = self._decoder_layers[moe_layer]
-        weights: ExpertWeights
-        if swap is None:
-            weights = self._store.expert(layer, expert, pace)
-        else:
-            tensors = read_expert_file(swap, self.spec, self.checkpoint.names, pace, self._swap_files)
-            weights = self._store.pack_expert(layer, expert, *tensors)
-        return weights
-
-    def empty_expert(self, moe_layer: int, expert: int) -> ExpertWeights:
-        """Memory for an expert that comes from elsewhere."""
-        weights: ExpertWeights = self._store.empty_expert(self._decoder_layers[moe_layer], expert)
-        return weights
-
-    def held_expert(self, moe_layer: int, expert: int, sha256: str = "") -> ExpertTensors | None:
-        """The packed weights (gate and up, down) of an expert, those of the checkpoint or of the file with this digest,
-        if this rank computes with them now; from any thread."""
-        placement = self.moe_layers[moe_layer].placement
-        found = None if placement is None else placement.find(expert, sha256)
-        if found is None:
-            return None
-        gate_up, down = found
-        return self._store.to_host(gate_up), self._store.to_host(down)
+        transport, native = self._connected(), staged.native
+        if self._peers is not None and self._peers.is_met:
+            native = self._peers.tell(transport, staged.expert_map, native, timeout_s=self.config.step_timeout_s)
+        self._place(staged, native)
+        self._connect(transport)
 
     def begin_step(self, decision: Decision) -> None:
         """Before `forward` or `launch`: what all ranks have agreed on."""
@@ -373,13 +370,13 @@ class ModelRunner:
                 f"expert map is for (ranks, layers, experts) = {actual}; this model and cluster have {expected}"
             )
 
-    def _place(self, staged: StagedMap) -> None:
+    def _place(self, staged: StagedMap, native: Any = None) -> None:
+        """`native`: of the staged map, where it knows more by now."""
         for layer, placement in zip(self.moe_layers, staged.layers, strict=True):
             layer.place(placement)
         decoder = self._device or self._native
         if decoder is not None:
-            assert staged.native is not None
-            decoder.place(staged.native)
+            decoder.place(native or staged.native)
         self.expert_map, self.versions = staged.expert_map, staged.versions
         self._has_variants = bool(staged.versions.live)
 

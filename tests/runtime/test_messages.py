@@ -60,7 +60,9 @@ def test_round_trips() -> None:
     )
     for message in to_rank:
         assert m.decode_to_rank(m.encode(message)) == message
-    staged = m.MapStaged(rank=1, generation=2, epoch=5, num_experts=3, moved_bytes=99, seconds=0.5)
+    staged = m.MapStaged(
+        rank=1, generation=2, epoch=5, num_experts=3, moved_bytes=99, seconds=0.5, sources={"mapped": 2, "disk": 1}
+    )
     refused = m.MapRefused(rank=1, generation=2, epoch=5, reason="rank 3 is gone")
     for message in (FRAME, staged, refused, m.Parked(0, 1, 2), m.Waking(0, 1, 2), m.Rejected(1, 1, "no")):
         assert m.decode_from_rank(m.encode(message)) == message

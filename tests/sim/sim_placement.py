@@ -153,7 +153,7 @@ class SimPeers:
             if self._is_closed:
                 raise TransportAborted("the channel is closed", rank=self._rank)
             runner = self._runner_of(source)
-            held = None if runner is None else runner.held_expert(moe_layer, expert, sha256)
+            held = None if runner is None else runner.experts.held(moe_layer, expert, sha256)
             if held is None:
                 raise PeerLost(f"rank {source} has no expert {expert}", rank=self._rank, peers=(source,))
             out[half][:] = held[half].numpy().data

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -64,6 +64,8 @@ class PeerMemory(Protocol):
 class CudaPeerMemory:
     """CuPy's runtime calls, on torch's current stream. Its pools are not used: IPC handles are of whole allocations."""
 
+    _of_process: ClassVar[dict[bytes, tuple[torch.device, int]]] = {}  # by handle: a process cannot map its own
+
     def __init__(self, device: torch.device) -> None:
         import cupy
 
@@ -78,17 +80,28 @@ class CudaPeerMemory:
             return address
 
     def free(self, address: int) -> None:
+        for handle in [handle for handle, (_, own) in self._of_process.items() if own == address]:
+            del self._of_process[handle]
         self._runtime.free(address)
 
     def handle(self, address: int) -> bytes:
-        return bytes(self._runtime.ipcGetMemHandle(address))
+        handle = bytes(self._runtime.ipcGetMemHandle(address))
+        self._of_process[handle] = (self.device, address)
+        return handle
 
     def map(self, handle: bytes, *, writable: bool = False) -> int:  # noqa: ARG002 - IPC knows no other access
+        """OSError for memory of this process on another device, which only ranks as threads could ask for."""
+        device, address = self._of_process.get(handle, (self.device, 0))
+        if device != self.device:
+            raise OSError(f"it is this process's own, on {device}")
+        if address:
+            return address
         with torch.cuda.device(self.device):
             return int(self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS))
 
     def unmap(self, address: int) -> None:
-        self._runtime.ipcCloseMemHandle(address)
+        if all(address != own for _, own in self._of_process.values()):
+            self._runtime.ipcCloseMemHandle(address)
 
     def copy(self, to: int, source: int, num_bytes: int) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream

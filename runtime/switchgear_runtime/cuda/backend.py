@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
+
 import torch
 
 from switchgear_runtime import ops
+from switchgear_runtime.comm.host_memory import HostPeerMemory
+from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
+from switchgear_runtime.cuda.peer_experts import PeerExperts
+from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.cuda.weights import DeviceWeightStore
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.decoder import Decoder
 from switchgear_runtime.model.spec import DecoderSpec
+from switchgear_runtime.moe.replica_choice import HOST_PRICES, StepPrices
+
+FIX = "pip install 'switchgear[cu12]' or 'switchgear[cu13]', as torch's CUDA is"
+
+# What a step's balance charges on a GPU, in rows of an expert (docs/decisions/0016-experts-read-in-place.md derives
+# them). A read of weights takes as long as FLOPs by bytes a second: 989 TFLOP/s by 4.8 TB/s of an H200's own memory, and
+# by the 450 GB/s that NVLink gives one way. Estimates from data sheets; nothing was measured.
+GPU_PRICES = StepPrices(expert_rows=200, lent_expert_rows=2200, exchange_rows=10_000)
+
+log = logging.getLogger(__name__)
 
 
 class DeviceBackend:
-    """Lends nothing: another rank's weights are not mapped here."""
-
-    can_lend = False
+    """A GPU's, or the twin's on the host."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._config = config
         self._kernels = kernels_of(config.device, rank)
+        self._copies = SideCopies(self._kernels.device, rank, timeout_s=config.step_timeout_s)
         self.device = str(self._kernels.device)
         torch.set_num_threads(config.num_threads)
         ops.set_num_threads(config.num_threads)  # the sampler's
 
+    def prices(self, expert_format: str) -> StepPrices:
+        """The twin's are the host's: it is for tests, whose small steps would otherwise lend nothing."""
+        return GPU_PRICES if self._kernels.device.type == "cuda" else HOST_PRICES[expert_format]
+
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceWeightStore:
-        return DeviceWeightStore(checkpoint, dtype, self._kernels.device)
+        return DeviceWeightStore(checkpoint, dtype, peer_memory_of(self._kernels.device), self._copies)
+
+    def peer_experts(self, store: DeviceWeightStore) -> PeerExperts:
+        return PeerExperts(store.pool, self._copies, self._kernels.on_stream)
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> DeviceKVCache:
         assert dtype == torch.bfloat16  # the store has seen to it
@@ -47,6 +70,16 @@ class DeviceBackend:
             return {"kernels": self._kernels.version()}
         major, minor = torch.cuda.get_device_capability(self._kernels.device)
         return {"kernels": self._kernels.version(), "architecture": f"sm_{major}{minor}"}
+
+
+def peer_memory_of(device: torch.device) -> PeerMemory | None:
+    """Whose allocations other ranks can map; None on a GPU without CuPy."""
+    if device.type != "cuda":
+        return HostPeerMemory()
+    if find_spec("cupy") is None:
+        log.warning("CuPy is not installed, so ranks lend no experts and pull none out of each other's memory: %s", FIX)
+        return None
+    return CudaPeerMemory(device)
 
 
 def device_of(setting: str, rank: int) -> torch.device:

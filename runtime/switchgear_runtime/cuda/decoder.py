@@ -30,7 +30,7 @@ from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
-from switchgear_runtime.cuda.placement import DevicePlacement
+from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
@@ -66,6 +66,8 @@ class DeviceDecoder:
         self._lm_head = decoder.lm_head.weight
         self._lm_head_bias = on_device(self._lm_head.bias_N, kernels.device)
         self._config = config
+        self.placements: DevicePlacements | None = None  # in use
+        self._tables: PlacementTables | None = None
         self._groups: GenerationGroups | None = None
         self._outputs: StepOutputs | None = None
         self._small = SmallSteps(
@@ -82,20 +84,19 @@ class DeviceDecoder:
     def vocab_size(self) -> int:
         return int(self._lm_head.data.shape[0])
 
-    def prepare(self, layers: Sequence[LayerPlacement]) -> list[DevicePlacement]:
-        """What `place` takes. Any thread, any time; complete when it returns."""
-        device = self._kernels.device
-        placements = [DevicePlacement.of(layer, device) for layer in layers]
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        return placements
+    def prepare(self, layers: Sequence[LayerPlacement]) -> DevicePlacements:
+        """What `place` takes, on the host. Any thread, any time."""
+        return DevicePlacements.of(layers)
 
-    def place(self, placements: Sequence[DevicePlacement]) -> None:
+    def place(self, placements: DevicePlacements) -> None:
         """Compute with these experts and tables, from the next step that is launched on."""
         with self._kernels.on_stream():
-            kept = [moe.place(placement) for moe, placement in zip(self._moes, placements, strict=True)]
-            if not all(kept):
+            if self._tables is None or not self._tables.take(self._kernels, placements):
                 self._forget_graphs()
+                self._tables = PlacementTables(placements, self._kernels.device)
+        for moe, slots, tables in zip(self._moes, placements.slots_L, self._tables.layers(), strict=True):
+            moe.place(slots, tables)
+        self.placements = placements
 
     def begin(self, transport: Transport) -> None:
         """A new generation. All ranks call it, after the last one's steps have ended."""

@@ -23,6 +23,7 @@ from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, Kind, device_library
 from switchgear_runtime.cuda.step_memory import StepMemory
 
+STEP_PRIORITY = -1  # before what is copied beside the steps (SideCopies)
 DTYPES = {torch.float32: FP32, torch.bfloat16: BF16}
 
 
@@ -37,7 +38,7 @@ class DenseKernels:
         # Of its own: what is captured, and what other threads do, must not be on the default one.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=STEP_PRIORITY)  # type: ignore[no-untyped-call]
         # What kernels found wrong: 1 + an expert over its plan; 1 + a pair that belongs to no slot here.
         self.faults = torch.zeros(2, dtype=torch.int32, device=device)
 

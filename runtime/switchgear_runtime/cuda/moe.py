@@ -17,7 +17,8 @@ from torch import Tensor
 
 from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.kernels import Kernels
-from switchgear_runtime.cuda.placement import DevicePlacement, PlacementTables
+from switchgear_runtime.cuda.placement import LayerTables
+from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.native_quotas import NativeQuotas
 from switchgear_runtime.moe.spec import MoESpec
@@ -46,20 +47,16 @@ class DeviceMoE:
         self._layer = layer
         self._spec = layer.router.spec
         self._router_ED = layer.router.weight.data
-        self._placement: DevicePlacement | None = None
-        self._tables: PlacementTables | None = None  # the layer's own, with the addresses that graphs know
+        self._slots_held: ExpertSlots | None = None
+        self._tables: LayerTables | None = None
 
     @property
     def router(self) -> MoESpec:
         return self._spec
 
-    def place(self, placement: DevicePlacement) -> bool:
-        """From the next step that is enqueued on. False: tables moved, and what was captured is of no use."""
-        self._placement = placement
-        if self._tables is not None and self._tables.take(self._kernels, placement.tables):
-            return True
-        self._tables = placement.tables.clone()
-        return False
+    def place(self, slots: ExpertSlots, tables: LayerTables) -> None:
+        """From the next step that is enqueued on."""
+        self._slots_held, self._tables = slots, tables
 
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By the branch's unrounded input."""
@@ -93,7 +90,7 @@ class DeviceMoE:
         )
         return y_TD
 
-    def _slots(self, topk_ids_TK: Tensor, tables: PlacementTables, step: DeviceStep) -> Tensor:
+    def _slots(self, topk_ids_TK: Tensor, tables: LayerTables, step: DeviceStep) -> Tensor:
         """Logical experts -> one physical replica each, and there the weights of the token's model version."""
         host = self._layer.placement
         assert host is not None
@@ -122,15 +119,15 @@ class DeviceMoE:
         begin_E1, ends_P, slots_P = torch.split(torch.from_numpy(np.concatenate(parts)).to(device), sizes)
         return kernels.remap(topk_ids_TK, begin_E1, ends_P, slots_P)
 
-    def _compute(self, received: Received, tables: PlacementTables, step: DeviceStep) -> Tensor:
+    def _compute(self, received: Received, tables: LayerTables, step: DeviceStep) -> Tensor:
         """Two products over the rows by slot; each result where the group expects it."""
-        assert self._placement is not None
-        kernels, slots, groups = self._kernels, self._placement.slots, received.groups
+        assert self._slots_held is not None
+        kernels, slots, groups = self._kernels, self._slots_held, received.groups
         act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups)
         y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups)
         kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
         return y_ND
 
-    def _placed(self) -> PlacementTables:
+    def _placed(self) -> LayerTables:
         assert self._tables is not None, "a step before the first placement"
         return self._tables

@@ -1,18 +1,23 @@
 """The weights of one rank on its device: `DeviceWeightStore`, matrices by name, as they lie in the checkpoint.
 
 It is to the device engine what WeightStore is to the CPU's, and has its methods. A matrix [N, K] keeps its rows, since
-the device's product takes them so: nothing is packed, and nothing is kept between starts. An expert is a tensor of its
-own: a placement moves no other, and kernels find it by its address.
+the device's product takes them so: nothing is packed, and nothing is kept between starts. An expert lies in a slot of a
+pool: a placement moves no other, and kernels, of this rank or another, find it by its address.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from switchgear_runtime.comm.peer_memory import PeerMemory
+from switchgear_runtime.cuda.device_memory import DeviceMemory
+from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotLayout, Source
+from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.errors import CheckpointError, ConfigError
 from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
@@ -23,33 +28,69 @@ from switchgear_runtime.ops import PackedWeight
 ROW_BYTES = 16  # kernels read rows in pieces of so many
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
+log = logging.getLogger(__name__)
+
 
 class DeviceWeightStore:
-    """The main thread, and one that stages experts."""
+    """The main thread, and one that stages experts. `memory`: that of the experts, which other ranks may map."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    shares_weights = False  # no cache of the host's has them in this layout
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, memory: PeerMemory | None, copies: SideCopies
+    ) -> None:
         if dtype != torch.bfloat16:
             raise ConfigError(
                 f"the device engine computes in bfloat16, and the model is {dtype}; give dtype='bfloat16'"
             )
         self.checkpoint = checkpoint
-        self.device = device
+        self.device = copies.device
         self.matrices = matrices(
             checkpoint.spec, checkpoint.names, lm_head=checkpoint.lm_head, dtype="bfloat16", quantization="none"
         )
         self._dense: dict[tuple[str, ...], Tensor] = {}  # by the tensors on disk
         self._lock = threading.Lock()
-        # Experts that are staged are copied beside the steps, not between their kernels.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = copies
+        part_bytes = tuple(map(_num_bytes, self._expert_matrices(checkpoint.spec.moe_layers[0], 0)))
+        self.pool = ExpertPool(SlotLayout(part_bytes), memory, copies)
 
     @property
     def expert_format(self) -> str:
         return "bf16"
 
     @property
-    def shares_weights(self) -> bool:
-        """No cache of the host's has them in this layout."""
-        return False
+    def pool_slots(self) -> int | None:
+        """How many experts there is memory for."""
+        return self.pool.num_slots
+
+    def reserve(self, num_slots: int, *, num_new: int, beside_bytes: int = 0) -> None:
+        """Memory for so many experts in all, at least for `num_new` more. The first call comes before anything is loaded
+        and wants everything, with `beside_bytes` for what is no weight; a later one (ranks are gone, and their experts
+        come here) takes what the device can spare, and needs the new ones. ConfigError where it does not fit."""
+        pool, size = self.pool, self.pool.layout.num_bytes
+        needed = max(0, num_new - pool.num_free)
+        wanted = max(num_slots - pool.num_slots, needed)
+        is_first = not pool.num_slots
+        memory = DeviceMemory.of(self.device)
+        if not is_first and wanted > needed and not memory.can_spare(wanted * size):
+            log.warning(
+                "%s has no memory for %d expert slots more; larger maps will be refused", memory.name, wanted - needed
+            )
+            wanted = needed
+        if not wanted:
+            return
+        dense = {matrix.tensors: _num_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
+        beside = {"dense weights": sum(dense.values()), "KV cache": beside_bytes} if is_first else {}
+        memory.require(
+            {f"{wanted} expert slots": wanted * size, **beside},
+            "use more ranks, lower survive, or lower kv_cache_memory_bytes",
+        )
+        try:
+            pool.grow(wanted)
+        except (RuntimeError, MemoryError, OSError) as error:  # torch's and CuPy's are RuntimeErrors
+            raise ConfigError(
+                f"{memory.name} gives no memory for {wanted} expert slots ({error}): lower survive"
+            ) from None
 
     def prepare(self, names: Iterable[str]) -> None:
         """Nothing is packed beforehand."""
@@ -68,70 +109,73 @@ class DeviceWeightStore:
         """`data`: [N, K] on the device."""
         return _weight(self.matrices[name], self._matrix(name), bias_N)
 
+    # --- experts ----------------------------------------------------------------------------------------------------
+
     def expert(self, layer: int, expert: int, pace: Pace | None = None) -> ExpertWeights:
-        """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece read."""
-        gate_up, down = (self.matrices[name] for name in expert_matrix_names(layer, expert))
-        return self._read_expert(gate_up, pace), self._read_expert(down, pace)
+        """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece."""
+        found = self._expert_matrices(layer, expert)
+        return self._fill(found, (_bytes(self._checked(matrix, self._on_disk(matrix))) for matrix in found), pace)
 
     def empty_expert(self, layer: int, expert: int) -> ExpertWeights:
-        """Memory of the host for an expert that comes from another rank; `on_device` then takes it."""
-        gate_up, down = (self.matrices[name] for name in expert_matrix_names(layer, expert))
-        return self._empty(gate_up), self._empty(down)
-
-    def pack_expert(self, layer: int, expert: int, gate_up_NK: Tensor, down_NK: Tensor) -> ExpertWeights:
-        """Weights that are not the checkpoint's."""
+        """Memory of the host for an expert that comes from another rank's host; `on_device` then takes it."""
+        is_pinned = self.device.type == "cuda"
         gate_up, down = (
-            _weight(matrix, self._copied(self._checked(matrix, weight_NK.to(torch.bfloat16))), None)
-            for matrix, weight_NK in zip(
-                (self.matrices[name] for name in expert_matrix_names(layer, expert)), (gate_up_NK, down_NK), strict=True
-            )
+            _weight(matrix, torch.empty(_num_bytes(matrix), dtype=torch.uint8, pin_memory=is_pinned))
+            for matrix in self._expert_matrices(layer, expert)
         )
         return gate_up, down
 
-    def on_device(self, weights: ExpertWeights) -> ExpertWeights:
-        """What `expert` gives already is; what came from elsewhere is copied."""
+    def pack_expert(self, layer: int, expert: int, gate_up_NK: Tensor, down_NK: Tensor) -> ExpertWeights:
+        """Weights that are not the checkpoint's."""
+        found = self._expert_matrices(layer, expert)
+        tensors = (weight_NK.to(torch.bfloat16) for weight_NK in (gate_up_NK, down_NK))
+        return self._fill(
+            found, (_bytes(self._checked(matrix, one)) for matrix, one in zip(found, tensors, strict=True))
+        )
+
+    def in_slot(self, layer: int, expert: int, slot: Slot) -> ExpertWeights:
+        """What has come into a slot by another way."""
+        gate_up, down = map(_in_part, self._expert_matrices(layer, expert), slot.parts)
+        return gate_up, down
+
+    def on_device(self, weights: ExpertWeights, source: Source) -> ExpertWeights:
+        """Complete, in a slot that says so. What `expert` gives is there already; what came from elsewhere is copied."""
         gate_up, down = weights
-        return self._taken(gate_up), self._taken(down)
+        if gate_up.data.dtype == torch.uint8:
+            matrices_ = self._expert_matrices(self.checkpoint.spec.moe_layers[source[0]], source[1])
+            gate_up, down = self._fill(matrices_, (weight.data for weight in weights))
+        self.pool.stamp(gate_up.data, source)
+        return gate_up, down
 
     def to_host(self, weight: Tensor) -> Tensor:
         """The bytes of an expert's matrix, for another rank. Not a view where there is a device."""
-        return weight.cpu().reshape(-1).view(torch.uint8)
+        return _bytes(weight.cpu())
 
-    def _empty(self, matrix: Matrix) -> PackedWeight:
-        return _weight(matrix, torch.empty(matrix.num_out * matrix.num_k * 2, dtype=torch.uint8), None)
+    def lendable(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Experts of other ranks are not this store's (PeerExperts)."""
+        return None
 
-    def _taken(self, weight: PackedWeight) -> PackedWeight:
-        if weight.data.dtype != torch.uint8:
-            return weight
-        data = weight.data.view(_DTYPES[weight.format]).view(weight.num_out, weight.num_k)
-        return PackedWeight(
-            data=self._copied(data),
-            format=weight.format,
-            num_out=weight.num_out,
-            num_k=weight.num_k,
-            gate_up=weight.gate_up,
-        )
+    def _expert_matrices(self, layer: int, expert: int) -> tuple[Matrix, Matrix]:
+        gate_up, down = (self.matrices[name] for name in expert_matrix_names(layer, expert))
+        return gate_up, down
+
+    def _fill(self, found: tuple[Matrix, Matrix], weights: Iterator[Tensor], pace: Pace | None = None) -> ExpertWeights:
+        """`weights`: their bytes, on the host, each read when the one before has been copied."""
+        slot = self.pool.take(pace)
+        for part, weight in zip(slot.parts, weights, strict=True):
+            self._copies.write(part, weight, pace)
+        gate_up, down = map(_in_part, found, slot.parts)
+        return gate_up, down
+
+    # --- matrices ---------------------------------------------------------------------------------------------------
 
     def _matrix(self, name: str) -> Tensor:
         matrix = self.matrices[name]
         with self._lock:
             if matrix.tensors not in self._dense:  # tied embeddings are one tensor
-                self._dense[matrix.tensors] = self._copied(self._checked(matrix, self._on_disk(matrix)))
+                weight_NK = self._checked(matrix, self._on_disk(matrix))
+                self._dense[matrix.tensors] = weight_NK.to(self.device, copy=True)
             return self._dense[matrix.tensors]
-
-    def _read_expert(self, matrix: Matrix, pace: Pace | None) -> PackedWeight:
-        if pace is not None:
-            pace(matrix.num_out * matrix.num_k * 2)
-        return _weight(matrix, self._copied(self._checked(matrix, self._on_disk(matrix))), None)
-
-    def _copied(self, weight: Tensor) -> Tensor:
-        """On the device and in memory of its own, complete."""
-        if self._stream is None:
-            return weight.to(self.device).clone()
-        with torch.cuda.stream(self._stream):
-            copied = weight.to(self.device)
-        self._stream.synchronize()
-        return copied
 
     def _on_disk(self, matrix: Matrix) -> Tensor:
         if matrix.expert is not None:
@@ -151,7 +195,21 @@ class DeviceWeightStore:
         return weight_NK
 
 
-def _weight(matrix: Matrix, data: Tensor, bias_N: Tensor | None) -> PackedWeight:
+def _num_bytes(matrix: Matrix) -> int:
+    """On the device."""
+    return matrix.num_out * matrix.num_k * _DTYPES[matrix.format].itemsize
+
+
+def _in_part(matrix: Matrix, part: Tensor) -> PackedWeight:
+    """A part of a slot as what its bytes are."""
+    return _weight(matrix, part.view(_DTYPES[matrix.format]).view(matrix.num_out, matrix.num_k))
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return weight.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _weight(matrix: Matrix, data: Tensor, bias_N: Tensor | None = None) -> PackedWeight:
     return PackedWeight(
         data=data,
         format=matrix.format,

@@ -247,7 +247,7 @@ class PeerChannel:
     def _held(self, moe_layer: int, expert: int, digest: bytes) -> tuple[memoryview, memoryview] | None:
         if moe_layer >= len(self._runner.moe_layers):
             return None
-        held = self._runner.held_expert(moe_layer, expert, "" if digest == _NO_FILE else digest.hex())
+        held = self._runner.experts.held(moe_layer, expert, "" if digest == _NO_FILE else digest.hex())
         return None if held is None else (held[0].numpy().data, held[1].numpy().data)
 
     # --- both -------------------------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@
 
 It touches nothing that a step reads: what it makes is a StagedMap, and the engine alone puts that into use. Experts come
 from the host's weight cache where there is one; else from a rank that computes with them now, or from the checkpoint.
+On devices a rank's memory is read in place where it is mapped; a connection to it is the last resort, since experts then
+go through both hosts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from switchgear_runtime.errors import ConfigError, SwitchgearError, TransportError
+from switchgear_runtime.errors import CheckpointError, ConfigError, SwitchgearError, TransportError
 from switchgear_runtime.messages import StageMap
 from switchgear_runtime.migration.pace import Pace, StagingCancelled
 from switchgear_runtime.migration.peers import ExpertPeers
@@ -26,13 +29,15 @@ from switchgear_runtime.system import System
 
 _IDLE_WAIT_S = 60.0
 
+Way = Literal["mapped", "peer", "disk"]  # MapStaged.sources
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StageJob:
     """A StageMap that was accepted, and the circumstances. `current`, `versions`: the map and the model's versions in
-    use; `peers`: None where ranks have no channel for experts."""
+    use; `peers`: None where ranks have no channel for experts; `sources`: how many experts came which way."""
 
     message: StageMap
     epoch: int
@@ -41,6 +46,7 @@ class StageJob:
     peers: ExpertPeers | None
     pace: Pace
     started_s: float
+    sources: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,6 +133,7 @@ class Stager:
                 self._condition.notify_all()
             if outcome is not None and not job.pace.cancelled:
                 self._deliver(outcome)
+            del outcome  # or what was staged would stay in memory until the next job ends
 
     def _next(self) -> StageJob | None:
         state = self._state
@@ -189,34 +196,66 @@ class Stager:
 
     def _read(self, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None) -> ExpertWeights:
         """Weights that this rank does not hold."""
-        source, pace = job.message.source, job.pace
-        if pace.cancelled:
+        if job.pace.cancelled:
             raise StagingCancelled
-        if job.peers is None or source == "checkpoint" or not self._is_from_peer(job, moe_layer, expert, swap):
-            return self._runner.read_expert(moe_layer, expert, swap, pace)
-        try:
-            return self._fetch(job, job.peers, moe_layer, expert, swap)
-        except TransportError as error:
-            if source == "peer":
-                raise
-            log.info("rank %d: expert %d of MoE layer %d comes from disk: %s", self._rank, expert, moe_layer, error)
-            return self._runner.read_expert(moe_layer, expert, swap, pace)
+        *first, last = self._ways(job, moe_layer, expert, swap)
+        for way in first:
+            try:
+                weights = self._take(way, job, moe_layer, expert, swap)
+            except (TransportError, CheckpointError, OSError) as error:
+                text = "rank %d: expert %d of MoE layer %d comes another way than %s: %s"
+                log.info(text, self._rank, expert, moe_layer, way, str(error))  # the error itself refers to the weights
+                continue
+            if weights is not None:
+                return weights
+        weights = self._take(last, job, moe_layer, expert, swap)
+        assert weights is not None
+        return weights
+
+    def _ways(self, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None) -> list[Way]:
+        """In the order in which they are tried."""
+        source, by_channel = job.message.source, job.peers is not None
+        if source == "checkpoint" or not self._is_from_peer(job, moe_layer, expert, swap):
+            return ["disk"]
+        if self._runner.experts.reads_peers:
+            if source == "peer" and by_channel:
+                return ["mapped", "peer"]
+            return ["mapped", "disk", "peer"] if by_channel else ["mapped", "disk"]
+        if not by_channel:
+            return ["disk"]
+        return ["peer"] if source == "peer" else ["peer", "disk"]
+
+    def _take(
+        self, way: Way, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None
+    ) -> ExpertWeights | None:
+        """None: this way does not lead there."""
+        if way == "disk":
+            weights: ExpertWeights | None = self._runner.experts.read(moe_layer, expert, swap, job.pace)
+        else:
+            current = job.current()
+            holders = [slot // current.slots_per_rank for slot in current.replicas(moe_layer, expert)]
+            first = (self._rank + expert) % len(holders)
+            if way == "mapped":
+                pull = self._runner.experts.pull
+                pulls = (pull(one, moe_layer, expert, swap, job.pace) for one in holders[first:] + holders[:first])
+                weights = next((found for found in pulls if found is not None), None)
+            else:
+                weights = self._fetch(job, holders[first], moe_layer, expert, swap)
+        if weights is not None:
+            job.sources[way] += 1
+        return weights
 
     def _is_from_peer(self, job: StageJob, moe_layer: int, expert: int, swap: ExpertSwap | None) -> bool:
         """Only a file has what no slot holds yet. What slots hold comes from there, if not from a shared weight cache."""
         if swap is None:
-            return job.message.source == "peer" or not self._runner.shares_weights
+            return job.message.source == "peer" or not self._runner.experts.shares_weights
         return job.versions().settled(moe_layer, expert) == swap
 
-    def _fetch(
-        self, job: StageJob, peers: ExpertPeers, moe_layer: int, expert: int, swap: ExpertSwap | None
-    ) -> ExpertWeights:
-        current = job.current()
-        holders = [slot // current.slots_per_rank for slot in current.replicas(moe_layer, expert)]
-        gate_up, down = self._runner.empty_expert(moe_layer, expert)
+    def _fetch(self, job: StageJob, holder: int, moe_layer: int, expert: int, swap: ExpertSwap | None) -> ExpertWeights:
+        assert job.peers is not None
+        gate_up, down = self._runner.experts.empty(moe_layer, expert)
         out = gate_up.data.numpy().data, down.data.numpy().data
-        sha256 = "" if swap is None else swap.sha256
-        peers.fetch(holders[(self._rank + expert) % len(holders)], moe_layer, expert, out, job.pace, sha256)
+        job.peers.fetch(holder, moe_layer, expert, out, job.pace, "" if swap is None else swap.sha256)
         return gate_up, down
 
 

@@ -16,6 +16,7 @@ from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.weight_store import WeightStore
 from switchgear_runtime.moe.layer_placement import LayerPlacement
+from switchgear_runtime.moe.replica_choice import HOST_PRICES, StepPrices
 
 
 class Placing(Protocol):
@@ -30,7 +31,10 @@ class Backend(Protocol):
     """Of one rank. `store`, `kv_cache` and the decoders each once, in this order."""
 
     device: str  # as torch names it
-    can_lend: bool
+
+    def prices(self, expert_format: str) -> StepPrices:
+        """The same on all ranks that may join one generation."""
+        ...
 
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Any: ...
 
@@ -44,6 +48,11 @@ class Backend(Protocol):
         """A DeviceDecoder; None: steps run on the host."""
         ...
 
+    def peer_experts(self, store: Any) -> Any:
+        """cuda/peer_experts.py's PeerExperts, by which ranks read each other's experts; None where a weight cache of the
+        host has those of all ranks."""
+        ...
+
     def identity(self) -> Mapping[str, str]:
         """Of the arithmetic: ranks that differ in it may not join one generation."""
         ...
@@ -53,7 +62,6 @@ class HostBackend:
     """The CPU's kernels. `native`: steps as one call, where native code has every part of the model."""
 
     device = "cpu"
-    can_lend = True
 
     def __init__(self, config: EngineConfig, rank: int, *, native: bool) -> None:
         self._config = config
@@ -61,6 +69,12 @@ class HostBackend:
         self._native = native
         torch.set_num_threads(config.num_threads)  # torch only copies and adds here; the kernels have their own threads
         ops.set_num_threads(config.num_threads)
+
+    def prices(self, expert_format: str) -> StepPrices:
+        return HOST_PRICES[expert_format]
+
+    def peer_experts(self, store: WeightStore) -> None:
+        """None."""
 
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> WeightStore:
         config = self._config

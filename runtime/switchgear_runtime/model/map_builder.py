@@ -13,7 +13,7 @@ from switchgear_runtime.model.backend import Placing
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.staged_map import StagedMap, digest_of
 from switchgear_runtime.model.weight_store import ExpertWeights, WeightStore
-from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.layer_placement import ExpertTensors, LayerPlacement, Source
@@ -56,9 +56,22 @@ class MapBuilder:
         self._lends = wanted and self._lent_L is not None
         return self._lends
 
+    def num_missing(self, expert_map: ExpertMap, versions: ModelVersions) -> int:
+        """(layer, expert) pairs whose weights `build` would read."""
+        num_missing = 0
+        for index, layer in enumerate(self._layers):
+            settled = versions.settled_of(index)
+            wanted = {(swap.expert, swap.sha256) for swap in versions.live_of(index)}
+            for expert in expert_map.local_experts(index, self._rank).tolist():
+                if expert != EMPTY:
+                    wanted.add((expert, settled[expert].sha256 if expert in settled else ""))
+            held = set() if layer.placement is None else {source for source, _ in layer.placement.held()}
+            num_missing += len(wanted - held)
+        return num_missing
+
     def build(self, expert_map: ExpertMap, versions: ModelVersions, read: ReadExpert) -> StagedMap:
         """`read` gives the experts that this rank does not hold; what it raises passes through."""
-        counter = _Counter(lambda *which: self._store.on_device(read(*which)))
+        counter = _Counter(read, self._store)
         choice, num_variants, ffn = self._choice, versions.num_variants, self._spec.moe.ffn
         slot_tables = choice.strided(expert_map, expert_map.slot_tables(self._rank), num_variants)
         stride = choice.stride(expert_map, num_variants)
@@ -80,7 +93,7 @@ class MapBuilder:
                     experts=slots,
                     slot_table_E=slot_table_E,
                     quotas=choice.quotas(expert_map, index, num_variants),
-                    lent=choice.slots_for_lent(self._lent(index, weights)),
+                    lent=choice.slots_for_lent(expert_map, self._lent(index, weights)),
                     variants=self._variants(index, versions, weights, stride - num_variants),
                 )
             )
@@ -127,12 +140,14 @@ class MapBuilder:
 class _Counter:
     """Reads, and what they brought."""
 
-    def __init__(self, read: ReadExpert) -> None:
+    def __init__(self, read: ReadExpert, store: WeightStore) -> None:
         self._read = read
+        self._store = store
         self.num_new = self.new_bytes = 0
 
     def __call__(self, layer: int, expert: int, swap: ExpertSwap | None) -> ExpertTensors:
-        gate_up, down = self._read(layer, expert, swap)
+        source = layer, expert, "" if swap is None else swap.sha256
+        gate_up, down = self._store.on_device(self._read(layer, expert, swap), source)
         self.num_new += 1
         self.new_bytes += gate_up.data.nbytes + down.data.nbytes
         return gate_up.data, down.data

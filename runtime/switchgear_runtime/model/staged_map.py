@@ -24,7 +24,9 @@ class StagedMap:
     versions: ModelVersions
     digest: int  # of both
     layers: Sequence[LayerPlacement]  # by MoE layer
-    native: Any  # what the decoder that runs whole steps takes (NativePlacements, of a device DevicePlacement); or None
+    native: (
+        Any  # what the decoder that runs whole steps takes (NativePlacements, of a device DevicePlacements); or None
+    )
     num_new: int  # (layer, expert) pairs whose weights this rank did not hold when it began
     new_bytes: int  # of their packed weights
 

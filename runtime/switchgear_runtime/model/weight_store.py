@@ -96,8 +96,16 @@ class WeightStore:
         """Whether every matrix of the model is a page of this host's cache away."""
         return self.cache.is_shared
 
-    def on_device(self, weights: ExpertWeights) -> ExpertWeights:
-        """Where they are computed with: here."""
+    @property
+    def pool_slots(self) -> int | None:
+        """How many experts there is memory for; None: what the host has."""
+        return None
+
+    def reserve(self, num_slots: int, *, num_new: int, beside_bytes: int = 0) -> None:
+        """Memory of the host is taken as it is needed."""
+
+    def on_device(self, weights: ExpertWeights, source: tuple[int, int, str]) -> ExpertWeights:  # noqa: ARG002
+        """Where they are computed with: here. `source`: MoE layer, expert, and the file of its weights (sha256)."""
         return weights
 
     def to_host(self, weight: Tensor) -> Tensor:

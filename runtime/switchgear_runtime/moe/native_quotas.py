@@ -30,6 +30,7 @@ class _Spec(ctypes.Structure):
         ("choice", c_int64),
         ("lending", c_int64),
         ("expert_rows", c_int64),
+        ("lent_expert_rows", c_int64),
         ("num_variants", c_int64),
     ]
 
@@ -78,6 +79,7 @@ class NativeQuotas:
             choice=CHOICES.index(balance.choice),
             lending=balance.lending,
             expert_rows=balance.expert_rows,
+            lent_expert_rows=balance.lent_price,
             num_variants=num_variants,
         )
         handle = self._library.sg_quotas_create(ctypes.byref(spec))

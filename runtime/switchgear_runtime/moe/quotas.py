@@ -4,11 +4,11 @@ The slow reference of csrc/placement/quotas.cpp, which a test holds equal to it 
 counts and compute the same quotas: integers only, every tie decided by an order.
 
 What is made small is the largest cost of a rank: the rows it computes, and `expert_rows` for each expert whose weights
-it reads. Steps of `lp`: the best split over all replicas (exact: flow), one that reads few experts (replicas opened only
-where a rank is over the target), and then *lending*: a rank with slack computes rows of up to `lending` experts it does
-not hold. The binary search over a target with greedy export is UltraEP's (arXiv 2606.04101), here with the reads
-charged and replicas opened before experts are lent; the flow finds each infeasible target's densest set of ranks and
-takes its mean as the next target (Dinkelbach).
+it reads (`lent_expert_rows` where it reads another rank's). Steps of `lp`: the best split over all replicas (exact:
+flow), one that reads few experts (replicas opened only where a rank is over the target), and then *lending*: a rank with
+slack computes rows of up to `lending` experts it does not hold. The binary search over a target with greedy export is
+UltraEP's (arXiv 2606.04101), here with the reads charged and replicas opened before experts are lent; the flow finds each
+infeasible target's densest set of ranks and takes its mean as the next target (Dinkelbach).
 
 Letters: R ranks, E experts, S slots of a rank, I instances (an expert at a rank: a slot, or lent).
 """
@@ -31,11 +31,17 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Balance:
-    """How a step chooses replicas. `expert_rows`: rows that take as long as one read of an expert's weights."""
+    """How a step chooses replicas. `expert_rows`: rows that take as long as one read of an expert's weights;
+    `lent_expert_rows`: the same of another rank's expert. None: as long."""
 
     choice: str = "lp"
     lending: int = 0
     expert_rows: int = 0
+    lent_expert_rows: int | None = None
+
+    @property
+    def lent_price(self) -> int:
+        return self.expert_rows if self.lent_expert_rows is None else self.lent_expert_rows
 
     @property
     def exact(self) -> bool:
@@ -101,7 +107,7 @@ class Planner:
         for start in starts:
             found = self._spread(start, lending)
             if is_lp and lending:
-                self._level(found, every=self.balance.expert_rows == 0)
+                self._level(found, every=self.balance.expert_rows == self.balance.lent_price == 0)
             best = min(best, found, key=Instances.cost)
         return best if static.cost() - best.cost() > self.balance.expert_rows else None
 
@@ -255,7 +261,7 @@ class Planner:
             if j == i or (j is None and lent_R[rank] >= lending):
                 continue
             kind = 2 if j is None else 0 if state.rows[j] else 1
-            charge = self.balance.expert_rows if kind else 0
+            charge = (0, self.balance.expert_rows, self.balance.lent_price)[kind]
             slack = target - state.costs_R[rank] - charge
             wanted = min(max(need, charge + 1), state.rows[i])
             rows = min(wanted, slack)
@@ -340,7 +346,9 @@ class Planner:
         before = state.rows[i]
         state.rows[i] = before + rows
         reads = (state.rows[i] > 0) - (before > 0)
-        state.costs_R[state.ranks[i]] += rows + reads * self.balance.expert_rows
+        is_lent = i >= len(self.empty.rows)
+        price = self.balance.lent_price if is_lent else self.balance.expert_rows
+        state.costs_R[state.ranks[i]] += rows + reads * price
 
     def _by_expert(self, state: Instances) -> list[list[int]]:
         """Instances of each expert, slots first, each by rank."""

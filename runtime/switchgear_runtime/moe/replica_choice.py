@@ -21,12 +21,27 @@ from switchgear_runtime.moe.quotas import Balance
 
 Int32 = NDArray[np.int32]
 
-# Rows of one expert that take as long as one read of its weights, by their format: a row's FLOPs follow the weights'
-# number, so this is a property of machine and format, not of the model. Here: 206 GFLOP/s in bf16 and 17 GB/s a core.
-EXPERT_ROWS = {"f32": 11, "bf16": 11, "int8": 6, "int4": 3}
-# An exchange of counts and a plan take as long as about so many rows of a small expert; a step whose slowest rank could
-# not save them does without.
-EXCHANGE_ROWS = 32
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPrices:
+    """What a step's balance charges, in rows of one expert.
+
+    `expert_rows`: one read of an expert's weights, where they are this rank's own: a row's FLOPs follow the weights'
+    number, so this is a property of machine and format, not of the model. `lent_expert_rows`: one read where another rank
+    has them. `exchange_rows`: an exchange of counts and a plan; a step whose slowest rank could not save them does
+    without.
+    """
+
+    expert_rows: int
+    lent_expert_rows: int
+    exchange_rows: int
+
+
+# By the weights' format: 206 GFLOP/s in bf16 and 17 GB/s a core, whichever rank's the pages are.
+HOST_PRICES = {
+    format: StepPrices(expert_rows=rows, lent_expert_rows=rows, exchange_rows=32)
+    for format, rows in {"f32": 11, "bf16": 11, "int8": 6, "int4": 3}.items()
+}
 
 
 @dataclass(slots=True)
@@ -39,8 +54,14 @@ class StepBalance:
 class ReplicaChoice:
     """Of one run: all ranks have the same."""
 
-    def __init__(self, choice: str, lending: int, *, expert_format: str, num_experts: int, top_k: int) -> None:
-        self.balance = Balance(choice=choice, lending=lending, expert_rows=EXPERT_ROWS[expert_format])
+    def __init__(self, choice: str, lending: int, *, prices: StepPrices, num_experts: int, top_k: int) -> None:
+        self.balance = Balance(
+            choice=choice,
+            lending=lending,
+            expert_rows=prices.expert_rows,
+            lent_expert_rows=prices.lent_expert_rows,
+        )
+        self._exchange_rows = prices.exchange_rows
         self.num_experts = num_experts
         self.top_k = top_k
         self.step = StepBalance()
@@ -51,11 +72,14 @@ class ReplicaChoice:
         return self.balance.exact and self.balance.lending > 0
 
     def stride(self, expert_map: ExpertMap, num_variants: int = 0) -> int:
-        return expert_map.slots_per_rank + (self.num_experts if self.lends else 0) + num_variants
+        return expert_map.slots_per_rank + (self.num_experts if self._lends_among(expert_map) else 0) + num_variants
 
-    def slots_for_lent(self, lent: LentExperts | None) -> LentExperts | None:
+    def slots_for_lent(self, expert_map: ExpertMap, lent: LentExperts | None) -> LentExperts | None:
         """A layer's, also where this rank has no weights for them; None: nothing is ever lent."""
-        return (lent or LentExperts.none(self.num_experts)) if self.lends else None
+        return (lent or LentExperts.none(self.num_experts)) if self._lends_among(expert_map) else None
+
+    def _lends_among(self, expert_map: ExpertMap) -> bool:
+        return self.lends and expert_map.num_ranks > 1
 
     def strided(self, expert_map: ExpertMap, slots: Int32, num_variants: int = 0) -> Int32:
         """The map's slots as slots that are `stride` a rank."""
@@ -73,5 +97,5 @@ class ReplicaChoice:
         """`num_tokens`: of all ranks. `lends`: whether every rank can."""
         rows = num_tokens * self.top_k
         saved = rows * (1 + self.balance.expert_rows) * (num_ranks - 1) // num_ranks
-        pays = self.balance.exact and saved > EXCHANGE_ROWS
+        pays = self.balance.exact and saved > self._exchange_rows
         self.step.mode = (2 if lends and self.lends else 1) if pays else 0

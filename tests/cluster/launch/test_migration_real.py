@@ -30,6 +30,8 @@ STEP_TIMEOUT_S = 3.0
 class MovingCluster(Cluster):
     """Its server orders maps by hand and remembers what the ranks say."""
 
+    shape = (NUM_LAYERS, NUM_EXPERTS)
+
     def __init__(self, num_ranks: int, **settings: Any) -> None:
         by_hand = {"placement": "off", "survive": num_ranks - 1}  # nobody else moves experts, and any map fits
         given = {"ranks": num_ranks, "launcher": "local", **SMALL, **by_hand, **settings}
@@ -37,7 +39,7 @@ class MovingCluster(Cluster):
         self.num_ranks = num_ranks
         self.rng = np.random.default_rng(11)
         self.epoch = 0
-        self.in_force = ExpertMap.contiguous(NUM_LAYERS, NUM_EXPERTS, num_ranks)
+        self.in_force = ExpertMap.contiguous(*self.shape, num_ranks)
         self.proposed: dict[int, ExpertMap] = {}
         self.staged: list[MapStaged] = []
         self.refused: list[MapRefused] = []
@@ -70,8 +72,9 @@ class MovingCluster(Cluster):
 
     def stage(self, *, source: str = "auto", bytes_per_s: int | None = None) -> int:
         self.epoch += 1
+        num_redundant = self.shape[1] // 4
         proposed = ExpertMap.random(
-            self.rng, NUM_LAYERS, NUM_EXPERTS, self.num_ranks, num_redundant=8, epoch=self.epoch
+            self.rng, *self.shape, self.num_ranks, num_redundant=num_redundant, epoch=self.epoch
         )
         self.proposed[self.epoch] = proposed
         assert self.controller.descriptor is not None

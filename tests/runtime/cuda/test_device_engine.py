@@ -157,9 +157,9 @@ def test_a_fingerprint_of_its_own(lab: Lab, device: str) -> None:
 def test_an_expert_that_comes_from_another_rank(lab: Lab, device: str) -> None:
     """What one rank gives as bytes is, in the memory another made for it, the same weights on its device."""
     giver, taker = (make_runner(lab[0], device=device) for _ in range(2))
-    held = giver.held_expert(1, 5)
+    held = giver.experts.held(1, 5)
     assert held is not None
-    weights = taker.empty_expert(1, 5)
+    weights = taker.experts.empty(1, 5)
     for weight, given in zip(weights, held, strict=True):
         assert weight.data.dtype == given.dtype == torch.uint8
         weight.data.copy_(given)
@@ -167,6 +167,6 @@ def test_an_expert_that_comes_from_another_rank(lab: Lab, device: str) -> None:
     assert placement is not None
     own = placement.find(5, "")
     assert own is not None
-    for taken, expected in zip(taker._store.on_device(weights), own, strict=True):
+    for taken, expected in zip(taker._store.on_device(weights, (1, 5, "")), own, strict=True):
         assert taken.data.device == expected.device
         assert torch.equal(taken.data, expected)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from device_messages import TIMEOUT_S, draw, exchange_and_check
 from tiny_checkpoints import run_ranks
 
 from switchgear_runtime.comm.device_exchange import Parts
-from switchgear_runtime.comm.peer_memory import ALIGNMENT, PeerTransport, over_peer_memory
+from switchgear_runtime.comm.peer_memory import ALIGNMENT, CudaPeerMemory, PeerTransport, over_peer_memory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
 
@@ -132,6 +135,41 @@ def test_an_own_gpu_that_never_finishes() -> None:
         assert not memories[rank].mapped
 
     run_ranks(2, run)
+
+
+def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a CuPy that only notes its calls: CUDA opens no handle of its own process."""
+    calls: list[str] = []
+    opened = {b"theirs": 77}
+
+    def note(name: str, result: Callable[..., object]) -> Callable[..., object]:
+        return lambda *given: (calls.append(name), result(*given))[1]
+
+    runtime = SimpleNamespace(
+        malloc=note("malloc", lambda _: 4096),
+        memset=lambda *_: None,
+        deviceSynchronize=lambda: None,
+        free=note("free", lambda _: None),
+        ipcGetMemHandle=note("get", lambda address: b"of %d" % address),
+        ipcOpenMemHandle=note("open", lambda handle, _: opened[handle]),
+        ipcCloseMemHandle=note("close", lambda _: None),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    first, second, other = (CudaPeerMemory(torch.device("cuda", n)) for n in (0, 0, 1))
+    mine = first.allocate(100)
+    handle = first.handle(mine)
+    assert second.map(handle) == mine  # a rank that is another thread
+    second.unmap(mine)
+    with pytest.raises(OSError, match="this process's own, on cuda:0"):
+        other.map(handle)
+    assert calls == ["malloc", "get"]
+    theirs = second.map(b"theirs")
+    second.unmap(theirs)
+    first.free(mine)
+    assert calls == ["malloc", "get", "open", "close", "free"]
+    opened[handle] = 88  # another process's, of the same bytes
+    assert second.map(handle) == 88
 
 
 def test_only_where_all_ranks_share_a_host() -> None:

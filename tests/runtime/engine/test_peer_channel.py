@@ -69,7 +69,7 @@ def open_channel(
 
 def fetch(pair: Pair, expert: int, pace: Pace | None = None, sha256: str = "") -> list[bytes]:
     _, runners, channels = pair
-    weights = runners[1].empty_expert(1, expert)
+    weights = runners[1].experts.empty(1, expert)
     gate_up, down = (weight.data.numpy().data for weight in weights)
     channels[1].fetch(0, 1, expert, (gate_up, down), pace or Pace(SYSTEM, None), sha256)
     return [bytes(gate_up), bytes(down)]
@@ -77,7 +77,7 @@ def fetch(pair: Pair, expert: int, pace: Pace | None = None, sha256: str = "") -
 
 def test_the_bytes_are_those_of_the_source(pair: Pair) -> None:
     for expert in (0, 3, 1):
-        packed = pair[1][1].read_expert(1, expert)
+        packed = pair[1][1].experts.read(1, expert)
         assert fetch(pair, expert) == [weight.data.numpy().tobytes() for weight in packed]
     with pytest.raises(TransportError, match="rank 0 does not compute with expert 7 of MoE layer 1") as caught:
         fetch(pair, 7)
@@ -92,7 +92,7 @@ def test_another_version_is_never_given(pair: Pair, tmp_path: Path) -> None:
     versions, expert_map = file.next_of(ModelVersions()), source.expert_map
     (swap,) = versions.swaps
     given = {
-        sha: [part.data.numpy().tobytes() for part in source.read_expert(1, 3, of)]
+        sha: [part.data.numpy().tobytes() for part in source.experts.read(1, 3, of)]
         for sha, of in (("", None), (file.sha256, swap))
     }
     transport = LoopbackHub(2, system).transport(0)
@@ -104,7 +104,7 @@ def test_another_version_is_never_given(pair: Pair, tmp_path: Path) -> None:
         for sha256 in ("", "0" * 63 + "1"):
             with pytest.raises(TransportError, match=f"expert 3 of MoE layer 1.*{sha256}"):
                 fetch(pair, 3, sha256=sha256)
-        assert fetch(pair, 2) == [part.data.numpy().tobytes() for part in pair[1][1].read_expert(1, 2)]
+        assert fetch(pair, 2) == [part.data.numpy().tobytes() for part in pair[1][1].experts.read(1, 2)]
     finally:
         source.begin(transport, expert_map)
 
@@ -123,7 +123,7 @@ def test_a_cancelled_job_ends_at_once_and_the_next_one_gets_its_own_bytes(pair: 
     threading.Timer(0.05, pace.cancel).start()
     with pytest.raises(StagingCancelled):
         fetch(pair, 0, pace)
-    assert fetch(pair, 1) == [weight.data.numpy().tobytes() for weight in pair[1][1].read_expert(1, 1)]
+    assert fetch(pair, 1) == [weight.data.numpy().tobytes() for weight in pair[1][1].experts.read(1, 1)]
 
 
 def test_a_source_that_is_gone_is_named(pair: Pair) -> None:
@@ -198,7 +198,7 @@ def test_it_listens_on_ipv6(runners: list[ModelRunner]) -> None:
         pytest.skip(f"no IPv6 here: {error}")
     store = DictStore()
     channels = [open_channel(runner, store, rank, address="::1") for rank, runner in enumerate(runners)]
-    packed = runners[1].read_expert(1, 0)
+    packed = runners[1].experts.read(1, 0)
     assert fetch((store, runners, channels), 0) == [weight.data.numpy().tobytes() for weight in packed]
     for channel in channels:
         channel.close()

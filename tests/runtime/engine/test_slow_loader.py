@@ -13,37 +13,33 @@ import pytest
 from tiny_cluster import Cluster, make_config, make_tiny_checkpoint
 
 from switchgear_runtime.comm.loopback import LoopbackHub
-from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.inbox import Inbox
 from switchgear_runtime.link import RankLink
 from switchgear_runtime.link_store import LinkStore
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
-from switchgear_runtime.moe.model_versions import ModelVersions
 from switchgear_runtime.rank_worker import RankWorker, RankWorkerConfig
 from switchgear_runtime.system import RealSystem
 
 
-class SlowToBegin:
-    """Its begin takes longer than the others wait for a step."""
+def slow_to_load(runner: ModelRunner, seconds: float) -> ModelRunner:
+    """A generation's experts take it longer than the others wait for a step."""
+    build = runner._builder.build
 
-    def __init__(self, runner: Any, seconds: float) -> None:
-        self._runner = runner
-        self._seconds = seconds
+    def slow_build(*given: Any) -> Any:
+        time.sleep(seconds)
+        return build(*given)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def begin(self, transport: Transport, expert_map: ExpertMap, versions: ModelVersions) -> None:
-        time.sleep(self._seconds)
-        self._runner.begin(transport, expert_map, versions)
+    runner._builder.build = slow_build  # type: ignore[method-assign]
+    return runner
 
 
-def test_who_loads_while_a_generation_begins_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "twin"])  # whose ranks tell each other of their experts first
+def test_who_loads_while_a_generation_begins_is_waited_for(tmp_path: Path, device: str) -> None:
     cluster = Cluster(
-        make_config(make_tiny_checkpoint(tmp_path, seed=8), step_timeout_s=1.0),
+        make_config(make_tiny_checkpoint(tmp_path, seed=8), step_timeout_s=1.0, device=device),
         2,
-        wrap=lambda runner, rank: SlowToBegin(runner, 1.5) if rank == 1 else runner,
+        wrap=lambda runner, rank: slow_to_load(runner, 1.5) if rank == 1 else runner,
         start_timeout_s=30.0,
     )
     cluster.pump(lambda run: run.num_parked >= 2 or bool(run.faults))
@@ -83,6 +79,6 @@ def test_a_new_process_loads_by_the_map_in_force(tmp_path: Path, num_ranks: int)
         num_read += 1
         return runner._store.expert(runner.spec.moe_layers[moe_layer], expert, None)
 
-    runner.read_expert = read  # type: ignore[method-assign]
+    runner.experts.read = read  # type: ignore[method-assign]
     runner.begin(LoopbackHub(3, system).transport(2), runner.expert_map)
     assert num_read == 0  # nothing is left to load while the others wait

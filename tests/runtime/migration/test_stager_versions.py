@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,28 +19,51 @@ LATER = SETTLED.with_swap(0, 1, path="/b", sha256="b" * 64)
 OLD, NEW = LATER.swaps
 
 
-def origin(source: str, swap: ExpertSwap | None, *, shares: bool, has_peers: bool = True, fails: bool = False) -> str:
-    """Of expert 1 on rank 1, which rank 0 has."""
+def origin(
+    source: str,
+    swap: ExpertSwap | None,
+    *,
+    shares: bool = False,
+    has_peers: bool = True,
+    fails: bool = False,
+    maps: bool | None = None,
+) -> str:
+    """Of expert 1 on rank 1, which rank 0 has. `maps`: on devices, whether rank 0's memory is mapped here."""
     asked: list[str] = []
+
+    def pull(rank: int, _layer: int, _expert: int, _swap: ExpertSwap | None, _pace: object) -> str | None:
+        if not maps:
+            return None
+        asked.append(f"memory of rank {rank}")
+        if fails:
+            raise TransportError("given up", rank=1, peers=(0,))
+        return "weights"
 
     def fetch(rank: int, _layer: int, _expert: int, _out: object, _pace: object, sha256: str) -> None:
         asked.append(f"rank {rank} {sha256[:1]}".strip())
         if fails:
             raise TransportError("gone", rank=1, peers=(0,))
 
-    def read(_layer: int, _expert: int, swap: ExpertSwap | None, _pace: object) -> None:
+    def read(_layer: int, _expert: int, swap: ExpertSwap | None, _pace: object) -> str:
         asked.append("checkpoint" if swap is None else f"file {swap.path}")
+        return "weights"
 
     nothing = SimpleNamespace(data=SimpleNamespace(numpy=lambda: SimpleNamespace(data=b"")))
-    runner: Any = SimpleNamespace(shares_weights=shares, read_expert=read, empty_expert=lambda *_: (nothing, nothing))
+    experts = SimpleNamespace(
+        shares_weights=shares, reads_peers=maps is not None, read=read, pull=pull, empty=lambda *_: (nothing, nothing)
+    )
+    runner: Any = SimpleNamespace(experts=experts)
     job: Any = SimpleNamespace(
         message=SimpleNamespace(source=source),
+        sources=Counter(),
         pace=SimpleNamespace(cancelled=False),
         current=lambda: ExpertMap.contiguous(1, 2, 1),
         versions=lambda: SETTLED,
         peers=SimpleNamespace(fetch=fetch) if has_peers else None,
     )
     Stager(runner, rank=1, system=RealSystem(), deliver=lambda _: None)._read(job, 0, 1, swap)
+    way = {"m": "mapped", "r": "peer", "c": "disk", "f": "disk"}[asked[-1][0]]
+    assert job.sources == {way: 1}
     return ", ".join(asked)
 
 
@@ -55,6 +79,23 @@ def test_origins(shares: bool) -> None:
         origin("peer", OLD, shares=shares, fails=True)
     assert origin("auto", None, shares=shares) == ("checkpoint" if shares else "rank 0")
     assert origin("peer", None, shares=shares) == "rank 0"
+
+
+def test_origins_on_devices() -> None:
+    for source in ("auto", "peer"):
+        for swap in (None, OLD):
+            assert origin(source, swap, maps=True) == "memory of rank 0"
+            assert origin(source, swap, maps=True, has_peers=False) == "memory of rank 0"
+        assert origin(source, NEW, maps=True) == "file /b"
+    assert origin("checkpoint", None, maps=True) == "checkpoint"
+    assert origin("auto", None, maps=True, fails=True) == "memory of rank 0, checkpoint"
+    assert origin("auto", OLD, maps=True, fails=True) == "memory of rank 0, file /a"
+    assert origin("auto", None, maps=False) == "checkpoint"
+    assert origin("peer", None, maps=False) == "rank 0"
+    assert origin("peer", OLD, maps=False) == "rank 0 a"
+    assert origin("peer", None, maps=False, has_peers=False) == "checkpoint"
+    with pytest.raises(TransportError, match="gone"):
+        origin("peer", None, maps=True, fails=True)
 
 
 def test_versions_have_to_follow() -> None:

@@ -39,9 +39,9 @@ def test_it_is_packed_as_the_checkpoints_own(
     runner = make_runner(model_dir, quantization=quantization)
     (swap,) = file.next_of(ModelVersions()).swaps
     pieces: list[int] = []
-    ours, theirs = runner.read_expert(1, 4, swap, pieces.append), other.read_expert(1, 4)
+    ours, theirs = runner.experts.read(1, 4, swap, pieces.append), other.experts.read(1, 4)
     assert [torch.equal(mine.data, its.data) for mine, its in zip(ours, theirs, strict=True)] == [True, True]
-    assert not torch.equal(ours[0].data, runner.read_expert(1, 4)[0].data)
+    assert not torch.equal(ours[0].data, runner.experts.read(1, 4)[0].data)
     assert sum(pieces) == file.path.stat().st_size
 
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_fuses_its_experts(tmp_path: Path) -> None:
     file = write_expert(tmp_path / "x", fused, layer=0, expert=2, seed=3)
     other = make_runner(swapped_checkpoint(fused, tmp_path / "other", [file]))
     (swap,) = file.next_of(ModelVersions()).swaps
-    ours, theirs = make_runner(fused).read_expert(0, 2, swap), other.read_expert(0, 2)
+    ours, theirs = make_runner(fused).experts.read(0, 2, swap), other.experts.read(0, 2)
     assert [torch.equal(mine.data, its.data) for mine, its in zip(ours, theirs, strict=True)] == [True, True]
     put(tmp_path / "x", {name: torch.ones(1) for name in checkpoint.names.expert(0, 2)})
     own = replace(swap, sha256=hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest())

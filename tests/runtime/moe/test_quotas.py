@@ -48,6 +48,7 @@ def draw_balance(rng: np.random.Generator) -> Balance:
         choice=str(rng.choice(CHOICES)),
         lending=int(rng.choice([0, 1, 2, 5])),
         expert_rows=int(rng.choice([0, 1, 11, 200])),
+        lent_expert_rows=[None, 0, 5, 11, 60, 2000][int(rng.integers(6))],
     )
 
 
@@ -79,7 +80,9 @@ def check_legal(case: Case, planner: Planner, plan: Instances | None) -> None:
     lent = plan.ranks[len(planner.empty.ranks) :]
     assert all(lent.count(rank) <= planner.balance.lending for rank in set(lent))
     costs_R = np.zeros(case.num_ranks, np.int64)
-    np.add.at(costs_R, plan.ranks, [rows + (rows > 0) * planner.balance.expert_rows for rows in plan.rows])
+    balance, num_held = planner.balance, len(planner.empty.ranks)
+    prices = [balance.expert_rows if i < num_held else balance.lent_price for i in range(len(plan.rows))]
+    np.add.at(costs_R, plan.ranks, [rows + (rows > 0) * price for rows, price in zip(plan.rows, prices, strict=True)])
     assert costs_R.tolist() == plan.costs_R
 
 
@@ -154,7 +157,7 @@ def test_waterfill_is_exact_for_one_replicated_expert() -> None:
         assert max_rows(water, num_ranks) == max(*alone_R, -(-total // num_ranks)), f"seed {SEED}, turn {turn}"
 
 
-def exact_with_lending(case: Case, lending: int, expert_rows: int) -> int:
+def exact_with_lending(case: Case, lending: int, expert_rows: int, lent_expert_rows: int) -> int:
     """The smallest largest cost over ranks (or a bound below it), by mixed-integer programming."""
     optimize = pytest.importorskip("scipy.optimize", reason="SciPy is the oracle here")
     places = list(itertools.product(range(case.num_experts), range(case.num_ranks)))
@@ -174,7 +177,8 @@ def exact_with_lending(case: Case, lending: int, expert_rows: int) -> int:
     for rank in range(case.num_ranks):
         own = [p for p, (_, r) in enumerate(places) if r == rank]
         row = np.zeros(2 * num + 1)
-        row[own], row[[num + p for p in own]], row[-1] = 1, expert_rows, -1
+        row[own], row[-1] = 1, -1
+        row[[num + p for p in own]] = [expert_rows if held[p] else lent_expert_rows for p in own]
         constraints.append((row, -np.inf, 0))
         row = np.zeros(2 * num + 1)
         row[[num + p for p in own if not held[p]]] = 1
@@ -198,11 +202,11 @@ def test_lending_against_the_exact_optimum() -> None:
         case = Case(rng, num_ranks_max=5)
         if case.num_ranks == 1 or case.num_experts > 6 or not case.counts_RE.any():
             continue
-        for expert_rows in (0, 11):
-            balance = Balance(choice="lp", lending=2, expert_rows=expert_rows)
+        for expert_rows, lent_expert_rows in ((0, 0), (11, 11), (11, 60)):
+            balance = Balance(choice="lp", lending=2, expert_rows=expert_rows, lent_expert_rows=lent_expert_rows)
             planner = Planner(case.held_RS, case.num_experts, balance)
             plan = planner.plan(case.counts_RE) or planner._static(case.counts_RE)
-            optimum = exact_with_lending(case, 2, expert_rows)
+            optimum = exact_with_lending(case, 2, expert_rows, lent_expert_rows)
             assert plan.cost() >= optimum, f"seed {SEED}"
             gaps.append(plan.cost() / optimum)
     print(f"lp with lending over the optimum, {len(gaps)} instances: mean {np.mean(gaps):.4f}, max {max(gaps):.3f}")
@@ -242,6 +246,18 @@ def test_a_hot_set_on_one_rank_is_lent_out() -> None:
     rows_R = np.bincount(plan.instances_I4[:, 1], weights=plan.instances_I4[:, 3], minlength=num_ranks)
     assert plan.static_cost > 15 * rows_R.mean()
     assert rows_R.max() <= 1.03 * rows_R.mean(), f"seed {SEED}"
+
+
+@pytest.mark.parametrize(("lent_expert_rows", "is_lent"), [(None, True), (80, True), (700, False)])
+def test_a_lent_expert_is_worth_its_read(lent_expert_rows: int | None, is_lent: bool) -> None:
+    """Two experts of one rank, 300 rows each; the other rank has nothing to do."""
+    held_RS = np.array([[0, 1], [2, EMPTY]], np.int32)
+    balance = Balance(choice="lp", lending=2, expert_rows=10, lent_expert_rows=lent_expert_rows)
+    plan = NativeQuotas(held_RS, 3, balance).explain(np.array([[300, 300, 0], [0, 0, 0]], np.int64))
+    assert plan.static_cost == 620
+    assert (plan.instances_I4 is not None) == is_lent
+    if lent_expert_rows == 80:
+        assert plan.cost in range(350, 361)  # 600 rows and two or three reads over two ranks
 
 
 def test_an_expert_without_a_slot_is_refused() -> None:
