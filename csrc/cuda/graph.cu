@@ -9,6 +9,7 @@ namespace {
 
 int checked(const char* name, cudaError_t status) {
   if (status == cudaSuccess) return SG_OK;
+  cudaGetLastError();  // or the next launch would report it
   return sg::fail("%s: %s (%s)", name, cudaGetErrorString(status), cudaGetErrorName(status));
 }
 

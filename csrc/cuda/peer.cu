@@ -44,33 +44,42 @@ SG_DEVICE void round_row(void* to, const float* from, int64_t hidden, int thread
   }
 }
 
-// By the last of the blocks of a destination, behind what all of them wrote. One thread calls it.
-template <typename Announce>
-SG_DEVICE void when_all_are_done(int32_t* done, int64_t num_blocks, Announce announce) {
-  if (fetch_add(done, 1) != num_blocks - 1) return;
-  *done = 0;
-  announce();
-}
+SG_DEVICE bool has_given_up(const sg_cuda_peer& a) { return get_word(&a.fault_R1[a.num_ranks]) != 0; }
+
+SG_DEVICE void give_up(const sg_cuda_peer& a) { atomic_max(&a.fault_R1[a.num_ranks], 1); }
 
 SG_DEVICE void blame(const sg_cuda_peer& a, int64_t rank, int32_t code) {
   atomic_max(&a.fault_R1[rank], code);
-  atomic_max(&a.fault_R1[a.num_ranks], 1);
+  give_up(a);
 }
 
-// Whether `flag` of `rank` shows this layer in time.
-SG_DEVICE bool await(const sg_cuda_peer& a, const int32_t* flag, int32_t sequence, int64_t rank, int32_t code) {
+// Behind what the block has written, which one thread calls after a barrier: whether it is the last of a destination's.
+SG_DEVICE bool is_last_block(int32_t* done, int64_t num_blocks) {
+  fence();
+  if (fetch_add(done, 1) != num_blocks - 1) return false;
+  *done = 0;
+  return true;
+}
+
+// By the thread that is told so, behind what all blocks wrote.
+SG_DEVICE void announce(const sg_cuda_peer& a, PeerHeader* header, int32_t sequence) {
+  fence();
+  set_word(&header->flag, has_given_up(a) ? PeerHeader::GAVE_UP : sequence);
+}
+
+// Whether the flag of `rank` shows this layer in time.
+SG_DEVICE bool await(const sg_cuda_peer& a, const PeerHeader* header, int32_t sequence, int64_t rank, int32_t code) {
   const int64_t deadline = clock_ns() + a.timeout_ns;
-  for (int64_t polls = 1; get_word(flag) != sequence; ++polls) {
-    if (get_word(&a.fault_R1[a.num_ranks]) != 0) return false;
+  for (int64_t polls = 1;; ++polls) {
+    const int32_t flag = get_word(&header->flag);
+    if (flag == sequence) return true;
+    if (flag == PeerHeader::GAVE_UP) give_up(a);
+    if (has_given_up(a)) return false;
     if (polls % 64 != 0) continue;
-    if (clock_ns() >= deadline) {
-      blame(a, rank, code);
-      return false;
-    }
-    if (a.abort != nullptr && get_word(a.abort) != 0) atomic_max(&a.fault_R1[a.num_ranks], 1);
+    if (clock_ns() >= deadline) blame(a, rank, code);
+    if (a.abort != nullptr && get_word(a.abort) != 0) give_up(a);
     rest();
   }
-  return true;
 }
 
 struct PeerDispatch {
@@ -81,8 +90,8 @@ struct PeerDispatch {
     const int64_t to = block.y, first_row = a.rows_begin_R1[to], first_pair = a.pairs_begin_R1[to];
     const int64_t all_rows = a.rows_begin_R1[to + 1] - first_row, all_pairs = a.pairs_begin_R1[to + 1] - first_pair;
     const PeerLayout layout(a);
-    const bool fits = all_rows <= a.max_tokens && all_pairs <= layout.max_pairs();
-    const int64_t num_rows = fits ? all_rows : 0, num_pairs = fits ? all_pairs : 0;
+    const bool fits = all_rows <= a.max_tokens && all_pairs <= layout.max_pairs(), sends = fits && !has_given_up(a);
+    const int64_t num_rows = sends ? all_rows : 0, num_pairs = sends ? all_pairs : 0;
     const int32_t sequence = *a.sequence;
     auto* region = static_cast<unsigned char*>(a.regions_R[to]);
     block.each([&](int thread) {
@@ -100,19 +109,17 @@ struct PeerDispatch {
       for (int64_t i = block.x * THREADS + thread; i < 2 * num_pairs; i += block.num_x * THREADS) {
         pairs[i] = a.pairs_N2[2 * first_pair + i];
       }
-      fence();
     });
     block.solo([&](int thread) {
-      if (thread != 0) return;
-      when_all_are_done(&a.done_R[to], block.num_x, [&] {
-        PeerHeader* header = layout.dispatched(region, a.rank);
+      if (thread != 0 || !is_last_block(&a.done_R[to], block.num_x)) return;
+      PeerHeader* header = layout.dispatched(region, a.rank);
+      if (!fits) blame(a, a.rank, TOO_MUCH);
+      if (sends) {
         header->num_rows = static_cast<int32_t>(num_rows);
         header->num_pairs = static_cast<int32_t>(num_pairs);
         header->back_begin = static_cast<int32_t>(first_pair);
-        if (!fits) blame(a, a.rank, TOO_MUCH);
-        fence();
-        set_word(&header->flag, sequence);
-      });
+      }
+      announce(a, header, sequence);
     });
   }
 };
@@ -130,7 +137,7 @@ struct PeerArrive {
     block.each([&](int thread) {
       for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
         const PeerHeader* header = layout.dispatched(region, r);
-        const bool is_there = await(a, &header->flag, sequence, r, LATE_DISPATCH);
+        const bool is_there = await(a, header, sequence, r, LATE_DISPATCH);
         const int32_t rows = header->num_rows, pairs = header->num_pairs, back = header->back_begin;
         const bool is_right = is_there && rows >= 0 && rows <= a.max_tokens && pairs >= 0 && back >= 0 &&
                               pairs <= layout.max_pairs() - back;
@@ -170,20 +177,18 @@ struct PeerGiveBack {
     const auto* own = static_cast<const unsigned char*>(a.regions_R[a.rank]);
     auto* region = static_cast<unsigned char*>(a.regions_R[to]);
     const int64_t back = layout.dispatched(const_cast<unsigned char*>(own), to)->back_begin, bytes = 2 * a.hidden;
+    const bool gives = !has_given_up(a);
     block.each([&](int thread) {
+      if (!gives) return;
       unsigned char* rows = layout.returned(region) + back * bytes;
       const auto* from = static_cast<const unsigned char*>(a.y_ND) + first * bytes;
       for (int64_t i = block.x; i < num_pairs; i += block.num_x) {
         copy_lines(rows + i * bytes, from + i * bytes, bytes / LINE_BYTES, thread, THREADS);
       }
-      fence();
     });
     block.solo([&](int thread) {
-      if (thread != 0) return;
-      when_all_are_done(&a.done_R[to], block.num_x, [&] {
-        fence();
-        set_word(&layout.given_back(region, a.rank)->flag, sequence);
-      });
+      if (thread != 0 || !is_last_block(&a.done_R[to], block.num_x)) return;
+      announce(a, layout.given_back(region, a.rank), sequence);
     });
   }
 };
@@ -200,7 +205,7 @@ struct PeerCombine {
     auto* region = static_cast<unsigned char*>(a.regions_R[a.rank]);
     block.each([&](int thread) {
       for (int64_t r = thread; r < a.num_ranks; r += THREADS) {
-        await(a, &layout.given_back(region, r)->flag, sequence, r, LATE_RESULTS);
+        await(a, layout.given_back(region, r), sequence, r, LATE_RESULTS);
       }
     });
     block.each([&](int thread) {
@@ -227,8 +232,7 @@ struct PeerCombine {
       }
     });
     block.solo([&](int thread) {
-      if (thread != 0) return;
-      when_all_are_done(&a.done_R[a.rank], block.num_x, [&] { *a.sequence = sequence + 1; });
+      if (thread == 0 && is_last_block(&a.done_R[a.rank], block.num_x)) *a.sequence = sequence + 1;
     });
   }
 };

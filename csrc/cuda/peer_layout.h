@@ -7,7 +7,8 @@
 namespace sg::cuda {
 
 struct PeerHeader {
-  int32_t flag;        // the layer's number, once all of it is there
+  static constexpr int32_t GAVE_UP = -1;
+  int32_t flag;        // the layer's number, once all of it is there; or GAVE_UP
   int32_t num_rows;    // what was dispatched
   int32_t num_pairs;   // and
   int32_t back_begin;  // where among the source's pairs these begin, and so their results

@@ -14,6 +14,7 @@
 // does.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -24,7 +25,6 @@
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else
-#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <functional>
@@ -37,6 +37,7 @@
 namespace sg::cuda {
 
 constexpr int WARP = 32;
+constexpr int DEVICES_MAX = 64;                  // of a process
 constexpr int64_t SHARED_BYTES_MAX = 96 * 1024;  // that every architecture of the build has
 
 #if defined(__CUDACC__)
@@ -121,12 +122,17 @@ __global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_consta
 
 template <typename Kernel>
 int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void* stream) {
-  static int64_t allowed = 48 * 1024;  // of this kernel; asked for once, not while a graph is captured
+  // Of this kernel on each device; asked for once, not while a graph is captured.
+  static std::atomic<int64_t> allowed[DEVICES_MAX];
   cudaError_t status = cudaSuccess;
-  if (shared_bytes > allowed) {
-    status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes));
-    if (status == cudaSuccess) allowed = shared_bytes;
+  if (shared_bytes > 48 * 1024) {
+    int device = 0;
+    status = cudaGetDevice(&device);
+    if (status == cudaSuccess && (device >= DEVICES_MAX || shared_bytes > allowed[device])) {
+      status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes));
+      if (status == cudaSuccess && device < DEVICES_MAX) allowed[device] = shared_bytes;
+    }
   }
   if (status == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(num_x), static_cast<unsigned>(num_y));
