@@ -95,7 +95,7 @@ class Engine:
         self._pending: deque[EngineMessage] = deque()  # drained, not yet applied
         self._load_reported_at = system.now()
         self._launched: tuple[Batch, LaunchedStep] | None = None  # and not finished
-        self._flipped = False  # and no frame has told it
+        self._has_news = False  # a generation or an epoch that no frame has told
         self._stop_requested = False
         self._stopped = False
         inbox.on_arrival = self.membership.on_arrival
@@ -137,8 +137,11 @@ class Engine:
         if decision.kind != "run":
             self._finish()
             return decision
-        batch = self.scheduler.schedule()  # may be empty: all ranks step together, or combine hangs
         self.runner.begin_step(decision)
+        if not self.runner.runs_beside:
+            self._finish()  # the host is busy until the next step's last layer: tokens should not wait for that
+        # May be empty: all ranks step together, or combine hangs. No more than the header said, by which all chose a way.
+        batch = self.scheduler.schedule(decision.num_tokens[self.rank])
         launched = self._launch(batch)
         self._finish()  # the step before, which may have run until now
         self.scheduler.advance(batch)
@@ -214,7 +217,7 @@ class Engine:
         decision = decide([StepHeader.unpack(data) for data in headers])
         if decision.epoch != group.expert_map.epoch:
             self.membership.flip(decision.epoch)
-            self._flipped = True
+            self._has_news = True
             self._reject_unknown_versions()
         else:
             self.membership.settle()
@@ -228,9 +231,9 @@ class Engine:
         group = self._group()
         now = self._system.now()
         report_load = report_load or now - self._load_reported_at >= LOAD_PERIOD_S
-        if not outputs and not scored and not report_load and not self._flipped and group.step > 0:
+        if not outputs and not scored and not report_load and not self._has_news:
             return
-        self._flipped = False
+        self._has_news = False
         if report_load:
             self._load_reported_at = now
         self._send(
@@ -308,6 +311,7 @@ class Engine:
             case messages.BeginGeneration():
                 self._take_back()  # a step that was launched, since other ranks may never launch it
                 self.membership.begin(message)
+                self._has_news = True
                 self._reject_unknown_versions()
             case messages.EndGeneration():
                 if self.membership.ends(message):  # answered, also from a park: so the controller sees who lives

@@ -19,7 +19,7 @@ from switchgear_runtime.batch import Batch, FlatBatch, SampledToken
 from switchgear_runtime.messages import PromptLogprobs
 from switchgear_runtime.moe.load import ExpertLoad, StepTenants
 from switchgear_runtime.prompt_scorer import score_prompts
-from switchgear_runtime.sampler import Sampler, needs_host
+from switchgear_runtime.sampler import Sampler
 
 if TYPE_CHECKING:
     from switchgear_runtime.cuda.decoder import DeviceDecoder
@@ -68,6 +68,7 @@ class DeviceLaunch:
         decoder: DeviceDecoder,
         load: ExpertLoad,
         sampler: Sampler,
+        host_rows: list[int],
         prompt_rows: list[int],
         timeout_s: float,
     ) -> None:
@@ -80,8 +81,8 @@ class DeviceLaunch:
         self._prompt_rows = prompt_rows
         self._timeout_s = timeout_s
         sequences = batch.sampling
-        self._host_rows = [row for row, sequence in enumerate(sequences) if needs_host(sequence)]
-        self._host_sequences = [sequences[row] for row in self._host_rows]
+        self._host_rows = host_rows
+        self._host_sequences = [sequences[row] for row in host_rows]
         self._layout = sampler.layout(self._host_sequences)  # now: the scheduler goes on
 
     @classmethod
@@ -94,7 +95,7 @@ class DeviceLaunch:
         num_tokens_max: int,
         forced_ids_LTK: NDArray[np.int32] | None,
         versions_S: NDArray[np.int32] | None,
-        logits_to_host: bool,
+        host_rows: list[int],
         load: ExpertLoad,
         sampler: Sampler,
         timeout_s: float,
@@ -108,7 +109,7 @@ class DeviceLaunch:
             num_tokens_max=num_tokens_max,
             forced_ids_LTK=forced_ids_LTK,
             versions_S=versions_S,
-            logits_to_host=logits_to_host,
+            host_rows=host_rows,
         )
         return cls(
             batch,
@@ -117,6 +118,7 @@ class DeviceLaunch:
             decoder=decoder,
             load=load,
             sampler=sampler,
+            host_rows=host_rows,
             prompt_rows=flat.prompt_rows,
             timeout_s=timeout_s,
         )
@@ -137,8 +139,7 @@ class DeviceLaunch:
         pending = self.wait()
         tokens = [SampledToken(token_id) for token_id in pending.read.drawn_S[: len(self._batch.sampling)].tolist()]
         if self._host_rows:
-            assert pending.logits_SV is not None
-            drawn = self._sampler.of(pending.logits_SV[self._host_rows], self._host_sequences, self._layout)
+            drawn = self._sampler.of(pending.logits_SV, self._host_sequences, self._layout)
             for row, token in zip(self._host_rows, drawn, strict=True):
                 tokens[row] = token
         scored = score_prompts(self._prompt_logits(pending.x_TD), self._batch) if self._batch.unscored else []

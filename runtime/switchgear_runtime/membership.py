@@ -147,6 +147,7 @@ class Membership:
             if abort_reason is not None:
                 group.transport.abort(abort_reason)
             group.transport.close()
+            group.staged = group.retired = None  # whoever still holds the group does not hold weights
             self._runner.leave()
 
     def on_arrival(self, message: object) -> None:
@@ -163,6 +164,7 @@ class Membership:
         group = self.group
         if group is not None and self._concerns_group(term, over_generation):
             group.transport.abort(f"the controller ended generation {group.generation}")
+            self._runner.abandon()
 
     # --- epochs ---------------------------------------------------------------------------------------------------
 

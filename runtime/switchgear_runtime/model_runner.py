@@ -21,7 +21,7 @@ from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.loopback import LoopbackTransport
 from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.config import LIBRARY_DISPATCHES, EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.header import Decision
 from switchgear_runtime.kv_cache import block_num_bytes, max_model_len, num_blocks_in
@@ -116,7 +116,8 @@ class ModelRunner:
             prices = replace(prices, lent_expert_rows=config.lent_expert_rows)
         self.replica_choice = ReplicaChoice(
             config.replica_choice,
-            config.lending,
+            # A library that dispatches has room for every slot, and an expert that may be lent is one more.
+            0 if config.dispatch in LIBRARY_DISPATCHES else config.lending,
             prices=prices,
             num_experts=spec.num_experts,
             top_k=spec.moe.top_k,
@@ -129,7 +130,7 @@ class ModelRunner:
         self.expert_map = expert_map
         self.versions = ModelVersions()
         self._has_variants = False  # some sequences may see other weights than those in the slots
-        self._peers = self._backend.peer_experts(self._store)
+        self._peers = self._backend.mapped_experts(self._store)
         self.experts = RankExperts(
             self._store, self._peers, checkpoint, self.moe_layers, weight_cache_folder(config.weight_cache_dir)
         )
@@ -260,10 +261,15 @@ class ModelRunner:
         """Whether steps run beside the host: `launch` then takes the place of `forward`."""
         return self._device is not None
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether the step that has begun leaves the host free once it is launched."""
+        return self._device is not None and self._device.runs_beside(self._num_tokens_max or LARGE_STEP)
+
     def launch(self, batch: Batch, sampler: Sampler) -> DeviceLaunch:
         """Enqueue a step on the device; its draws, too. Errors of the transport pass through, some when it is
         finished. A negative token id is drawn by the step before, in its row -1 - id."""
-        return self._launch(batch, sampler, logits_to_host=any(map(needs_host, batch.sampling)))
+        return self._launch(batch, sampler, [needs_host(sequence) for sequence in batch.sampling])
 
     def abandon(self) -> None:
         """This generation is given up: nothing on the device waits for its peers any more."""
@@ -274,9 +280,9 @@ class ModelRunner:
         """logits fp32 [sampling rows, vocabulary], in the order of the batch's sequences that sample. An empty batch
         still takes part in every MoE layer. Errors of the transport pass through; the step then counts no load."""
         if self._device is not None:
-            pending = self._launch(batch, Sampler(), logits_to_host=True).wait()
-            assert pending.logits_SV is not None
-            self._prompt_states = (pending.x_TD, batch.flatten(self.config.block_size).prompt_rows)
+            pending = self._launch(batch, Sampler(), [True] * len(batch.sampling)).wait()
+            rows = batch.flatten(self.config.block_size).prompt_rows
+            self._prompt_states = (pending.x_TD, rows) if rows else None
             return pending.logits_SV
         transport = self._connected()
         flat = batch.flatten(self.config.block_size)
@@ -285,7 +291,7 @@ class ModelRunner:
         x_TD = self._hidden_states(flat, transport)
         logits = self._logits(x_TD, torch.from_numpy(np.array(flat.sampling_rows, np.int64)))
         self.load.commit()
-        self._prompt_states = (x_TD, flat.prompt_rows)
+        self._prompt_states = (x_TD, flat.prompt_rows) if flat.prompt_rows else None
         return logits
 
     def prompt_logits(self) -> Iterator[Tensor]:
@@ -294,10 +300,10 @@ class ModelRunner:
         if self._prompt_states is None:
             return
         (x_TD, rows), self._prompt_states = self._prompt_states, None
-        for chunk in prompt_chunks(rows, self.spec.vocab_size) if rows else ():
+        for chunk in prompt_chunks(rows, self.spec.vocab_size):
             yield self._logits(x_TD, chunk)
 
-    def _launch(self, batch: Batch, sampler: Sampler, *, logits_to_host: bool) -> DeviceLaunch:
+    def _launch(self, batch: Batch, sampler: Sampler, by_host_S: list[bool]) -> DeviceLaunch:
         assert self._device is not None
         self._connected()
         self._force(batch)
@@ -312,7 +318,7 @@ class ModelRunner:
             num_tokens_max=num_tokens_max,
             forced_ids_LTK=self._forced_ids_LTK,
             versions_S=self._versions_of(flat) if self._has_variants else None,
-            logits_to_host=logits_to_host,
+            host_rows=[row for row, by_host in enumerate(by_host_S) if by_host],
             load=self.load,
             sampler=sampler,
             timeout_s=2 * self.config.step_timeout_s,

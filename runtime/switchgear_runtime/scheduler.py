@@ -138,17 +138,20 @@ class Scheduler:
         """Every open step has advanced."""
         return all(step.advanced for step in self._open)
 
-    def schedule(self) -> Batch:
+    def schedule(self, num_tokens_max: int | None = None) -> Batch:
+        """`num_tokens_max`: a budget below the scheduler's own, of what `num_pending_tokens` was."""
         assert self._is_settled
         assert len(self._open) < OPEN_STEPS_MAX
         step = _OpenStep()
         self._open.append(step)
         num_preemptions = self.num_preemptions
-        scheduled = self._schedule_running(step)
+        budget = self.max_num_batched_tokens if num_tokens_max is None else num_tokens_max
+        assert budget <= self.max_num_batched_tokens
+        scheduled = self._schedule_running(step, budget)
         if self.num_preemptions == num_preemptions:  # else blocks are short: none for newcomers
             num_scheduled = sum(entry.num_tokens for entry in scheduled)
-            scheduled += self._schedule_waiting(step, self.max_num_batched_tokens - num_scheduled)
-        assert scheduled or not self.has_work or len(self._open) > 1
+            scheduled += self._schedule_waiting(step, budget - num_scheduled)
+        assert scheduled or not self.has_work or len(self._open) > 1 or num_tokens_max is not None
         step.batch = Batch(tuple(scheduled))
         return step.batch
 
@@ -234,9 +237,8 @@ class Scheduler:
         """Not computed yet, unless it surely ends with a token that is being drawn."""
         return 0 if sequence.is_full(self.max_model_len) else sequence.num_uncomputed_tokens
 
-    def _schedule_running(self, step: _OpenStep) -> list[ScheduledSequence]:
+    def _schedule_running(self, step: _OpenStep, budget: int) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
-        budget = self.max_num_batched_tokens
         index = 0
         while index < len(self.running) and budget > 0:  # preemption shortens `running` from its end
             sequence = self.running[index]

@@ -143,24 +143,34 @@ class RayPlaces:
     # --- ranks that come later ----------------------------------------------------------------------------------------
 
     async def _reserve_one(self, rank: int) -> Later:
-        settings = self._settings
+        """In a domain with room for one more, if Ray has room there; else anywhere."""
         selector = self._where_there_is_room()
-        group = placement_group(
-            [settings.bundle], strategy="PACK", bundle_label_selector=[selector] if selector else None
-        )
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), settings.timeout_s / 2)
-        except TimeoutError:
-            ray.util.remove_placement_group(group)
-            where = "on the ranks' node " if settings.one_host else f"where {selector} " if selector else ""
+        group = await self._reserve_where(selector, self._settings.timeout_s / 2)
+        if group is None and selector and not self._settings.one_host:
+            selector = {}
+            group = await self._reserve_where(selector, self._settings.timeout_s / 4)
+        if group is None:
+            where = "on the ranks' node " if self._settings.one_host else ""
             raise RuntimeError(
-                f"Ray has no room {where}for rank {rank}, one more bundle of {settings.bundle} (waited "
-                f"{settings.timeout_s / 2:g} s); free some, or ask for fewer ranks"
-            ) from None
-        if not selector and settings.ranks_per_domain:
+                f"Ray has no room {where}for rank {rank}, one more bundle of {self._settings.bundle} (waited "
+                f"{self._settings.timeout_s / 2:g} s); free some, or ask for fewer ranks"
+            )
+        if not selector and self._settings.ranks_per_domain:
             (place,) = self._places_of(group)
             selector = self._selector(place)
         return Later(group, selector)
+
+    async def _reserve_where(self, selector: dict[str, str], timeout_s: float) -> PlacementGroup | None:
+        """None: not in time."""
+        group: PlacementGroup = placement_group(
+            [self._settings.bundle], strategy="PACK", bundle_label_selector=[selector] if selector else None
+        )
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), timeout_s)
+        except TimeoutError:
+            ray.util.remove_placement_group(group)
+            return None
+        return group
 
     def _where_there_is_room(self) -> dict[str, str]:
         """A domain with fewer ranks than it may have, as a label selector; empty: anywhere."""

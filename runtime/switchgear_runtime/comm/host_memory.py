@@ -64,19 +64,21 @@ class HostPeerMemory:
             _MAGIC, os.getpid(), allocation.descriptor, status.st_dev, status.st_ino, len(allocation.mapping)
         )
 
-    def map(self, handle: bytes, *, writable: bool = False) -> int:
+    def map(self, handle: bytes, *, writable: bool = False, num_bytes: int | None = None) -> int:
         """OSError where the process is gone, hidden, or another user's."""
         if len(handle) != _HANDLE.size or not handle.startswith(_MAGIC):
             raise OSError("it is no handle of host memory")
-        _, process, number, device, inode, num_bytes = _HANDLE.unpack(handle)
+        _, process, number, device, inode, size = _HANDLE.unpack(handle)
+        if num_bytes not in (None, size):
+            raise OSError(f"it has {size} bytes, not {num_bytes}")
         access = os.O_RDWR if writable else os.O_RDONLY
-        descriptor = os.open(f"/proc/{process}/fd/{number}", access | os.O_CLOEXEC)
+        descriptor = os.open(f"/proc/{process}/fd/{number}", access | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
-            if (status.st_dev, status.st_ino, status.st_size) != (device, inode, num_bytes):
+            if (status.st_dev, status.st_ino, status.st_size) != (device, inode, size):
                 raise OSError(f"descriptor {number} of process {process} is another file by now")
             prot = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-            mapping = mmap.mmap(descriptor, num_bytes, prot=prot)
+            mapping = mmap.mmap(descriptor, size, prot=prot)
         finally:
             os.close(descriptor)
         address = _address(mapping)

@@ -52,7 +52,7 @@ class MappedSlabs:
     """Of all ranks, as one rank reads them. `slabs_R`: this rank's own as they are, others' where they are mapped;
     `reasons`: by rank, why not. `close` from the thread that computes; `reading` from any."""
 
-    def __init__(self, memory: PeerMemory | None, rank: int) -> None:
+    def __init__(self, memory: PeerMemory | None, rank: int, reads_are_done: Callable[[], bool]) -> None:
         self.rank = rank
         self.slabs_R: list[list[Slab]] = []
         self.num_bytes_R: list[list[int]] = []  # of every rank's slabs, mapped or not
@@ -63,19 +63,24 @@ class MappedSlabs:
         self._num_readers = 0
         self._is_closed = False
         self._is_done: Callable[[], bool] = lambda: True  # whether this rank's kernels have ended since `close`
+        self._reads_are_done = reads_are_done
 
     @classmethod
     def meet(
-        cls, transport: Transport, memory: PeerMemory | None, slabs: Sequence[Slab], *, layout: str, timeout_s: float
+        cls,
+        transport: Transport,
+        memory: PeerMemory | None,
+        slabs: Sequence[Slab],
+        *,
+        layout: str,
+        timeout_s: float,
+        reads_are_done: Callable[[], bool] = lambda: True,
     ) -> MappedSlabs:
-        """All ranks call it at the same place. `memory`: None where slabs have no handles. Errors are the transport's."""
+        """All ranks call it at the same place. `memory`: None where slabs have no handles. Errors are the transport's.
+        `reads_are_done`: whether copies have ended that were made inside `reading`, also those nobody waited for."""
         assert len(slabs) <= SLABS_MAX
-        told = _Told(
-            host=_this_host(),
-            layout=layout,
-            slabs=tuple(_ToldSlab(num_bytes, memory.handle(at)) for at, num_bytes in slabs) if memory else (),
-        )
-        found = cls(memory, transport.rank)
+        told = _Told(host=_this_host(), layout=layout, slabs=_handles(memory, slabs, transport.rank))
+        found = cls(memory, transport.rank, reads_are_done)
         try:
             for peer, theirs in enumerate(_tell(transport, told, timeout_s)):
                 found._add(peer, theirs, slabs if peer == transport.rank else None, told)
@@ -129,7 +134,7 @@ class MappedSlabs:
             assert self._memory is not None
             try:
                 for slab in theirs.slabs:
-                    self._mapped.append(self._memory.map(slab.handle))
+                    self._mapped.append(self._memory.map(slab.handle, num_bytes=slab.num_bytes))
                     self.slabs_R[peer].append(Slab(self._mapped[-1], slab.num_bytes))
             except Exception as error:  # noqa: BLE001 - whatever a driver raises: other ways are left
                 reason = f"{type(error).__name__}: {error}"
@@ -151,7 +156,7 @@ class MappedSlabs:
         """A kernel that reads unmapped memory breaks its process's device for good, so what a stuck device may still
         read stays mapped until the process ends."""
         deadline_s = time.monotonic() + CLOSE_WAIT_S
-        while not self._is_done():
+        while not (self._is_done() and self._reads_are_done()):
             if time.monotonic() >= deadline_s:
                 log.warning("rank %d: its own device does not finish; peers' memory stays mapped", self.rank)
                 return
@@ -160,6 +165,16 @@ class MappedSlabs:
             assert self._memory is not None
             self._memory.unmap(address)
         self._mapped = []
+
+
+def _handles(memory: PeerMemory | None, slabs: Sequence[Slab], rank: int) -> tuple[_ToldSlab, ...]:
+    if memory is None:
+        return ()
+    try:
+        return tuple(_ToldSlab(num_bytes, memory.handle(at)) for at, num_bytes in slabs)
+    except Exception as error:  # noqa: BLE001 - whatever a driver raises: other ways are left
+        log.warning("rank %d: its experts' memory cannot be mapped by others: %s", rank, error)
+        return ()
 
 
 def _tell(transport: Transport, told: _Told, timeout_s: float) -> list[_Told]:

@@ -29,6 +29,7 @@ from switchgear_runtime.errors import TransportTimeout
 ALIGNMENT = 256
 PLACE_BYTES_MIN = 1 << 16
 NUM_HALVES = 2
+ZEROED_S = 10.0
 _DEVICE_TO_DEVICE = 3  # of cudaMemcpyKind
 _LAZY_PEER_ACCESS = 1  # of cudaIpcMemLazyEnablePeerAccess
 
@@ -48,7 +49,9 @@ class PeerMemory(Protocol):
         """By which another process maps it."""
         ...
 
-    def map(self, handle: bytes, *, writable: bool = False) -> int: ...
+    def map(self, handle: bytes, *, writable: bool = False, num_bytes: int | None = None) -> int:
+        """`num_bytes`: what it must have, where that can be told."""
+        ...
 
     def unmap(self, address: int) -> None: ...
 
@@ -75,21 +78,33 @@ class CudaPeerMemory:
     def allocate(self, num_bytes: int) -> int:
         with torch.cuda.device(self.device):
             address = int(self._runtime.malloc(num_bytes))
-            self._runtime.memset(address, 0, num_bytes)
-            self._runtime.deviceSynchronize()
+            self._runtime.memsetAsync(address, 0, num_bytes, torch.cuda.current_stream(self.device).cuda_stream)
+            is_done, deadline_s = self.mark(), time.monotonic() + ZEROED_S
+            while not is_done():  # before a peer can write there
+                if time.monotonic() >= deadline_s:
+                    raise TimeoutError(f"{self.device} did not clear {num_bytes} bytes within {ZEROED_S:g} s")
+                time.sleep(0.0001)
             return address
 
     def free(self, address: int) -> None:
         for handle in [handle for handle, (_, own) in self._of_process.items() if own == address]:
             del self._of_process[handle]
-        self._runtime.free(address)
+        with torch.cuda.device(self.device):
+            self._runtime.free(address)
 
     def handle(self, address: int) -> bytes:
-        handle = bytes(self._runtime.ipcGetMemHandle(address))
+        with torch.cuda.device(self.device):
+            handle = bytes(self._runtime.ipcGetMemHandle(address))
         self._of_process[handle] = (self.device, address)
         return handle
 
-    def map(self, handle: bytes, *, writable: bool = False) -> int:  # noqa: ARG002 - IPC knows no other access
+    def map(
+        self,
+        handle: bytes,
+        *,
+        writable: bool = False,  # noqa: ARG002 - IPC knows no other access
+        num_bytes: int | None = None,  # noqa: ARG002 - nor a size
+    ) -> int:
         """OSError for memory of this process on another device, which only ranks as threads could ask for."""
         device, address = self._of_process.get(handle, (self.device, 0))
         if device != self.device:
@@ -101,7 +116,8 @@ class CudaPeerMemory:
 
     def unmap(self, address: int) -> None:
         if all(address != own for _, own in self._of_process.values()):
-            self._runtime.ipcCloseMemHandle(address)
+            with torch.cuda.device(self.device):  # any thread
+                self._runtime.ipcCloseMemHandle(address)
 
     def copy(self, to: int, source: int, num_bytes: int) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -125,6 +141,7 @@ def peer_memory_over(transport: Transport, device: torch.device, *, timeout_s: f
 
 
 def _all_are_peers(device: torch.device) -> bool:
+    """Those that this process sees; of the others mapping tells."""
     others = [index for index in range(torch.cuda.device_count()) if index != device.index]
     return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 

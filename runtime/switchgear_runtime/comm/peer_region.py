@@ -6,28 +6,43 @@ them to the generation's end. Each generation has new regions: a rank that was d
 
 from __future__ import annotations
 
+import logging
+
 from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.errors import TransportError
+
+log = logging.getLogger(__name__)
 
 
 class PeerRegion:
-    """Constructing it is a rendezvous over `control`, whose errors pass through; all ranks give the same `num_bytes`."""
+    """`own`: this rank's, zeros at first; `addresses`: of all ranks', as this rank sees them."""
 
-    def __init__(self, control: Transport, memory: PeerMemory, num_bytes: int, *, timeout_s: float) -> None:
+    def __init__(self, memory: PeerMemory, rank: int) -> None:
         self._memory = memory
-        self._rank = control.rank
-        self.own = memory.allocate(num_bytes)  # zeros
-        self.addresses: list[int] = []  # of all ranks' regions, as this rank sees them
+        self._rank = rank
+        self.own = 0
+        self.addresses: list[int] = []
+
+    @classmethod
+    def meet(cls, control: Transport, memory: PeerMemory, num_bytes: int, *, timeout_s: float) -> PeerRegion | None:
+        """A rendezvous over `control`, whose errors pass through; all ranks ask for as much. None, on all ranks, where one
+        cannot allocate or map: it has logged why."""
+        region = cls(memory, control.rank)
         try:
-            handle = memory.handle(self.own)
-            handles = [bytes(view) for view in control.all_to_all_v([handle] * control.world_size, timeout_s=timeout_s)]
-            for peer, given in enumerate(handles):
-                self.addresses.append(self.own if peer == self._rank else self._map(peer, given))
-            control.barrier(timeout_s=timeout_s)  # nobody gives up a region that a peer is about to map
+            handle = region._allocate(num_bytes)
+            told = num_bytes.to_bytes(8, "little") + handle
+            views = control.all_to_all_v([told] * control.world_size, timeout_s=timeout_s)
+            can = bool(handle) and region._map_all([bytes(view) for view in views], num_bytes)
+            # Also a barrier: nobody gives up a region that a peer is about to map.
+            if all(given[0] for given in control.all_gather(bytes([can]), timeout_s=timeout_s)):
+                return region
         except BaseException:
-            self.close()
+            region.close()  # peers may have mapped this rank's, which then goes with the process
             raise
+        region.close()
+        control.barrier(timeout_s=timeout_s)
+        region.free()
+        return None
 
     def close(self) -> None:
         """Unmaps the others' regions, waiting for nobody, once this rank's kernels have finished. Idempotent. Its own is
@@ -44,9 +59,24 @@ class PeerRegion:
         if own:
             self._memory.free(own)
 
-    def _map(self, peer: int, handle: bytes) -> int:
+    def _allocate(self, num_bytes: int) -> bytes:
+        """Its handle; empty: there is none."""
         try:
-            return self._memory.map(handle, writable=True)
-        except (OSError, RuntimeError) as error:
-            text = f"rank {self._rank}: the device memory of rank {peer} cannot be mapped: {error}"
-            raise TransportError(text, rank=self._rank, peers=[peer]) from error
+            self.own = self._memory.allocate(num_bytes)
+            return self._memory.handle(self.own)
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises: other ways are left
+            log.warning("rank %d: %d bytes of memory for its peers are not to be had: %s", self._rank, num_bytes, error)
+            return b""
+
+    def _map_all(self, told: list[bytes], num_bytes: int) -> bool:
+        for peer, text in enumerate(told):
+            theirs, handle = int.from_bytes(text[:8], "little"), text[8:]
+            if theirs != num_bytes or not handle:
+                log.warning("rank %d: rank %d has %d bytes for its peers, not %d", self._rank, peer, theirs, num_bytes)
+                return False
+            try:
+                self.addresses.append(self.own if peer == self._rank else self._memory.map(handle, writable=True))
+            except Exception as error:  # noqa: BLE001
+                log.warning("rank %d: the device memory of rank %d cannot be mapped: %s", self._rank, peer, error)
+                return False
+        return True

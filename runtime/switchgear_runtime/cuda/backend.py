@@ -14,7 +14,7 @@ from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
-from switchgear_runtime.cuda.peer_experts import PeerExperts
+from switchgear_runtime.cuda.mapped_experts import MappedExperts
 from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.cuda.weights import DeviceWeightStore
 from switchgear_runtime.model.checkpoint import Checkpoint
@@ -50,8 +50,8 @@ class DeviceBackend:
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceWeightStore:
         return DeviceWeightStore(checkpoint, dtype, peer_memory_of(self._kernels.device), self._copies)
 
-    def peer_experts(self, store: DeviceWeightStore) -> PeerExperts:
-        return PeerExperts(store.pool, self._copies, self._kernels.on_stream)
+    def mapped_experts(self, store: DeviceWeightStore) -> MappedExperts:
+        return MappedExperts(store.pool, self._copies, self._kernels.on_stream)
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> DeviceKVCache:
         assert dtype == torch.bfloat16  # the store has seen to it

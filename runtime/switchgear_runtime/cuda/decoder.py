@@ -10,6 +10,7 @@ Letters: T tokens, D hidden, S sampling rows, V vocabulary, L MoE layers, E expe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
+from switchgear_runtime.cuda.local_group import LocalGroup
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
-from switchgear_runtime.cuda.step_outputs import StepOutputs
+from switchgear_runtime.cuda.step_outputs import NUM_COPIES, StepOutputs
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
@@ -70,6 +72,8 @@ class DeviceDecoder:
         self._tables: PlacementTables | None = None
         self._groups: GenerationGroups | None = None
         self._outputs: StepOutputs | None = None
+        # Memory of the host that copies of the last steps may still read or write, also of steps that were given up.
+        self._recent: deque[object] = deque(maxlen=NUM_COPIES)
         self._small = SmallSteps(
             kernels,
             self._enqueue_small,
@@ -108,8 +112,8 @@ class DeviceDecoder:
             self.abort()
             StepMark(self._kernels.device).wait("a generation's end", transport.rank, self._config.step_timeout_s)
             self._groups.close()
-        if self._kernels.device.type == "cuda":
-            torch.cuda.synchronize(self._kernels.device)  # what was loaded on other streams is there
+        self._recent.clear()
+        self._await_default_stream(transport.rank)
         self._small.forget()
         routers = [moe.router for moe in self._moes]
         self._outputs = StepOutputs(
@@ -133,10 +137,27 @@ class DeviceDecoder:
             timeout_s=self._config.step_timeout_s,
         )
 
+    def _await_default_stream(self, rank: int) -> None:
+        """On which everything was made that is no weight."""
+        device = self._kernels.device
+        if device.type == "cuda":
+            with torch.cuda.stream(torch.cuda.default_stream(device)):
+                mark = StepMark(device)
+            mark.wait("what was made at the start", rank, self._config.step_timeout_s)
+
     def abort(self) -> None:
         """No kernel of this generation waits for a peer any more. Any thread."""
         if self._groups is not None:
             self._groups.abort()
+
+    def runs_beside(self, num_tokens_max: int) -> bool:
+        """Whether a step leaves the host free once it is launched: unless it has to be told how much goes where."""
+        groups = self._groups
+        return groups is not None and (self._is_small(num_tokens_max) or isinstance(groups.large, LocalGroup))
+
+    def _is_small(self, num_tokens_max: int) -> bool:
+        groups = self._groups
+        return groups is not None and groups.small is not None and num_tokens_max <= self._small.max_tokens
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -149,15 +170,16 @@ class DeviceDecoder:
         num_tokens_max: int,
         forced_ids_LTK: NDArray[np.int32] | None = None,
         versions_S: NDArray[np.int32] | None = None,
-        logits_to_host: bool = False,
+        host_rows: Sequence[int] = (),
     ) -> PendingStep:
         """Enqueue a step of all layers, and of the draws of `sampled`, the sequences of flat.sampling_rows. An empty
-        batch takes part in every MoE layer. `num_tokens_max`: of any rank, by which all ranks choose one way."""
+        batch takes part in every MoE layer. `num_tokens_max`: of any rank, by which all ranks choose one way.
+        `host_rows`: of `sampled`, those whose logits the host wants."""
         groups, outputs = self._groups, self._outputs
         assert groups is not None
         assert outputs is not None
         versions_T = None if versions_S is None else versions_S[flat.seq_ids_T]
-        is_small = groups.small is not None and forced_ids_LTK is None and num_tokens_max <= self._small.max_tokens
+        is_small = forced_ids_LTK is None and self._is_small(num_tokens_max)
         with torch.inference_mode(), self._kernels.on_stream():
             if is_small:
                 bucket = self._small.bucket(num_tokens_max, max(flat.positions_T, default=0) + 1)
@@ -174,13 +196,12 @@ class DeviceDecoder:
                 if forced_ids_LTK is not None:
                     step.forced_ids_LTK = torch.from_numpy(forced_ids_LTK).to(self._kernels.device)
                 enqueued = self._enqueue(inputs, step, max(flat.positions_T, default=0) + 1)
-            logits_SV = None
-            if logits_to_host:
-                on_gpu = self._kernels.device.type == "cuda"
-                logits_SV = torch.empty(len(sampled), self.vocab_size, pin_memory=on_gpu)
-                self._kernels.copy_(logits_SV, enqueued.logits_SV[: len(sampled)])
+            logits_SV = torch.empty(len(host_rows), self.vocab_size, pin_memory=self._kernels.device.type == "cuda")
+            for row, logits_V in zip(host_rows, logits_SV, strict=True):
+                self._kernels.copy_(logits_V, enqueued.logits_SV[row])
             read = outputs.read(len(tenants.names))
             mark = StepMark(self._kernels.device)
+        self._recent.append((inputs, logits_SV))
         return PendingStep(
             rank=groups.rank,
             mark=mark,
@@ -188,7 +209,6 @@ class DeviceDecoder:
             x_TD=enqueued.x_TD,
             logits_SV=logits_SV,
             give_up=self._clear_faults,
-            keep=inputs,
         )
 
     def logits(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class GenerationGroups:
     ) -> GenerationGroups:
         """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
         all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
+        if before is not None and isinstance(before.small, PeerGroup):
+            before.small.free()
         if transport.world_size == 1:
             alone = LocalGroup(kernels)
             return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
@@ -68,11 +70,9 @@ class GenerationGroups:
             return cls(rank=transport.rank, large=group, small=None)
         large = large_group(kernels, transport)
         memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
-        if before is not None and isinstance(before.small, PeerGroup):
-            before.small.free()
         small = None
         if memory is not None:
-            small = PeerGroup(
+            small = PeerGroup.meet(
                 kernels,
                 transport,
                 memory,

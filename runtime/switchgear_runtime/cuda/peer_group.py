@@ -10,6 +10,7 @@ Letters: T tokens, D hidden, K top-k, N pairs, M rows, R ranks, S slots of this 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,30 @@ class PeerHandle:
 
 
 class PeerGroup:
-    """Of one generation. `faults_R1`: int32 on the device, zeros. `max_tokens`: of a rank in a step, the same on all;
-    `num_tokens`, which may change between
+    """Of one generation. `max_tokens`: of a rank in a step, the same on all; `num_tokens`, which may change between
     steps, bounds what any rank has in this one, so that a small step does not pay for a large one's room."""
 
     def __init__(
         self,
+        kernels: Kernels,
+        region: PeerRegion,
+        args: structs.Peer,
+        keep: Sequence[Tensor],
+        abort: Tensor,
+    ) -> None:
+        self._kernels = kernels
+        self._region = region
+        self._args = args
+        self._keep = keep  # what `args` has addresses of
+        self._abort = abort
+        self._rank, self._num_ranks, self._top_k = args.rank, args.num_ranks, args.top_k
+        self.max_tokens = self.num_tokens = args.max_tokens
+        shape = (args.num_ranks * args.max_tokens, args.hidden)
+        self._rows_MD = _view(region.own + kernels.size("peer_rows_at", args), shape, kernels.device)
+
+    @classmethod
+    def meet(
+        cls,
         kernels: Kernels,
         control: Transport,
         memory: PeerMemory,
@@ -50,15 +69,13 @@ class PeerGroup:
         top_k: int,
         hidden: int,
         timeout_s: float,
-    ) -> None:
-        self._kernels = kernels
-        self._rank, self._num_ranks = control.rank, control.world_size
-        self._top_k = top_k
-        self.max_tokens = self.num_tokens = max_tokens
+    ) -> PeerGroup | None:
+        """All ranks at once; None, on all, where one cannot map the others' memory. `faults_R1`: int32 on the device,
+        zeros."""
         device, num_ranks = kernels.device, control.world_size
-        self._sequence = torch.ones(1, dtype=torch.int32, device=device)
-        self._done_R = torch.zeros(num_ranks, dtype=torch.int32, device=device)
-        self._abort = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")  # which a GPU can read
+        sequence = torch.ones(1, dtype=torch.int32, device=device)
+        done_R = torch.zeros(num_ranks, dtype=torch.int32, device=device)
+        abort = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")  # which a GPU can read
         args = structs.Peer(
             num_ranks=num_ranks,
             rank=control.rank,
@@ -66,18 +83,18 @@ class PeerGroup:
             top_k=top_k,
             hidden=hidden,
             row_bytes=2 * hidden,
-            sequence=self._sequence.data_ptr(),
-            done_R=self._done_R.data_ptr(),
+            sequence=sequence.data_ptr(),
+            done_R=done_R.data_ptr(),
             fault_R1=faults_R1.data_ptr(),
-            abort=self._abort.data_ptr(),
+            abort=abort.data_ptr(),
             timeout_ns=int(timeout_s * 1e9),
         )
-        self._region = PeerRegion(control, memory, kernels.size("peer_bytes", args), timeout_s=timeout_s)
-        self._regions_R = torch.tensor(self._region.addresses, dtype=torch.int64).to(device)
-        args.regions_R = self._regions_R.data_ptr()
-        self._args = args
-        self._rows_at = self._region.own + kernels.size("peer_rows_at", args)
-        self._rows_MD = _view(self._rows_at, (num_ranks * max_tokens, hidden), device)
+        region = PeerRegion.meet(control, memory, kernels.size("peer_bytes", args), timeout_s=timeout_s)
+        if region is None:
+            return None
+        regions_R = torch.tensor(region.addresses, dtype=torch.int64).to(device)
+        args.regions_R = regions_R.data_ptr()
+        return cls(kernels, region, args, (sequence, done_R, faults_R1, regions_R), abort)
 
     # --- a layer ------------------------------------------------------------------------------------------------------
 

@@ -44,16 +44,15 @@ class StepMark:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PendingStep:
-    """`x_TD`, and `logits_SV` where the host samples rows too (on the host then), are valid until the next step is
-    enqueued. `give_up`: clears what a step with faults leaves behind. `keep`: what the device may not have read yet."""
+    """`x_TD` is valid until the next step is enqueued. `logits_SV`: of the rows that the host draws, on the host.
+    `give_up`: clears what a step with faults leaves behind."""
 
     rank: int
     mark: StepMark
     read: StepRead
     x_TD: Tensor
-    logits_SV: Tensor | None
+    logits_SV: Tensor
     give_up: Callable[[], None]
-    keep: object
 
     def wait(self, timeout_s: float) -> None:
         """Until the step has ended. An error of another rank, or of this one's, is raised; then nothing of it counts."""

@@ -6,6 +6,7 @@ Letters: D hidden, N pairs, M rows, R ranks (or places in a domain).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,19 +39,27 @@ def group_pairs(
 ) -> Grouping:
     """By slot of this rank, what came from each rank. TransportError for lengths that are no whole rows or pairs."""
     length = _BF16_BYTES * hidden
-    if any(at % length for at in rows.offsets) or any(at % PAIR_BYTES for at in pairs.offsets):
-        raise TransportError(
-            f"a rank sent {rows.offsets} bytes of rows and {pairs.offsets} of pairs, which are no whole ones", rank=-1
-        )
+    peers = sorted({*_not_whole(rows.offsets, length), *_not_whole(pairs.offsets, PAIR_BYTES)})
+    if peers:
+        text = f"{rows.offsets} bytes of rows and {pairs.offsets} of pairs came, which are no whole ones"
+        raise TransportError(text, rank=first_slot // num_slots, peers=peers)
     begins = np.array([[at // length for at in rows.offsets], [at // PAIR_BYTES for at in pairs.offsets]], np.int32)
     rows_begin_R1, pairs_begin_R1 = torch.from_numpy(begins).to(kernels.device)
     pairs_N2 = pairs.data.view(torch.int32).view(-1, 2)
     return kernels.group(pairs_N2, rows_begin_R1, pairs_begin_R1, first_slot, num_slots)
 
 
+def _not_whole(offsets: Sequence[int], length: int) -> list[int]:
+    """The senders of parts that are no multiple of `length`."""
+    return [peer for peer, (begin, end) in enumerate(pairwise(offsets)) if (end - begin) % length]
+
+
 def returned_parts(back: Parts, pairs_begin_R1: Sequence[int], hidden: int) -> Tensor:
     """[N, D] of what came back: a row for each pair that was sent. TransportError otherwise."""
     expected = [_BF16_BYTES * hidden * begin for begin in pairs_begin_R1]
     if list(back.offsets) != expected:
-        raise TransportError(f"ranks returned {list(back.offsets)} bytes of rows, expected {expected}", rank=-1)
+        sizes = zip(pairwise(back.offsets), pairwise(expected), strict=True)
+        peers = [peer for peer, ((a, b), (c, d)) in enumerate(sizes) if b - a != d - c]
+        text = f"{list(back.offsets)} bytes of rows came back, expected {expected}"
+        raise TransportError(text, rank=-1, peers=peers)
     return as_rows(back.data, hidden)

@@ -42,6 +42,7 @@ class SideCopies:
         self._sent: list[Callable[[], bool]] = []  # by buffer: whether its last piece has left it
         self._lock = threading.Lock()
         self.pulled_bytes = 0  # from peers
+        self._last_pull: Callable[[], bool] = lambda: True
 
     def write(self, to: Tensor, source: Tensor, pace: Pace | None = None) -> None:
         """uint8 of the host into uint8 of the device. Complete when it returns."""
@@ -71,10 +72,14 @@ class SideCopies:
             self._copy(memory, few.data_ptr(), address, num_bytes, peer)
             return bytes(few.cpu().numpy())
 
+    def pulls_are_done(self) -> bool:
+        """Also those that were not waited for. Copies on one stream end in order."""
+        return self._last_pull()
+
     def _copy(self, memory: PeerMemory, to: int, source: int, num_bytes: int, peer: int) -> None:
         with self._current():
             memory.copy(to, source, num_bytes)
-            is_done = memory.mark()
+            is_done = self._last_pull = memory.mark()
         self._wait(is_done, f"a copy from rank {peer}'s memory", (peer,))
 
     def _write_pinned(self, number: int, to: Tensor, piece: Tensor, stream: torch.cuda.Stream) -> None:

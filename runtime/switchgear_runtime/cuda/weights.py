@@ -152,7 +152,7 @@ class DeviceWeightStore:
         return _bytes(weight.cpu())
 
     def lendable(self, layer: int, expert: int) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """Experts of other ranks are not this store's (PeerExperts)."""
+        """Experts of other ranks are not this store's (MappedExperts)."""
         return None
 
     def _expert_matrices(self, layer: int, expert: int) -> tuple[Matrix, Matrix]:

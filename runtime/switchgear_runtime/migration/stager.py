@@ -133,7 +133,7 @@ class Stager:
                 self._condition.notify_all()
             if outcome is not None and not job.pace.cancelled:
                 self._deliver(outcome)
-            del outcome  # or what was staged would stay in memory until the next job ends
+            del outcome, job  # or what was staged would stay in memory until the next job ends
 
     def _next(self) -> StageJob | None:
         state = self._state

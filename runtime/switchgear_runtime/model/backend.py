@@ -48,8 +48,8 @@ class Backend(Protocol):
         """A DeviceDecoder; None: steps run on the host."""
         ...
 
-    def peer_experts(self, store: Any) -> Any:
-        """cuda/peer_experts.py's PeerExperts, by which ranks read each other's experts; None where a weight cache of the
+    def mapped_experts(self, store: Any) -> Any:
+        """cuda/mapped_experts.py's MappedExperts, by which ranks read each other's experts; None where a weight cache of the
         host has those of all ranks."""
         ...
 
@@ -73,7 +73,7 @@ class HostBackend:
     def prices(self, expert_format: str) -> StepPrices:
         return HOST_PRICES[expert_format]
 
-    def peer_experts(self, store: WeightStore) -> None:
+    def mapped_experts(self, store: WeightStore) -> None:
         """None."""
 
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> WeightStore:

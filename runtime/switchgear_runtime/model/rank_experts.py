@@ -18,7 +18,7 @@ Pace = Callable[[int], None]
 
 
 class RankExperts:
-    """`store`: a WeightStore, or a device's; `peers`: a device's PeerExperts. The thread that stages, or, while nobody
+    """`store`: a WeightStore, or a device's; `peers`: a device's MappedExperts. The thread that stages, or, while nobody
     stages, the engine's; `held` from any."""
 
     def __init__(

@@ -28,9 +28,9 @@ class CountingMemory(HostPeerMemory):
         self.num_mapped = 0
         self.is_stuck = False
 
-    def map(self, handle: bytes, *, writable: bool = False) -> int:
+    def map(self, handle: bytes, *, writable: bool = False, num_bytes: int | None = None) -> int:
         assert not writable
-        address = super().map(handle)
+        address = super().map(handle, num_bytes=num_bytes)
         self.num_mapped += 1
         return address
 

@@ -62,7 +62,7 @@ class FakePeerMemory:
         assert address in self._mine
         return address.to_bytes(8, "little") + bytes(56)
 
-    def map(self, handle: bytes, *, writable: bool = False) -> int:  # noqa: ARG002
+    def map(self, handle: bytes, *, writable: bool = False, num_bytes: int | None = None) -> int:  # noqa: ARG002
         address = int.from_bytes(handle[:8], "little")
         assert address in self._all
         assert address not in self._mine, "a process cannot map its own memory"
@@ -147,8 +147,7 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
 
     runtime = SimpleNamespace(
         malloc=note("malloc", lambda _: 4096),
-        memset=lambda *_: None,
-        deviceSynchronize=lambda: None,
+        memsetAsync=lambda *_: None,
         free=note("free", lambda _: None),
         ipcGetMemHandle=note("get", lambda address: b"of %d" % address),
         ipcOpenMemHandle=note("open", lambda handle, _: opened[handle]),
@@ -156,6 +155,8 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(CudaPeerMemory, "mark", lambda _: lambda: True)
     first, second, other = (CudaPeerMemory(torch.device("cuda", n)) for n in (0, 0, 1))
     mine = first.allocate(100)
     handle = first.handle(mine)

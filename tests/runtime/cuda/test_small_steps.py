@@ -20,12 +20,13 @@ from tiny_checkpoints import make_runner, make_sequence, run_ranks
 from tiny_cluster import Alone, Cluster, ClusterRun, content, make_config, make_tiny_checkpoint, num_finished
 
 from switchgear_runtime.batch import Batch, ScheduledSequence
+from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.small_steps import SmallSteps
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
 from switchgear_runtime.header import Decision
 from switchgear_runtime.launched_step import DeviceLaunch
-from switchgear_runtime.messages import Submit
+from switchgear_runtime.messages import EndGeneration, Stop, Submit
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.sampler import Sampler
@@ -177,3 +178,54 @@ def test_who_gives_up_does_not_wait_for_the_deadline(lab: Lab) -> None:
         assert time.monotonic() - start_s < 30.0
 
     run_ranks(2, body)
+
+
+def test_where_one_rank_cannot_map_all_take_the_large_way(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, refused = HostPeerMemory.map, threading.Event()
+
+    def fail_once(self: HostPeerMemory, handle: bytes, **given: Any) -> int:
+        if given.get("writable") and not refused.is_set():
+            refused.set()
+            raise OSError("peer access is not supported between these two devices")
+        return original(self, handle, **given)
+
+    monkeypatch.setattr(HostPeerMemory, "map", fail_once)
+    submits = draw_submits(random.Random(f"{lab[0].name} unmapped"), 6, longest=20)
+    result, cluster = run(lab, 3, submits)
+    assert_as_alone(lab, submits, result)
+    assert [small_of(engine.runner).num_replays for engine in cluster.engines] == [0] * 3
+
+
+def test_every_rank_speaks_in_the_first_step_of_a_generation(lab: Lab) -> None:
+    """Also one without work, and though a step's frame comes a step later: the server waits for it."""
+    cluster = Cluster(make_config(lab[0], device="twin"), 2)
+    cluster.inboxes[0].put(make_submit(0, [1, 2, 3], max_tokens=200, temperature=0.0))
+    start_s = time.monotonic()
+    cluster.pump(lambda run: bool(run.epochs[1]))
+    assert len(cluster.run_result.outputs[0]) < 20, f"after {time.monotonic() - start_s:.2f} s"
+    cluster.pump(lambda run: num_finished(run) == 1)
+    cluster.stop()
+
+
+def test_the_end_of_a_generation_ends_what_a_device_waits_for(lab: Lab) -> None:
+    """Rank 1 agrees to steps and launches none; long before the deadline the controller ends the generation."""
+    cluster = Cluster(make_config(lab[0], device="twin", step_timeout_s=60.0), 2)
+    started, release = threading.Event(), threading.Event()
+
+    def late(*_: object) -> None:
+        started.set()
+        assert release.wait(60)
+        raise TransportAborted("this rank did not launch", rank=1)
+
+    cluster.engines[1].runner.launch = late  # type: ignore[method-assign,assignment]
+    cluster.inboxes[0].put(make_submit(0, [1, 2, 3], max_tokens=20, temperature=0.0))
+    assert started.wait(30)
+    start_s = time.monotonic()
+    cluster.inboxes[0].put(EndGeneration(term=1, generation=1, reason="a test"))
+    cluster.pump(lambda run: any(fault.rank == 0 for fault in run.faults))
+    assert time.monotonic() - start_s < 20.0
+    release.set()
+    cluster.pump(lambda run: any(fault.rank == 1 for fault in run.faults))
+    for inbox in cluster.inboxes:
+        inbox.put(Stop())
+    cluster.pump(lambda _: cluster._num_stopped == 2)

@@ -173,6 +173,20 @@ def test_a_sequence_from_another_life_goes_on_at_its_index() -> None:
     ]
 
 
+def test_a_step_has_no_more_than_was_announced() -> None:
+    """A seat that becomes free after the header is for the next step's newcomers."""
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(make_sequence(0, [1, 2, 3]))
+    scheduler.postprocess(scheduler.schedule(), [SampledToken(4)])
+    scheduler.add(make_sequence(1, [5] * 12))
+    announced = scheduler.num_pending_tokens
+    assert announced == 1
+    assert scheduler.abort(0)
+    assert scheduler.schedule(announced).num_tokens <= announced
+    scheduler.rollback()
+    assert scheduler.schedule(scheduler.num_pending_tokens).num_tokens == 12
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals, aborts, steps and broken steps; every written and read KV cell is checked, and every token."""
 

@@ -19,7 +19,7 @@ from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda import side_copies
 from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotLayout, Source
-from switchgear_runtime.cuda.peer_experts import PeerExperts
+from switchgear_runtime.cuda.mapped_experts import MappedExperts
 from switchgear_runtime.cuda.placement import DevicePlacements
 from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.errors import TransportAborted, TransportError, TransportTimeout
@@ -48,7 +48,7 @@ class Rank:
         self.copies = SideCopies(CPU, rank, timeout_s=0.2)
         self.pool = ExpertPool(LAYOUT, memory or StuckMemory(), self.copies)
         self.pool.grow(NUM_LAYERS * NUM_EXPERTS + 2)
-        self.peers = PeerExperts(self.pool, self.copies, nullcontext)
+        self.peers = MappedExperts(self.pool, self.copies, nullcontext)
         self.slots: dict[Source, Slot] = {}
 
     def hold(self, source: Source) -> Slot:

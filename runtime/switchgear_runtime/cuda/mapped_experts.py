@@ -1,4 +1,4 @@
-"""The other ranks' experts where they lie on their devices: `PeerExperts`, to compute with in place and to pull copies of.
+"""The other ranks' experts where they lie on their devices: `MappedExperts`, to compute with in place and to pull copies of.
 
 At the start of a generation each rank tells the handles of its pool's slabs, and then, as at every flip, its *slot
 directory*: which slot of its pool holds which slot of the map. So every rank knows the address of every expert of the
@@ -39,7 +39,7 @@ class _Told:
     directory_RLS: NDArray[np.int32]  # slots of the ranks' pools; -1: empty
 
 
-class PeerExperts:
+class MappedExperts:
     """One rank's. `pull` from the thread that stages; the others from the engine's. `on_stream`: of the kernels that
     compute with lent experts."""
 
@@ -78,7 +78,14 @@ class PeerExperts:
         """All ranks of a generation, before its first step. `placements` with the lent experts' addresses."""
         self.close()
         pool, layout = self._pool, self._pool.layout
-        self._slabs = MappedSlabs.meet(transport, pool.memory, pool.slabs, layout=layout.text(), timeout_s=timeout_s)
+        self._slabs = MappedSlabs.meet(
+            transport,
+            pool.memory,
+            pool.slabs,
+            layout=layout.text(),
+            timeout_s=timeout_s,
+            reads_are_done=self._copies.pulls_are_done,
+        )
         self._addresses_R = [slot_addresses(layout, slabs) for slabs in self._slabs.slabs_R]
         return self.tell(transport, expert_map, placements, timeout_s=timeout_s)
 
