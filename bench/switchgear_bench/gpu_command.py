@@ -26,13 +26,16 @@ class GpuCommand:
             "--output", type=Path, help="JSON file for the rows, written anew after each (default: none)"
         )
         parser.add_argument(
+            "--only", default="", metavar="WORDS", help="only the sections whose name has these words (default: all)"
+        )
+        parser.add_argument(
             "--budget-s", type=float, help="begin no more rows after so many seconds, and say which are left out"
         )
 
     def run(self, arguments: argparse.Namespace) -> int:
         machine = describe(arguments.device)
         rows: list[dict[str, Any]] = []
-        for row in run_all(arguments.device, budget_s=arguments.budget_s):
+        for row in run_all(arguments.device, budget_s=arguments.budget_s, only=arguments.only):
             rows.append(row)
             if arguments.output is not None:
                 arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
@@ -40,9 +43,9 @@ class GpuCommand:
         return 0
 
 
-def run_all(device: str, *, budget_s: float | None = None) -> Rows:
+def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Rows:
     """Row after row, the most telling first. Raises DeviceUnavailable, with each reason and its fix, where there is no
-    usable GPU. Past the budget, one row names what was left out."""
+    usable GPU. Past the budget, one row names what was left out. `only`: of sections whose name has these words."""
     start_s = time.monotonic()
     from switchgear_runtime.cuda.preflight import require_gpu
 
@@ -51,6 +54,7 @@ def run_all(device: str, *, budget_s: float | None = None) -> Rows:
     from switchgear_bench.gpu_clock import Bounds, Clock
     from switchgear_bench.gpu_goals import judged, summary
     from switchgear_runtime.cuda.backend import kernels_of
+    from switchgear_runtime.errors import ConfigError
 
     kernels = kernels_of(device, 0)
     bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
@@ -67,7 +71,11 @@ def run_all(device: str, *, budget_s: float | None = None) -> Rows:
         print(line(whole), flush=True)
         return whole
 
-    for name, begin in sections(kernels, device, bounds, clock):
+    chosen = [section for section in sections(kernels, device, bounds, clock) if only in section[0]]
+    if not chosen:
+        known = ", ".join(name for name, _ in sections(kernels, device, bounds, clock))
+        raise ConfigError(f"only={only!r} names none of the sections: {known}")
+    for name, begin in chosen:
         if budget_s is not None and time.monotonic() - start_s > budget_s:
             left_out.append(name)
             continue

@@ -24,6 +24,12 @@ from switchgear_bench.gpu_layer import DEEPSEEK, TINY
 NUM_RANKS = (2, 4)
 SMALL_TOKENS, LARGE_TOKENS = (1, 16, 128), (128, 2048)  # of each rank
 _DEADLINE_S = 120.0
+_RANK = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])  # this process's: the packages may not be installed
+from switchgear_bench.gpu_exchange_worker import main
+main(json.loads(sys.argv[2]))
+"""
 
 
 def exchanges(device: str, bounds: Bounds, *, is_small: bool) -> Iterator[dict[str, Any]]:
@@ -57,7 +63,7 @@ def run_ranks(num_ranks: int, device: str, sizes: dict[str, tuple[int, ...]]) ->
         ranks = []
         for rank in range(num_ranks):
             settings = {"rank": rank, "world_size": num_ranks, "channel": channel, "device": device, **sizes}
-            command = [sys.executable, "-m", "switchgear_bench.gpu_exchange_worker", json.dumps(settings)]
+            command = [sys.executable, "-c", _RANK, json.dumps(sys.path), json.dumps(settings)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             stack.callback(_end, process)
             ranks.append(process)

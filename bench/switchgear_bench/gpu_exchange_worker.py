@@ -1,4 +1,4 @@
-"""One rank of `bench gpu`'s exchanges: `python -m switchgear_bench.gpu_exchange_worker SETTINGS`, a process each.
+"""One rank of `bench gpu`'s exchanges, a process each: `main`.
 
 All ranks run the same ways and sizes in the same order. Rank 0 prints a line of JSON for each.
 """
@@ -6,7 +6,6 @@ All ranks run the same ways and sizes in the same order. Rank 0 prints a line of
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
@@ -106,7 +105,3 @@ def _echo(received: Received) -> Tensor:
     num_pairs = int(groups.begin_S1[-1])
     y_ND[groups.y_rows_N[:num_pairs].long()] = x_MD[groups.x_rows_N[:num_pairs].long()]
     return y_ND
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -19,6 +19,7 @@ from switchgear_bench.gpu_moe import Cell, LayerBench, plain
 from switchgear_bench.gpu_peers import TorchGrouped, TransformersExperts
 from switchgear_runtime.cuda.backend import kernels_of
 from switchgear_runtime.cuda.facts import gather_facts
+from switchgear_runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 has_gpu = bool(gather_facts().gpus)
@@ -47,6 +48,13 @@ def test_past_the_budget_it_says_what_is_left_out(capsys: pytest.CaptureFixture[
     assert [row["kernel"] for row in rows] == ["left out"]
     assert rows[0]["left_out"] == ["moving rows", "moe layer tiny", "engine steps", "exchanges"]
     assert "left out moving rows" in capsys.readouterr().out
+
+
+def test_a_part_of_it() -> None:
+    rows = list(run_all("twin", only="moving"))
+    assert {row["kernel"] for row in rows} == {"dispatch", "combine", "pack fp8", "unpack fp8"}
+    with pytest.raises(ConfigError, match="names none of the sections: moving rows"):
+        list(run_all("twin", only="everything"))
 
 
 def test_routing_is_skewed_where_it_should_be() -> None:
