@@ -89,6 +89,7 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
         except (RuntimeError, AssertionError, OSError) as error:  # the other sections are worth as much
             yield finished({"kernel": name, "shape": "", "variant": "", "num_tokens": 0, "error": _words(error)})
         del rows  # and with it, its weights
+        _give_back(kernels.device)
     for row in summary(list(done)):
         yield finished(row)
     if left_out:
@@ -153,6 +154,17 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     head = f"{'kernel':<16}{'shape':<24}{'variant':<16}{'tokens':>6}{'us':>12}{'bound us':>12}{'of it':>8} {'by':<6}{'ratio':>8} to"
     return "\n".join([head, *map(line, rows)])
+
+
+def _give_back(device: Any) -> None:
+    """What a section held: the next one's weights, and other processes on the device, need the room."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _words(error: BaseException) -> str:
