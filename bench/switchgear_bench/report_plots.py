@@ -117,6 +117,7 @@ def _gpu_steps(figure: Any, rows: Sequence[Row]) -> None:
     right.set_title("steps of the engine")
     for axes in (left, right):
         axes.axhline(1.0, color="black", linewidth=0.5)
+        axes.set_ylim(bottom=0.0)
 
 
 PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
