@@ -316,9 +316,10 @@ def check_group_local(library: Checked, seed: int) -> None:
         t, k = int(rng.integers(num_tokens)), int(rng.integers(top_k))
         if slot_of_E is None:
             ids[t, k] = slots[t, k] = num_slots
-        else:  # an expert that is nowhere
-            slot_of_E = np.append(slot_of_E, rng.choice([-1, num_slots]))
-            ids[t, k], slots[t, k] = num_slots, -1
+        else:  # an expert that is nowhere, the first
+            slot_of_E = np.concatenate([[rng.choice([-1, num_slots])], slot_of_E])
+            ids = np.where(ids < 0, -1, ids + 1)
+            ids[t, k], slots[t, k] = 0, -1
         bad = t * top_k + k
     begin_S1 = arena.room(num_slots + 1, np.int32)
     x_rows_N, y_rows_N = (arena.room(num_tokens * top_k, np.int32) for _ in range(2))
@@ -345,3 +346,6 @@ def check_group_local(library: Checked, seed: int) -> None:
     assert (y_rows_N[: len(order)] == order).all(), f"seed {seed}"
     assert (x_rows_N[: len(order)] == order // top_k).all(), f"seed {seed}"
     assert fault[0] == bad + 1, f"seed {seed}"
+    args.num_tokens, args.top_k = 1 << 28, 8
+    with pytest.raises(DeviceError, match="2147483648 pairs are more than an index of 32 bits"):
+        library.sg_cuda_group_local(ctypes.byref(args), None)

