@@ -61,6 +61,7 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
     rates = {
         "copy_gb_per_s": bounds.copy_bytes_per_s / 1e9,
         "product_tflops_per_s": bounds.product_flops_per_s / 1e12,
+        "kernels": kernels.version(),
     }
     done: list[dict[str, Any]] = []
     left_out: list[str] = []

@@ -16,6 +16,40 @@ import triton.language as tl
 
 
 @triton.jit
+def plan_at_once(
+    ids_ptr,
+    cursor_ptr,
+    sorted_ptr,
+    expert_of_block_ptr,
+    num_padded_ptr,
+    num_pairs,
+    max_padded,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """What plan_blocks and place_pairs do, by one program for up to CHUNK pairs."""
+    at = tl.arange(0, CHUNK)
+    is_pair = at < num_pairs
+    ids = tl.load(ids_ptr + at, mask=is_pair, other=0)
+    counts = tl.histogram(ids, NUM_EXPERTS, mask=is_pair)
+    padded = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    ends = tl.cumsum(padded, 0)
+    tl.store(cursor_ptr + tl.arange(0, NUM_EXPERTS), ends - padded)
+    tl.store(num_padded_ptr, tl.sum(padded, 0))
+    for begin in range(0, max_padded, CHUNK):
+        tl.store(sorted_ptr + begin + at, tl.zeros([CHUNK], tl.int32) + num_pairs, mask=begin + at < max_padded)
+    for begin in range(0, max_padded, BLOCKS * BLOCK_M):
+        row = begin + tl.arange(0, BLOCKS) * BLOCK_M
+        expert = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+        tl.store(expert_of_block_ptr + row // BLOCK_M, expert, mask=row < max_padded)
+    tl.debug_barrier()  # of the program: cursors and padding are there before pairs are placed
+    row = tl.atomic_add(cursor_ptr + ids, 1, mask=is_pair)
+    tl.store(sorted_ptr + row, at, mask=is_pair)
+
+
+@triton.jit
 def plan_blocks(
     ids_ptr,
     cursor_ptr,

@@ -116,7 +116,7 @@ class TritonMoe:
 
     def _plan(self, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows in order of experts, the expert of each block of them, how many rows there are with padding)."""
-        from switchgear_bench.triton_kernels import place_pairs, plan_blocks
+        from switchgear_bench.triton_kernels import place_pairs, plan_at_once, plan_blocks
 
         num_pairs, num_experts, block_m = ids_TK.numel(), self._layer.shape.num_experts, self.config.block_m
         max_padded = -(-num_pairs // block_m) * block_m + min(num_pairs, num_experts) * block_m
@@ -125,6 +125,10 @@ class TritonMoe:
         sorted_rows, expert_of_block, num_padded, cursor, ends = (
             torch.empty(size, dtype=torch.int32, device=ids_TK.device) for size in sizes
         )
+        if num_pairs <= _CHUNK:
+            sizes = (num_pairs, max_padded, num_experts, block_m, _CHUNK, _BLOCKS)
+            plan_at_once[(1,)](ids_TK, cursor, sorted_rows, expert_of_block, num_padded, *sizes)
+            return sorted_rows, expert_of_block, num_padded
         grid = (1 + -(-max_padded // _CHUNK),)
         arguments = (num_pairs, max_padded, num_experts, block_m, _CHUNK)
         plan_blocks[grid](ids_TK, cursor, ends, sorted_rows, num_padded, *arguments)
