@@ -126,8 +126,8 @@ class TritonMoe:
             torch.empty(size, dtype=torch.int32, device=ids_TK.device) for size in sizes
         )
         if num_pairs <= _CHUNK:
-            sizes = (num_pairs, max_padded, num_experts, block_m, _CHUNK, _BLOCKS)
-            plan_at_once[(1,)](ids_TK, cursor, sorted_rows, expert_of_block, num_padded, *sizes)
+            places = (ids_TK, cursor, sorted_rows, expert_of_block, num_padded)
+            plan_at_once[(1,)](*places, num_pairs, max_padded, num_experts, block_m, _CHUNK, _BLOCKS)
             return sorted_rows, expert_of_block, num_padded
         grid = (1 + -(-max_padded // _CHUNK),)
         arguments = (num_pairs, max_padded, num_experts, block_m, _CHUNK)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
+from switchgear_bench import triton_moe
 from switchgear_bench.gpu_layer import UNIFORM, ZIPF, Layer, Routing, Shape
 from switchgear_bench.gpu_moe import plain
 from switchgear_bench.triton_moe import Config, TritonMoe
@@ -40,11 +41,8 @@ def main(seed: int) -> None:
     layer = Layer(shape, drawn.w13_EXD.float(), drawn.w2_EDF.float(), drawn.router_ED)
     moe = TritonMoe(layer)
     moe._router_ED = layer.router_ED
-    for num_tokens in (
-        1,
-        rng.randint(2, 60),
-        rng.randint(513, 540),
-    ):  # the last of more than 1024 pairs: by two launches
+    triton_moe._CHUNK = 64  # so that few tokens are planned by two launches, too
+    for num_tokens in (1, rng.randint(2, 9), rng.randint(33, 60)):
         routing = Routing.draw(shape, num_tokens, rng.choice([UNIFORM, ZIPF]), seed, CPU)
         routing = Routing(routing.h_TD, routing.h_TD, routing.ids_TK, routing.weights_TK)
         moe.config = rng.choice(CONFIGS)
