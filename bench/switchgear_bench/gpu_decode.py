@@ -83,6 +83,8 @@ def _runner(spec: DecoderSpec, device: str, num_seqs: int, context: int, num_tok
     runner = ModelRunner(config, spec, checkpoint, rank=0, world_size=1)
     hub = LoopbackHub(1, RealSystem())
     runner.begin(hub.transport(0), ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, 1))
+    if device == "cuda":
+        torch.cuda.synchronize()  # weights are drawn on another stream than steps run on
     return runner
 
 

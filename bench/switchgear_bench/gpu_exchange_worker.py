@@ -18,6 +18,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.backend import kernels_of
 from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.group_choice import GenerationGroups
+from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.generation import GenerationDescriptor
 
 TIMEOUT_S = 30.0
@@ -28,8 +29,13 @@ _MAILBOX_BYTES = 1 << 20
 
 
 def main(settings: dict[str, Any]) -> None:
+    kernels = kernels_of(settings["device"], settings["rank"])
+    with kernels.on_stream():
+        _run(kernels, settings)
+
+
+def _run(kernels: Kernels, settings: dict[str, Any]) -> None:
     rank, world_size = settings["rank"], settings["world_size"]
-    kernels = kernels_of(settings["device"], rank)
     shape = DEEPSEEK if settings["device"] == "cuda" else TINY
     descriptor = GenerationDescriptor(term=1, generation=1, world_size=world_size, epoch=0, channel=settings["channel"])
     transport = open_transport(
