@@ -197,7 +197,8 @@ struct PlaceItems {
   SG_DEVICE void sum_chunks(const Block& block, int thread, int32_t* before, int32_t* base) const {
     const int bins = static_cast<int>(TALLIES * num_bins), width = bins < THREADS ? bins : THREADS;
     const int parts = THREADS / width, mine = static_cast<int>(block.x);
-    const int num_chunks = static_cast<int>(items.size() - 1) / static_cast<int>(chunk) + 1;
+    const auto num_chunks =
+        static_cast<int>(static_cast<uint32_t>(items.size() + chunk - 1) / static_cast<uint32_t>(chunk));
     if (thread >= parts * width) return;
     for (int b = thread % width; b < bins; b += width) {
       const int32_t* counts = work + b + (b >= num_bins) * (block.num_x - 1) * num_bins;

@@ -133,6 +133,8 @@ def check_counters(library: Checked, seed: int) -> None:
 def draw_sizes(rng: np.random.Generator, seed: int, most_bins: int) -> tuple[int, int]:
     """(items, bins): few, or several chunks; for some seeds so many bins that a chunk has fewer items."""
     num_items = int(rng.integers(0, 900)) if seed % 3 else int(rng.integers(2000, 7000))
+    if seed % 6 == 4:
+        num_items = int(rng.choice([1, 33, 2048, 2049]))
     if seed % 5 == 4:
         return num_items, int(rng.choice([321, 1100, 1500]))
     return num_items, int(rng.integers(1, most_bins))
@@ -249,6 +251,8 @@ def check_group(library: Checked, seed: int) -> None:
     )
     rows_R = rng.integers(1, 60, num_ranks)
     pairs_R = rng.integers(0, 200 if seed % 3 else 1500, num_ranks) * rng.integers(0, 2, num_ranks)
+    if seed % 10 == 5:
+        pairs_R[:] = 0  # nothing came, into room for several chunks
     rows_begin, pairs_begin = ([0, *sizes.cumsum().tolist()] for sizes in (rows_R, pairs_R))
     num_pairs = pairs_begin[-1]
     pairs_N2 = np.stack(
@@ -269,7 +273,7 @@ def check_group(library: Checked, seed: int) -> None:
             (1, first_slot + num_slots),
         ][int(rng.integers(4))]
         pairs_N2[bad, column] = value
-    max_pairs = num_pairs + int(rng.integers(0, 400 if seed % 5 else 5000))
+    max_pairs = num_pairs + int(rng.integers(0, 400) if seed % 5 else rng.integers(4000, 6000))
     begin_S1 = arena.room(num_slots + 1, np.int32)
     x_rows_N, y_rows_N = arena.room(max_pairs, np.int32), arena.room(max_pairs, np.int32)
     fault = arena.put([0], np.int32)

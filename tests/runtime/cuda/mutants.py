@@ -82,6 +82,11 @@ OPERATORS = {
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("bucket.h", "int64_t TABLE_BYTES_MAX = ", "", "a chunk of another size, the same places"),
     ("bucket.h", "chunk / WARP * num_bins * 4 > TABLE", "", "a chunk of another size, the same places"),
+    ("bucket.h", "if (mine.size <= 0) return;", "<", "a block without items counts none"),
+    ("bucket.h", "if (mine.size <= 0 && block.x > 0)", "", "a block without items places none"),
+    ("bucket.h", "b < 2 * bins; b += THREADS", "", "zeros where there are zeros, or nothing yet"),
+    ("bucket.h", "return (2 * TALLIES * num_bins", "(3 *", "more shared memory than needed"),
+    ("bucket.h", "return (2 * TALLIES * num_bins", "* 5", "more shared memory than needed"),
     ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
     ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
     ("bucket.h", "launch(name, ", "* 5", "more shared memory than needed"),
