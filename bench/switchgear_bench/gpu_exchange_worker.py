@@ -50,6 +50,8 @@ def _run(kernels: Kernels, settings: dict[str, Any]) -> None:
         max_tokens=max(settings["small"]),
         top_k=shape.top_k,
         hidden=shape.hidden,
+        dispatch="auto",
+        max_batched_tokens=max(settings["large"]),
         timeout_s=TIMEOUT_S,
     )
     try:
