@@ -1,9 +1,14 @@
 """Builds, checks and times everything that runs on a GPU, in one call: `make test-gpu`, or `python3 bench/gpu_suite.py`.
 
 Needs no virtual environment, no Ray and no network: any Python from 3.11 on with torch for CUDA, pytest, pytest-timeout,
-hypothesis, msgspec, msgpack, safetensors, tokenizers and transformers, beside nvcc and CMake. Prints each step's outcome
-as a table last, and writes it with the hardware's name, anew after every step and every row: whatever ends it loses
-nothing. On a machine without a usable GPU, or without a package, it says what is missing, and ends with status 2.
+hypothesis, msgspec, msgpack, safetensors, tokenizers and transformers, beside nvcc and CMake; with Triton and CuPy it
+measures more. Prints each step's outcome as a table last, and writes it with the hardware's name, anew after every step
+and every row: whatever ends it loses nothing. On a machine without a usable GPU, or without a package, it says what is
+missing, and ends with status 2.
+
+The steps that tell most come first: the build (for this machine's GPU alone), the kernels' checks, the benchmark, then
+every other file of checks, then the sanitizers. `--budget-s` ends it in time: the benchmark gets a part of what is left,
+and what does not fit is named as not run.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,8 +48,12 @@ MODULES = (
     "tokenizers",
     "transformers",
 )
+BUILD_S = 900.0
 CHECK_S = 240.0  # of one file of checks
-SANITIZE_S = 3000.0
+SANITIZE_S = 1800.0
+SANITIZE_SEEDS = 6  # of each check at most
+STEP_S_MIN = 20.0  # with less left, nothing more begins
+BENCH_PART = 0.7  # of what is left when it begins
 LOG = ROOT / "build" / "gpu-step.log"  # what the step's last command wrote
 LOG_LINES = 60  # of it, in the result of a step that failed
 REPORT = ROOT / "build" / "gpu-tests.xml"
@@ -85,12 +95,32 @@ class Step:
         return {**row, "log": self.log} if self.log else row
 
 
+class Budget:
+    """What is left of the suite's time."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end_s = None if seconds is None else time.monotonic() + seconds
+
+    def left_s(self) -> float | None:
+        return None if self._end_s is None else self._end_s - time.monotonic()
+
+    def is_spent(self) -> bool:
+        left_s = self.left_s()
+        return left_s is not None and left_s < STEP_S_MIN
+
+    def limit(self, timeout_s: float) -> float:
+        left_s = self.left_s()
+        return timeout_s if left_s is None else min(timeout_s, left_s)
+
+
 class Results:
     """The file, written anew whenever something is known."""
 
-    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+    def __init__(self, path: Path, machine: dict[str, Any], budget: Budget) -> None:
         self.path = path
         self.machine = machine
+        self.budget = budget
         self.steps: list[Step] = []
         self.rows: list[dict[str, Any]] = []
 
@@ -104,6 +134,10 @@ class Results:
     def run_steps(self) -> None:
         """In order; without a build there is nothing else to run."""
         for step in self.steps:
+            if self.budget.is_spent():
+                step.outcome = f"not run: the budget of {self.budget.seconds:.0f} s is spent"
+                self.write()
+                continue
             step.outcome = "not finished"
             self.write()
             is_good = step.run()
@@ -115,7 +149,10 @@ class Results:
         for row in rows:
             self.rows.append(row)
             self.write()
-        return f"{len(self.rows)} rows", bool(self.rows)
+        failed = [row for row in self.rows if "error" in row]
+        missed = [row for row in self.rows if row.get("passed") is False]
+        outcome = f"{len(self.rows)} rows, {len(failed)} of them failed, {len(missed)} short of their goal"
+        return outcome, bool(self.rows) and not failed
 
 
 def missing(modules: Sequence[str]) -> str | None:
@@ -148,7 +185,12 @@ def run(command: Sequence[str], *, timeout_s: float) -> int:
                 process.wait()
 
 
-def build() -> tuple[str, bool]:
+def architecture(capability: tuple[int, int]) -> str:
+    """CMake's name of the code that a GPU runs best: its own, where csrc/cuda has some, else PTX of the oldest."""
+    return {(9, 0): "90a-real", (10, 0): "100-real"}.get(capability, "80")
+
+
+def build(capability: tuple[int, int], budget: Budget) -> tuple[str, bool]:
     """All native libraries, into the tree."""
     import torch
 
@@ -157,10 +199,11 @@ def build() -> tuple[str, bool]:
         *("cmake", "-S", str(ROOT), "-B", folder, "-DCMAKE_BUILD_TYPE=Release"),
         f"-DTORCH_ROOT={Path(torch.__file__).parent}",
         f"-DCMAKE_INSTALL_PREFIX={NATIVE}",
+        f"-DSWITCHGEAR_CUDA_ARCHITECTURES={architecture(capability)}",
     ]
     NATIVE.mkdir(parents=True, exist_ok=True)
     for command in (configure, ["cmake", "--build", folder, "--parallel"], ["cmake", "--install", folder]):
-        if run(command, timeout_s=900):
+        if run(command, timeout_s=budget.limit(BUILD_S)):
             return f"failed: {' '.join(command[:3])}", False
     is_there = (NATIVE / "libswitchgear_cuda.so").is_file()
     return "built" if is_there else "failed: CMake found no nvcc; set CUDACXX to one", is_there
@@ -172,7 +215,9 @@ def gpu_files() -> list[str]:
     return sorted((file for file in files if "pytest.mark.gpu" in (ROOT / file).read_text()), key=SANITIZED.__ne__)
 
 
-def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = CHECK_S) -> tuple[str, bool]:
+def check(
+    tests: str, *, prefix: Sequence[str] = (), options: Sequence[str] = (), timeout_s: float = CHECK_S
+) -> tuple[str, bool]:
     """pytest's own counts. A suite in which nothing ran has not passed."""
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)
@@ -188,6 +233,7 @@ def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = CHECK_S)
         "no:cacheprovider",
         *("-o", "timeout_method=thread", f"--timeout={0.75 * timeout_s:g}"),  # a signal does not end a wait for the GPU
         *("-o", "filterwarnings=default"),  # of whatever versions are here
+        *options,
         tests,
     ]
     status = run([*prefix, *pytest], timeout_s=timeout_s)
@@ -201,12 +247,31 @@ def check(tests: str, *, prefix: Sequence[str] = (), timeout_s: float = CHECK_S)
     return outcome, status == 0 and bad == 0 and total > skipped
 
 
-def sanitize(tool: str) -> tuple[str, bool]:
+def sanitize(tool: str, budget: Budget) -> tuple[str, bool]:
+    """The kernels' checks, of fewer seeds: each launch takes many times as long."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         return "not run: there is no compute-sanitizer", False
     prefix = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), "--target-processes", "all"]
-    return check(SANITIZED, prefix=prefix, timeout_s=SANITIZE_S)
+    options = [f"--most-seeds={SANITIZE_SEEDS}"]
+    return check(SANITIZED, prefix=prefix, options=options, timeout_s=budget.limit(SANITIZE_S))
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers hang on, where it is installed."""
+    found = {"python": sys.version.split()[0], "when": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = shutil.which("git")
+    if git is not None and (ROOT / ".git").exists():
+        done = subprocess.run(
+            [git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=30
+        )
+        found |= {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    return found
 
 
 def table(steps: Sequence[Step]) -> str:
@@ -223,6 +288,8 @@ def main() -> int:
     parser.add_argument("--no-build", action="store_true", help="take the libraries that are there")
     parser.add_argument("--no-bench", action="store_true", help="time nothing")
     parser.add_argument("--sanitize", action="store_true", help="the kernels' checks under each sanitizer, too")
+    parser.add_argument("--only", default="", metavar="WORDS", help="time only the sections whose name has these words")
+    parser.add_argument("--budget-s", type=float, help="end within so many seconds, and name what did not fit")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends, too
 
@@ -245,18 +312,26 @@ def main() -> int:
         print("\n".join(["The GPU suite cannot run here:", *(f"  {obstacle}" for obstacle in found)]), file=sys.stderr)
         return 2
 
-    results = Results(arguments.output, {"python": sys.version.split()[0], **report})
+    budget = Budget(arguments.budget_s)
+    results = Results(arguments.output, {**versions(), **report}, budget)
 
     def bench() -> tuple[str, bool]:
         from switchgear_bench.gpu_command import run_all
 
-        return results.take(run_all("cuda"))
+        left_s = budget.left_s()
+        return results.take(
+            run_all("cuda", budget_s=None if left_s is None else BENCH_PART * left_s, only=arguments.only)
+        )
+
+    def check_file(file: str) -> tuple[str, bool]:
+        return check(file, timeout_s=budget.limit(CHECK_S))
 
     steps = results.steps
-    steps += [Step("build", build)] if not arguments.no_build else []
-    steps += [Step(Path(file).stem, functools.partial(check, file)) for file in gpu_files()]
-    steps += [Step(tool, functools.partial(sanitize, tool)) for tool in SANITIZERS if arguments.sanitize]
-    steps += [Step("bench", bench)] if not arguments.no_bench else []
+    capability = facts.gpus[0].capability
+    steps += [Step("build", lambda: build(capability, budget))] if not arguments.no_build else []
+    first, *others = (Step(Path(file).stem, functools.partial(check_file, file)) for file in gpu_files())
+    steps += [first, *([Step("bench", bench)] if not arguments.no_bench else []), *others]
+    steps += [Step(tool, functools.partial(sanitize, tool, budget)) for tool in SANITIZERS if arguments.sanitize]
     results.run_steps()
     if results.rows:
         from switchgear_bench.gpu_command import table as bench_table

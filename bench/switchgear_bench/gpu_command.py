@@ -1,16 +1,19 @@
-"""`switchgear bench gpu`: the device kernels against what the GPU can do and against torch on it."""
+"""`switchgear bench gpu`: the device kernels and the device engine against what the GPU can do and against their peers on it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+Rows = Iterator[dict[str, Any]]
+
 
 class GpuCommand:
-    help = "device kernels against copy bandwidth, bf16 products and torch, on a GPU"
+    help = "device kernels against copy bandwidth, bf16 products, grouped_mm and Triton, on a GPU"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -19,38 +22,112 @@ class GpuCommand:
             default="cuda",
             help="twin: the same code on the host with small shapes; tests this benchmark and measures nothing",
         )
-        parser.add_argument("--output", type=Path, help="JSON file for the rows (default: none)")
+        parser.add_argument(
+            "--output", type=Path, help="JSON file for the rows, written anew after each (default: none)"
+        )
+        parser.add_argument(
+            "--only", default="", metavar="WORDS", help="only the sections whose name has these words (default: all)"
+        )
+        parser.add_argument(
+            "--budget-s", type=float, help="begin no more rows after so many seconds, and say which are left out"
+        )
 
     def run(self, arguments: argparse.Namespace) -> int:
-        rows = list(run_all(arguments.device))
-        if arguments.output is not None:
-            arguments.output.write_text(json.dumps({"machine": describe(arguments.device), "rows": rows}, indent=1))
+        machine = describe(arguments.device)
+        rows: list[dict[str, Any]] = []
+        for row in run_all(arguments.device, budget_s=arguments.budget_s, only=arguments.only):
+            rows.append(row)
+            if arguments.output is not None:
+                arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
         print(table(rows))
         return 0
 
 
-def run_all(device: str) -> Iterator[dict[str, Any]]:
-    """Row after row. Raises DeviceUnavailable, with each reason and its fix, where there is no usable GPU."""
+def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Rows:
+    """Row after row, the most telling first. Raises DeviceUnavailable, with each reason and its fix, where there is no
+    usable GPU. Past the budget, one row names what was left out. `only`: of sections whose name has these words."""
+    start_s = time.monotonic()
     from switchgear_runtime.cuda.preflight import require_gpu
 
     if device == "cuda":
         require_gpu(num_ranks=1, transport="auto")
-    from itertools import chain
-
-    from switchgear_bench.gpu import Bounds, Clock, measure, subjects
-    from switchgear_bench.gpu_decode import measure_decode
+    from switchgear_bench.gpu_clock import Bounds, Clock
+    from switchgear_bench.gpu_goals import judged, summary
     from switchgear_runtime.cuda.backend import kernels_of
+    from switchgear_runtime.errors import ConfigError
 
     kernels = kernels_of(device, 0)
-    bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
+    with kernels.on_stream():
+        bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
+    rates = {
+        "copy_gb_per_s": bounds.copy_bytes_per_s / 1e9,
+        "product_tflops_per_s": bounds.product_flops_per_s / 1e12,
+        "kernels": kernels.version(),
+    }
+    done: list[dict[str, Any]] = []
+    left_out: list[str] = []
+
+    def finished(row: dict[str, Any]) -> dict[str, Any]:
+        whole = {"device": device, **judged(row), **rates}
+        done.append(whole)
+        print(line(whole), flush=True)
+        return whole
+
+    chosen = [section for section in sections(kernels, device, bounds, clock) if only in section[0]]
+    if not chosen:
+        known = ", ".join(name for name, _ in sections(kernels, device, bounds, clock))
+        raise ConfigError(f"only={only!r} names none of the sections: {known}")
+    for name, begin in chosen:
+        if budget_s is not None and time.monotonic() - start_s > budget_s:
+            left_out.append(name)
+            continue
+        try:
+            with kernels.on_stream():
+                for row in begin():
+                    yield finished(row)
+                    if budget_s is not None and time.monotonic() - start_s > budget_s:
+                        left_out.append(f"what is left of {name}")
+                        break
+        except Exception as error:  # noqa: BLE001 - it is in the rows, and the other sections are worth as much
+            yield finished({"kernel": name, "shape": "", "variant": "", "num_tokens": 0, "error": _words(error)})
+        _give_back(kernels.device)
+    for row in summary(list(done)):
+        yield finished(row)
+    if left_out:
+        print(f"Past the budget of {budget_s:.0f} s: left out {', '.join(left_out)}")
+        yield {"device": device, "kernel": "left out", "budget_s": budget_s, "left_out": left_out}
+
+
+def sections(kernels: Any, device: str, bounds: Any, clock: Any) -> Iterator[tuple[str, Callable[[], Rows]]]:
+    """(name, what makes its rows), in order of what they tell."""
+    from switchgear_bench.gpu_decode import engine_steps
+    from switchgear_bench.gpu_exchange import exchanges
+    from switchgear_bench.gpu_layer import DEEPSEEK, QWEN3, TINY, UNIFORM, ZIPF, Shape
+    from switchgear_bench.gpu_moe import NUM_TOKENS, Cell, LayerBench
+    from switchgear_bench.gpu_moving import moving_rows
+
     is_small = device != "cuda"
-    for row in chain(
-        (measure(subject, bounds, clock) for subject in subjects(kernels, is_small=is_small)),
-        measure_decode(device, bounds.copy_bytes_per_s, is_small=is_small),
-    ):
-        whole = {"device": device, **row, **_rates(bounds)}
-        print(_line(whole), flush=True)
-        yield whole
+
+    def layer(shape: Shape, *variants: tuple[str, bool]) -> Callable[[], Rows]:
+        cells = [
+            Cell(num_tokens=num_tokens, skew=skew, with_router=with_router)
+            for skew, with_router in variants
+            for num_tokens in ((1, 16) if is_small else NUM_TOKENS)
+        ]
+        return lambda: LayerBench(kernels, shape, bounds, clock).rows(cells)
+
+    yield "moving rows", lambda: moving_rows(kernels, bounds, clock, is_small=is_small)
+    if is_small:
+        yield "moe layer tiny", layer(TINY, (UNIFORM, False), (ZIPF, True))
+    else:
+        yield "moe layer Qwen3-30B-A3B uniform", layer(QWEN3, (UNIFORM, False))
+        yield "moe layer DeepSeek-V3 uniform", layer(DEEPSEEK, (UNIFORM, False))
+    yield "engine steps", lambda: engine_steps(device, bounds, is_small=is_small)
+    if not is_small:
+        rest = ((UNIFORM, True), (ZIPF, False), (ZIPF, True))
+        yield "moe layer Qwen3-30B-A3B with router, skewed", layer(QWEN3, *rest)
+        yield "moe layer DeepSeek-V3 with router, skewed", layer(DEEPSEEK, *rest)
+    yield "exchanges", lambda: exchanges(device, bounds, is_small=is_small)
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -62,24 +139,37 @@ def describe(device: str) -> dict[str, Any]:
     return {**machine.describe(), "device": device, **gpu_report(gather_facts())}
 
 
-def _rates(bounds: Any) -> dict[str, float]:
-    return {
-        "copy_gb_per_s": bounds.copy_bytes_per_s / 1e9,
-        "product_tflops_per_s": bounds.product_flops_per_s / 1e12,
-    }
-
-
-def _line(row: dict[str, Any]) -> str:
-    baseline = f"{row['ratio_to_baseline']:>8.2f}x {row['baseline']}" if row["baseline"] else ""
-    return (
-        f"{row['kernel']:<10}{row['shape']:<24}{row['num_tokens']:>6}{row['time_us']:>12.1f}{row['bound_us']:>12.1f}"
-        f"{row['fraction_of_bound']:>8.2f} {row['bound_by']:<6}{baseline}"
-    )
+def line(row: dict[str, Any]) -> str:
+    head = f"{row['kernel']:<16}{row.get('shape', ''):<24}{row.get('variant', ''):<16}{row.get('num_tokens', ''):>6}"
+    if "error" in row:
+        return f"{head}  failed: {row['error'][:160]}"
+    if "left_out" in row:
+        return f"{head}  {', '.join(row['left_out'])}"
+    times = f"{row['time_us']:>12.1f}{row['bound_us']:>12.1f}" if "time_us" in row else f"{'':>24}"
+    of_bound = f"{row['fraction_of_bound']:>8.2f} {row.get('bound_by', ''):<6}"
+    ratio = f"{row['ratio_to_baseline']:>7.2f}x {row['baseline']}" if row.get("ratio_to_baseline") else ""
+    verdict = {True: "  pass", False: "  FAIL", None: ""}[row.get("passed")]
+    return f"{head}{times}{of_bound}{ratio}{verdict}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'kernel':<10}{'shape':<24}{'tokens':>6}{'us':>12}{'bound us':>12}{'of it':>8} {'by':<6}{'ratio':>9} to"
-    return "\n".join([head, *map(_line, rows)])
+    head = f"{'kernel':<16}{'shape':<24}{'variant':<16}{'tokens':>6}{'us':>12}{'bound us':>12}{'of it':>8} {'by':<6}{'ratio':>8} to"
+    return "\n".join([head, *map(line, rows)])
+
+
+def _give_back(device: Any) -> None:
+    """What a section held: the next one's weights, and other processes on the device, need the room."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 GPU = GpuCommand()

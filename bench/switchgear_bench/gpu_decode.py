@@ -1,7 +1,8 @@
-"""Decode steps of the device engine on a model with random weights: tokens per second, and how near to the bytes' bound.
+"""Steps of the device engine on a model with random weights: decode against the bytes' bound, prefill against the FLOPs'.
 
-The bound is what a step must read (dense weights once, the experts that its tokens chose, the K and V of all positions)
-over the copy bandwidth. Before it is timed, a batch's first row is compared with the same sequence alone: bit for bit.
+Bytes are what a step must read (dense weights once, the experts that its tokens chose, the K and V of all positions) over
+the copy bandwidth; FLOPs are the products' and attention's over that of a large bf16 product. Before it is timed, a batch's
+first row is compared with the same sequence alone: bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from switchgear_bench.gpu_clock import Bounds
 from switchgear_bench.random_checkpoint import RandomCheckpoint, qwen3_30b_a3b, tiny
 from switchgear_runtime.batch import Batch, ScheduledSequence
 from switchgear_runtime.comm.loopback import LoopbackHub
@@ -22,48 +24,51 @@ from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model_runner import ModelRunner
 from switchgear_runtime.moe.expert_map import ExpertMap
+from switchgear_runtime.sampler import Sampler
 from switchgear_runtime.sequence import Sequence
 from switchgear_runtime.system import RealSystem
 
 BATCHES = (1, 32, 256)
 CONTEXT = 512  # positions of each sequence
+PROMPTS = 8  # of so many positions are prefilled in one step
 BLOCK = 16
 NUM_STEPS = 20
+NUM_PREFILLS = 5
 
 
-def measure_decode(device: str, copy_bytes_per_s: float, *, is_small: bool) -> Iterator[dict[str, Any]]:
-    """A row per batch size."""
+def engine_steps(device: str, bounds: Bounds, *, is_small: bool) -> Iterator[dict[str, Any]]:
+    """A row per batch size, and one of a prefill."""
     spec, batches, context = (tiny(), (1, 4), 32) if is_small else (qwen3_30b_a3b(), BATCHES, CONTEXT)
-    runner = _runner(spec, device, max(batches), context)
-    alone = runner.forward(_batch(1, context))
+    prompts = 2 if is_small else PROMPTS
+    name = "tiny" if is_small else "Qwen3-30B-A3B"
+    runner = _runner(spec, device, max(*batches, prompts), context, prompts * context)
+    alone = runner.forward(_batch(1, context, 1))
     assert bool(alone.isfinite().all())
     assert float(alone.std()) > 0.0
     for size in batches:
-        batch = _batch(size, context)
+        batch = _batch(size, context, 1)
         assert torch.equal(runner.forward(batch)[:1], alone), f"batch {size}: a row depends on its mates"
-        runner.load.take_routed()
-        steps_s = [_step(runner, batch) for _ in range(2 if is_small else NUM_STEPS)]
-        touched = _experts_touched(runner, len(steps_s))
-        num_bytes = _dense_bytes(spec) + touched * 6 * spec.hidden_size * spec.moe.ffn + size * _kv_bytes(spec, context)
-        step_s = median(steps_s)
-        yield {
-            "kernel": "decode",
-            "shape": "Qwen3-30B-A3B" if not is_small else "tiny",
-            "num_tokens": size,
-            "time_us": step_s * 1e6,
-            "bound_us": num_bytes / copy_bytes_per_s * 1e6,
-            "bound_by": "bytes",
-            "fraction_of_bound": num_bytes / copy_bytes_per_s / step_s,
-            "baseline": None,
-            "baseline_us": None,
-            "ratio_to_baseline": None,
-            "num_repeats": len(steps_s),
-            "tokens_per_s": size / step_s,
-            "context": context,
-        }
+        step_s, touched = _time(runner, batch, 2 if is_small else NUM_STEPS)
+        experts_bytes = touched * 6 * spec.hidden_size * spec.moe.ffn
+        num_bytes = _dense_bytes(spec) + experts_bytes + size * _kv_bytes(spec, context)
+        row = bounds.row(num_bytes, size * _flops(spec, context, 1), step_s)
+        yield {"kernel": "decode", "shape": name, "num_tokens": size, **row, **_rest(size / step_s, context)}
+    batch = _batch(prompts, context, context)
+    first = runner.forward(_batch(1, context, context))
+    assert torch.equal(runner.forward(batch)[:1], first), "prefill: a row depends on its mates"
+    step_s, touched = _time(runner, batch, 2 if is_small else NUM_PREFILLS)
+    num_tokens = prompts * context
+    num_bytes = _dense_bytes(spec) + touched * 6 * spec.hidden_size * spec.moe.ffn
+    row = bounds.row(num_bytes, prompts * _flops(spec, context, context), step_s)
+    yield {"kernel": "prefill", "shape": name, "num_tokens": num_tokens, **row, **_rest(num_tokens / step_s, context)}
 
 
-def _runner(spec: DecoderSpec, device: str, num_seqs: int, context: int) -> ModelRunner:
+def _rest(tokens_per_s: float, context: int) -> dict[str, Any]:
+    nothing = {"variant": "", "baseline": None, "baseline_us": None, "ratio_to_baseline": None}
+    return {**nothing, "tokens_per_s": tokens_per_s, "context": context}
+
+
+def _runner(spec: DecoderSpec, device: str, num_seqs: int, context: int, num_tokens: int) -> ModelRunner:
     config = EngineConfig(
         model="random",
         device=device,
@@ -71,18 +76,20 @@ def _runner(spec: DecoderSpec, device: str, num_seqs: int, context: int) -> Mode
         block_size=BLOCK,
         max_model_len=context,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=max(512, num_seqs),
+        max_num_batched_tokens=max(num_tokens, num_seqs),
     )
     where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     checkpoint = cast(Checkpoint, RandomCheckpoint(spec, where))
     runner = ModelRunner(config, spec, checkpoint, rank=0, world_size=1)
     hub = LoopbackHub(1, RealSystem())
     runner.begin(hub.transport(0), ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, 1))
+    if device == "cuda":
+        torch.cuda.synchronize()  # weights are drawn on another stream than steps run on
     return runner
 
 
-def _batch(size: int, context: int) -> Batch:
-    """The last token of `size` sequences, each with KV blocks of its own (zeros, all but the last row)."""
+def _batch(size: int, context: int, num_tokens: int) -> Batch:
+    """The last tokens of `size` sequences, each with KV blocks of its own."""
     blocks = context // BLOCK
     return Batch(
         tuple(
@@ -95,8 +102,8 @@ def _batch(size: int, context: int) -> Batch:
                     sampling=_greedy(),
                     block_table=[number * blocks + block for block in range(blocks)],
                 ),
-                context - 1,
-                1,
+                context - num_tokens,
+                num_tokens,
                 True,
             )
             for number in range(size)
@@ -112,18 +119,25 @@ def _greedy() -> WireSampling:
     )  # fmt: skip
 
 
-def _step(runner: ModelRunner, batch: Batch) -> float:
-    """Its logits are on the host when it returns."""
+def _time(runner: ModelRunner, batch: Batch, num_steps: int) -> tuple[float, int]:
+    """(seconds from step to step, (layer, expert) pairs that one touches). As the engine: the next step is launched before
+    the last is finished, and tokens are drawn on the device."""
+    sampler = Sampler()
+    runner.launch(batch, sampler).finish()  # from here on a small step of its size is a graph
+    runner.load.take_routed()
+    steps_s = []
+    running = runner.launch(batch, sampler)
     start_s = time.perf_counter()
-    runner.forward(batch)
-    return time.perf_counter() - start_s
-
-
-def _experts_touched(runner: ModelRunner, num_steps: int) -> int:
-    """(layer, expert) pairs of one step: all steps had the same tokens."""
-    routed = runner.load.take_routed()
-    assert sum(routed) == num_steps * (sum(routed) // num_steps) > 0
-    return sum(count > 0 for count in routed)
+    for _ in range(num_steps):
+        following = runner.launch(batch, sampler)
+        running.finish()
+        running, end_s = following, time.perf_counter()
+        steps_s.append(end_s - start_s)
+        start_s = end_s
+    running.finish()
+    routed, num_run = runner.load.take_routed(), num_steps + 1
+    assert sum(routed) == num_run * (sum(routed) // num_run) > 0  # all steps had the same tokens
+    return median(steps_s), sum(count > 0 for count in routed)
 
 
 def _dense_bytes(spec: DecoderSpec) -> int:
@@ -137,3 +151,15 @@ def _dense_bytes(spec: DecoderSpec) -> int:
 
 def _kv_bytes(spec: DecoderSpec, context: int) -> int:
     return sum(2 * 2 * context * layer.attention.num_kv_heads * layer.attention.head_dim for layer in spec.layers)
+
+
+def _flops(spec: DecoderSpec, context: int, num_tokens: int) -> float:
+    """Of a sequence's last tokens: their products, and scores and sums over all positions before each."""
+    total = 2.0 * spec.vocab_size * spec.hidden_size  # logits, of the last one
+    for layer in spec.layers:
+        heads, head_dim = layer.attention.num_heads, layer.attention.head_dim
+        products = 2 * spec.hidden_size * head_dim * (2 * heads + 2 * layer.attention.num_kv_heads)
+        experts = 2 * spec.num_experts * spec.hidden_size + 6 * spec.moe.top_k * spec.hidden_size * spec.moe.ffn
+        positions = sum(range(context - num_tokens + 1, context + 1))
+        total += num_tokens * (products + experts) + 4 * heads * head_dim * positions
+    return total

@@ -77,7 +77,56 @@ def _transport(figure: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize="small")
 
 
-PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {"serve": _serve, "kernels": _kernels, "transport": _transport}
+def _gpu(figure: Any, rows: Sequence[Row]) -> None:
+    """The layer of experts by number of tokens, uniform routing without the router: a panel per shape."""
+    cells = [row for row in rows if row["kernel"] == "moe layer" and row["variant"] == "uniform" and "time_us" in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in cells))
+    for place, shape in enumerate(shapes):
+        chosen = [row for row in cells if row["shape"] == shape]
+        sizes = [row["num_tokens"] for row in chosen]
+        axes = figure.add_subplot(1, len(shapes), place + 1)
+        axes.plot(sizes, [row["time_us"] for row in chosen], label="switchgear", marker=".", color="black")
+        for name in dict.fromkeys(name for row in chosen for name in row["peers"]):
+            of_peer = [(row["num_tokens"], row["peers"][name]["time_us"]) for row in chosen if name in row["peers"]]
+            axes.plot(*zip(*of_peer, strict=True), label=name, marker=".")
+        axes.plot(sizes, [row["bound_us"] for row in chosen], label="bound", linestyle="dotted", color="gray")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("us" if place == 0 else "")
+        axes.set_title(shape)
+        axes.legend(fontsize="small")
+
+
+def _gpu_steps(figure: Any, rows: Sequence[Row]) -> None:
+    """Fractions of the bound: of the layer by number of tokens, and of the engine's steps."""
+    layers = [row for row in rows if row["kernel"] == "moe layer" and "fraction_of_bound" in row]
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+    for shape, variant in dict.fromkeys((row["shape"], row["variant"]) for row in layers):
+        chosen = [row for row in layers if (row["shape"], row["variant"]) == (shape, variant)]
+        sizes, heights = ([row[name] for row in chosen] for name in ("num_tokens", "fraction_of_bound"))
+        left.plot(sizes, heights, label=f"{shape}, {variant}", marker=".")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("tokens")
+    left.set_ylabel("fraction of the bound")
+    left.set_title("layer of experts")
+    if layers:
+        left.legend(fontsize="x-small")
+    steps = [row for row in rows if row["kernel"] in ("decode", "prefill") and "fraction_of_bound" in row]
+    right.bar([f"{row['kernel']} {row['num_tokens']}" for row in steps], [row["fraction_of_bound"] for row in steps])
+    right.set_title("steps of the engine")
+    for axes in (left, right):
+        axes.axhline(1.0, color="black", linewidth=0.5)
+        axes.set_ylim(bottom=0.0)
+
+
+PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
+    "serve": _serve,
+    "kernels": _kernels,
+    "transport": _transport,
+    "gpu": _gpu,
+    "gpu-steps": _gpu_steps,
+}
 
 
 def draw(name: str, rows: Sequence[Row], plot: Path) -> None:

@@ -5,7 +5,8 @@
 //
 // Calls return SG_OK, or SG_ERROR with a message in sg_last_error(). A kernel trusts its indices, except where they
 // came from another rank: those are checked, and `fault` tells. `dtype`: 0 fp32, 1 bf16. `payload`: these, 2 fp8 (e4m3)
-// or 3 int8, both with an fp32 scale per 128 values. Rows begin at multiples of 16 bytes. A count that only the device
+// or 3 int8, both with an fp32 scale per 128 values. Rows begin at multiples of 16 bytes; those that move (payload,
+// combine) have a multiple of 8 values. A count that only the device
 // knows is given as a pointer (`..._now`; null: as many as the capacity says), so that a graph can be captured.
 // Mirrored in runtime/switchgear_runtime/cuda/structs.py.
 //
@@ -46,15 +47,15 @@ struct sg_cuda_router {  // the meaning of ops.topk_router, and groups
 SG_API int sg_cuda_topk_router(const struct sg_cuda_router* args, void* stream);
 
 // counters.cu: both add to what is there
-// counts[rows_T[t] * row_stride + ids_TK[t, k]] += 1; rows_T null: row 0.
+// counts[rows_T[t] * row_stride + ids_TK[t, k]] += 1, where the id is not below 0; rows_T null: row 0.
 SG_API int sg_cuda_count(const int32_t* ids_TK, const int32_t* rows_T, int64_t num_tokens, int64_t top_k,
                          int64_t row_stride, int64_t* counts, void* stream);
 // counts_E[experts_S[s]] += begin_S1[s + 1] - begin_S1[s], where experts_S[s] >= 0.
 SG_API int sg_cuda_count_rows(const int32_t* begin_S1, const int32_t* experts_S, int64_t num_slots, int64_t* counts_E,
                               void* stream);
 
-// dispatch.cu
-SG_API int64_t sg_cuda_bucket_work(int64_t num_items, int64_t num_bins);  // int32s of `work` below
+// dispatch.cu: an id or slot below 0 is no pair's
+SG_API int64_t sg_cuda_bucket_work(int64_t num_items, int64_t num_bins);  // int32s of `work` below, often none
 struct sg_cuda_remap {  // logical experts to slots: the parts of a plan of placement/quotas.h, taken in token order
   const int32_t* topk_ids_N;
   int64_t num_pairs, num_experts;
@@ -67,14 +68,16 @@ struct sg_cuda_remap {  // logical experts to slots: the parts of a plan of plac
 };
 SG_API int sg_cuda_remap_pairs(const struct sg_cuda_remap* args, void* stream);
 
-struct sg_cuda_dispatch {  // a rank's pairs by destination rank, in (token, k) order; a token's row once per rank
-  const int32_t* slot_ids_TK;
+struct sg_cuda_dispatch {      // a rank's pairs by destination rank, in (token, k) order; a token's row once per rank
+  const int32_t* slot_ids_TK;  // or logical experts, and then
+  const int32_t* slot_of_E;    // each one's slot; else null
   int64_t num_tokens, top_k, num_ranks, slots_per_rank;
   int32_t* rows_begin_R1;   // prefix sums over ranks: of token rows
   int32_t* pairs_begin_R1;  // and of pairs
   int32_t* row_tokens_M;    // [T * min(K, R)] token of each row
   int32_t* pairs_N2;        // [N, 2] row among its rank's rows, slot
   int32_t* pair_index_TK;   // where each (token, k) is in pairs_N2, and its expert's row in what returns; -1: no slot
+  int32_t* rows_TK;         // where its token's row is in what is sent, for the first k to go to a rank; else -1
   int32_t* work;            // [2 * bucket_work(num_tokens * top_k, num_ranks)]
 };
 SG_API int sg_cuda_dispatch_plan(const struct sg_cuda_dispatch* args, void* stream);
@@ -92,23 +95,37 @@ struct sg_cuda_group {  // what came, by slot; pairs and rows of one rank after 
 };
 SG_API int sg_cuda_group_pairs(const struct sg_cuda_group* args, void* stream);
 
+struct sg_cuda_local_group {  // the same where every pair stays on its rank: remap, dispatch and group in one
+  const int32_t* topk_ids_TK;
+  const int32_t* slot_of_E;  // null: the ids are slots
+  int64_t num_tokens, top_k, num_slots;
+  int32_t* begin_S1;
+  int32_t* x_rows_N;  // the token
+  int32_t* y_rows_N;  // the pair, token * top_k + k
+  int32_t* fault;     // [1]: gets 1 + a pair whose slot is not here, else stays; such pairs are left out
+  int32_t* work;      // [bucket_work(num_tokens * top_k, num_slots)]
+};
+SG_API int sg_cuda_group_local(const struct sg_cuda_local_group* args, void* stream);
+
 // payload.cu
 SG_API int64_t sg_cuda_payload_bytes(int64_t hidden, int payload);  // of a row; a multiple of 16
 struct sg_cuda_rows {
   const void* x;
   void* out;
-  const int32_t* index_M;  // row of x for each row of out; null: the same
+  const int32_t* index_M;      // row of x for each row of out; null: the same
+  const int32_t* out_rows_TK;  // [max_rows, top_k] rows of out that each row goes to, below 0: none; null: the same
   const int32_t* num_now;
-  int64_t max_rows, hidden;
+  int64_t max_rows, hidden, top_k;
   int32_t x_kind, out_kind;  // pack: a dtype, a payload; unpack: a payload, a dtype
 };
 SG_API int sg_cuda_pack_rows(const struct sg_cuda_rows* args, void* stream);
 SG_API int sg_cuda_unpack_rows(const struct sg_cuda_rows* args, void* stream);
 
+// combine.cu
 // out[t] = sum over k = 0 .. K - 1, in that order, of weights[t, k] * rows[pair_index[t, k]]; an index below 0: no row.
 struct sg_cuda_combine {
   const void* rows_ND;
-  const int32_t* pair_index_TK;
+  const int32_t* pair_index_TK;  // null: t * top_k + k
   const float* weights_TK;
   float* out_TD;
   int64_t num_tokens, top_k, hidden;

@@ -1,7 +1,8 @@
 // Expert load: routed pairs by tenant and expert, rows computed by expert. Both add to counters that stay on the
-// device; integers, so that the order of the atomics changes nothing. A thread per pair, or per slot.
+// device; integers, so that the order of the atomics changes nothing. A thread per pair, or per slot. An id below 0
+// counts nowhere.
 #include "cuda/abi.h"
-#include "cuda/portable.h"
+#include "cuda/warp.h"
 
 namespace sg::cuda {
 
@@ -15,11 +16,20 @@ struct Count {
   int64_t* counts;
 
   SG_DEVICE void operator()(Block& block) const {
+    Own<int32_t, THREADS> keys;  // which counter, as 32 bits; -1: none
+    Own<uint32_t, THREADS> same;
     block.solo([&](int thread) {
       const int64_t i = block.x * THREADS + thread;
-      if (i >= num_pairs) return;
-      const int64_t row = rows_T != nullptr ? rows_T[i / top_k] : 0;
-      atomic_add(&counts[row * row_stride + ids_TK[i]], int64_t{1});
+      keys[thread] = -1;
+      if (i >= num_pairs || ids_TK[i] < 0) return;
+      const int64_t token = static_cast<uint32_t>(i) / static_cast<uint32_t>(top_k);
+      const int64_t row = rows_T != nullptr ? rows_T[token] : 0;
+      keys[thread] = static_cast<int32_t>(row * row_stride + ids_TK[i]);
+    });
+    warp_match(block, keys, same);  // lanes of one counter add to it once: a hot expert's would queue
+    block.solo([&](int thread) {
+      if (keys[thread] == -1 || (same[thread] & lanes_before(thread)) != 0) return;
+      atomic_add(&counts[static_cast<uint32_t>(keys[thread])], int64_t{count_bits(same[thread])});
     });
   }
 };

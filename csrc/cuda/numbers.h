@@ -68,11 +68,11 @@ SG_DEVICE fp8 of_float<fp8>(float x) {
   return {static_cast<uint8_t>(sign | code)};
 #endif
 }
+// Its bits at a float's place are the value times 2^-120, denormals too; the product is exact.
 SG_DEVICE float to_float(fp8 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80) << 24, size = x.bits & 0x7F;
-  if (size == 0x7F) return bits_of<float>(sign | 0x7FC00000);
-  if (size < 8) return bits_of<float>(sign | bits_of<uint32_t>(static_cast<float>(size) * 0x1p-9f));
-  return bits_of<float>(sign | ((size + (120 << 3)) << 20));
+  const float value = bits_of<float>(sign | size << 20) * 0x1p120f;
+  return size == 0x7F ? bits_of<float>(sign | 0x7FC00000) : value;
 }
 
 SG_DEVICE float to_float(int8_t x) { return static_cast<float>(x); }

@@ -55,7 +55,7 @@ def test_what_is_missing_is_named_with_its_fix(suite: ModuleType) -> None:
 
 
 def test_a_failure_loses_nothing(suite: ModuleType, tmp_path: Path) -> None:
-    results = suite.Results(tmp_path / "out" / "gpu.json", {"GPUs": "none"})
+    results = suite.Results(tmp_path / "out" / "gpu.json", {"GPUs": "none"}, suite.Budget(None))
 
     def read() -> dict[str, Any]:
         whole: dict[str, Any] = json.loads(results.path.read_text())
@@ -85,7 +85,7 @@ def test_a_failure_loses_nothing(suite: ModuleType, tmp_path: Path) -> None:
 
 
 def test_nothing_runs_without_a_build(suite: ModuleType, tmp_path: Path) -> None:
-    results = suite.Results(tmp_path / "gpu.json", {})
+    results = suite.Results(tmp_path / "gpu.json", {}, suite.Budget(None))
     results.steps += [suite.Step("build", lambda: ("no nvcc", False)), suite.Step("after", lambda: ("fine", True))]
     results.run_steps()
     assert [step.outcome for step in results.steps] == ["no nvcc", "not run"]
@@ -113,3 +113,43 @@ def test_each_file_of_checks_is_a_step(suite: ModuleType) -> None:
     names = [Path(file).stem for file in suite.gpu_files()]
     assert names[0] == "test_gpu_kernels"
     assert {"test_device_engine", "test_nccl"} < set(names)
+
+
+def test_past_its_budget_nothing_begins_and_that_is_said(suite: ModuleType, tmp_path: Path) -> None:
+    budget = suite.Budget(100.0)
+    assert 20.0 < budget.left_s() <= 100.0
+    assert budget.limit(5.0) == 5.0
+    assert budget.limit(500.0) <= 100.0
+    results = suite.Results(tmp_path / "gpu.json", {}, budget)
+
+    def slow() -> tuple[str, bool]:
+        budget._end_s -= 90.0
+        return "fine", True
+
+    results.steps += [suite.Step("first", slow), suite.Step("after", lambda: ("fine", True))]
+    results.run_steps()
+    assert [step.outcome for step in results.steps] == ["fine", "not run: the budget of 100 s is spent"]
+    assert not results.steps[1].is_good
+
+
+def test_rows_that_failed_are_no_success(suite: ModuleType, tmp_path: Path) -> None:
+    results = suite.Results(tmp_path / "gpu.json", {}, suite.Budget(None))
+    assert results.take([{"kernel": "a", "passed": False}, {"kernel": "b"}]) == (
+        "2 rows, 0 of them failed, 1 short of their goal",
+        True,
+    )
+    assert not results.take([{"kernel": "c", "error": "an illegal memory access"}])[1]
+
+
+def test_it_builds_for_the_gpu_that_is_there(suite: ModuleType) -> None:
+    assert [suite.architecture(pair) for pair in ((9, 0), (10, 0), (8, 0), (12, 0))] == [
+        "90a-real",
+        "100-real",
+        "80",
+        "80",
+    ]
+
+
+def test_what_is_measured_says_on_what(suite: ModuleType) -> None:
+    found = suite.versions()
+    assert {"python", "torch", "when"} <= set(found)

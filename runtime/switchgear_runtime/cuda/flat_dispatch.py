@@ -44,7 +44,7 @@ class FlatDispatch:
     def dispatch(self, h_TD: Tensor, handle: FlatHandle, *, timeout_s: float) -> Received:
         plan = handle.plan
         rows_begin, handle.pairs_begin_R1 = torch.stack([plan.rows_begin_R1, plan.pairs_begin_R1]).tolist()
-        rows_MD = self._kernels.gather_rows(h_TD, plan.row_tokens_M[: rows_begin[-1]])
+        rows_MD = self._kernels.spread_rows(h_TD, plan, rows_begin[-1])
         send = (
             Parts(as_bytes(rows_MD), [row_bytes(h_TD) * begin for begin in rows_begin]),
             Parts(as_bytes(plan.pairs_N2), [PAIR_BYTES * begin for begin in handle.pairs_begin_R1]),

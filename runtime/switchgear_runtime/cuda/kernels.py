@@ -13,7 +13,7 @@ from torch import Tensor
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.dense_kernels import DTYPES, DenseKernels, address
-from switchgear_runtime.cuda.library import BF16, SILU_MUL, STORE
+from switchgear_runtime.cuda.library import BF16, FP8, SILU_MUL, STORE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -25,6 +25,7 @@ class DispatchPlan:
     row_tokens_M: Tensor
     pairs_N2: Tensor
     pair_index_TK: Tensor
+    rows_TK: Tensor  # where what is sent has a token's row, at the first k that goes to a rank; else -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -113,7 +114,10 @@ class Kernels(DenseKernels):
         """token_ids_T[t] = drawn_B[from_T[t]], where from_T[t] >= 0."""
         self.call("take_tokens", from_T.data_ptr(), drawn_B.data_ptr(), len(token_ids_T), token_ids_T.data_ptr())
 
-    def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
+    def plan_dispatch(
+        self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int, slot_of_E: Tensor | None = None
+    ) -> DispatchPlan:
+        """With `slot_of_E`, the ids are logical experts: `remap` and the plan in one."""
         num_tokens, top_k = slot_ids_TK.shape
         num_pairs, int32 = num_tokens * top_k, torch.int32
         begins = self.empty(2, num_ranks + 1, dtype=int32)  # together: one copy to the host
@@ -123,10 +127,12 @@ class Kernels(DenseKernels):
             row_tokens_M=self.empty(num_tokens * min(top_k, num_ranks), dtype=int32),
             pairs_N2=self.empty(num_pairs, 2, dtype=int32),
             pair_index_TK=self.empty(num_tokens, top_k, dtype=int32),
+            rows_TK=self.empty(num_tokens, top_k, dtype=int32),
         )
         work = self.empty(2 * self._library.sg_cuda_bucket_work(num_pairs, num_ranks), dtype=int32)
         args = structs.Dispatch(
             slot_ids_TK=slot_ids_TK.data_ptr(),
+            slot_of_E=address(slot_of_E),
             num_tokens=num_tokens,
             top_k=top_k,
             num_ranks=num_ranks,
@@ -136,6 +142,7 @@ class Kernels(DenseKernels):
             row_tokens_M=plan.row_tokens_M.data_ptr(),
             pairs_N2=plan.pairs_N2.data_ptr(),
             pair_index_TK=plan.pair_index_TK.data_ptr(),
+            rows_TK=plan.rows_TK.data_ptr(),
             work=work.data_ptr(),
         )
         self.call("dispatch_plan", args)
@@ -146,16 +153,41 @@ class Kernels(DenseKernels):
         rows_MD = self.empty(row_tokens_M.shape[0], x_TD.shape[1], dtype=torch.bfloat16)
         return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, DTYPES[x_TD.dtype], BF16, num_now)
 
+    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
+        """[num_rows, D] bf16, the same as `gather_rows` of the plan's rows: each token is read and rounded once."""
+        return self._spread(x_TD, plan, self.empty(num_rows, x_TD.shape[1], dtype=torch.bfloat16), BF16)
+
+    def spread_rows_fp8(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
+        """The same as payload rows of fp8, uint8."""
+        row_bytes = self._library.sg_cuda_payload_bytes(x_TD.shape[1], FP8)
+        return self._spread(x_TD, plan, self.empty(num_rows, row_bytes, dtype=torch.uint8), FP8)
+
+    def unpack_rows_fp8(self, payload_MX: Tensor, hidden: int) -> Tensor:
+        """[M, hidden] bf16 of payload rows of fp8."""
+        out_MD = self.empty(payload_MX.shape[0], hidden, dtype=torch.bfloat16)
+        return self._rows("unpack_rows", payload_MX, None, out_MD, FP8, BF16)
+
+    def _spread(self, x_TD: Tensor, plan: DispatchPlan, out: Tensor, out_kind: int) -> Tensor:
+        num_tokens, top_k = plan.rows_TK.shape
+        args = structs.Rows(
+            x=x_TD.data_ptr(),
+            out=out.data_ptr(),
+            out_rows_TK=plan.rows_TK.data_ptr(),
+            max_rows=num_tokens,
+            hidden=x_TD.shape[1],
+            top_k=top_k,
+            x_kind=DTYPES[x_TD.dtype],
+            out_kind=out_kind,
+        )
+        self.call("pack_rows", args)
+        return out
+
     def group(
         self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
     ) -> Grouping:
-        num_pairs, int32 = pairs_N2.shape[0], torch.int32
-        groups = Grouping(
-            begin_S1=self.empty(num_slots + 1, dtype=int32),
-            x_rows_N=self.empty(num_pairs, dtype=int32),
-            y_rows_N=self.empty(num_pairs, dtype=int32),
-        )
-        work = self.empty(self._library.sg_cuda_bucket_work(num_pairs, num_slots), dtype=int32)
+        num_pairs = pairs_N2.shape[0]
+        groups = self._grouping(num_pairs, num_slots)
+        work = self.empty(self._library.sg_cuda_bucket_work(num_pairs, num_slots), dtype=torch.int32)
         args = structs.Group(
             pairs_N2=pairs_N2.data_ptr(),
             rows_begin_R1=rows_begin_R1.data_ptr(),
@@ -173,13 +205,41 @@ class Kernels(DenseKernels):
         self.call("group_pairs", args)
         return groups
 
-    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """y_TD fp32: each token's K rows, weighted, in the order k = 0 .. K - 1."""
-        num_tokens, top_k = pair_index_TK.shape
+    def group_local(self, topk_ids_TK: Tensor, slot_of_E: Tensor | None, num_slots: int) -> Grouping:
+        """`group` of what stays on this rank, straight from the router's choice: pair t * K + k of row t. Without
+        `slot_of_E` the ids are slots."""
+        num_tokens, top_k = topk_ids_TK.shape
+        groups = self._grouping(num_tokens * top_k, num_slots)
+        work = self.empty(self._library.sg_cuda_bucket_work(num_tokens * top_k, num_slots), dtype=torch.int32)
+        args = structs.LocalGroup(
+            topk_ids_TK=topk_ids_TK.data_ptr(),
+            slot_of_E=address(slot_of_E),
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_slots=num_slots,
+            begin_S1=groups.begin_S1.data_ptr(),
+            x_rows_N=groups.x_rows_N.data_ptr(),
+            y_rows_N=groups.y_rows_N.data_ptr(),
+            fault=self.faults.data_ptr() + 4,
+            work=work.data_ptr(),
+        )
+        self.call("group_local", args)
+        return groups
+
+    def _grouping(self, num_pairs: int, num_slots: int) -> Grouping:
+        return Grouping(
+            begin_S1=self.empty(num_slots + 1, dtype=torch.int32),
+            x_rows_N=self.empty(num_pairs, dtype=torch.int32),
+            y_rows_N=self.empty(num_pairs, dtype=torch.int32),
+        )
+
+    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor | None, weights_TK: Tensor) -> Tensor:
+        """y_TD fp32: each token's K rows, weighted, in the order k = 0 .. K - 1. Without an index: row t * K + k."""
+        num_tokens, top_k = weights_TK.shape
         out_TD = self.empty(num_tokens, rows_ND.shape[1])
         args = structs.Combine(
             rows_ND=rows_ND.data_ptr(),
-            pair_index_TK=pair_index_TK.data_ptr(),
+            pair_index_TK=address(pair_index_TK),
             weights_TK=weights_TK.data_ptr(),
             out_TD=out_TD.data_ptr(),
             num_tokens=num_tokens,

@@ -30,6 +30,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "remap_pairs": (POINTER(structs.Remap),),
     "dispatch_plan": (POINTER(structs.Dispatch),),
     "group_pairs": (POINTER(structs.Group),),
+    "group_local": (POINTER(structs.LocalGroup),),
     "pack_rows": (POINTER(structs.Rows),),
     "unpack_rows": (POINTER(structs.Rows),),
     "combine_rows": (POINTER(structs.Combine),),

@@ -39,8 +39,8 @@ class Remap(ctypes.Structure):
 class Dispatch(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: slot_ids_TK; q: num_tokens top_k num_ranks slots_per_rank;"
-        "p: rows_begin_R1 pairs_begin_R1 row_tokens_M pairs_N2 pair_index_TK work"
+        "p: slot_ids_TK slot_of_E; q: num_tokens top_k num_ranks slots_per_rank;"
+        "p: rows_begin_R1 pairs_begin_R1 row_tokens_M pairs_N2 pair_index_TK rows_TK work"
     )
 
 
@@ -52,9 +52,16 @@ class Group(ctypes.Structure):
     )
 
 
+class LocalGroup(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = _fields(
+        "p: topk_ids_TK slot_of_E; q: num_tokens top_k num_slots; p: begin_S1 x_rows_N y_rows_N fault work"
+    )
+
+
 class Rows(ctypes.Structure):
     __slots__ = ()
-    _fields_ = _fields("p: x out index_M num_now; q: max_rows hidden; i: x_kind out_kind")
+    _fields_ = _fields("p: x out index_M out_rows_TK num_now; q: max_rows hidden top_k; i: x_kind out_kind")
 
 
 class Combine(ctypes.Structure):
@@ -121,6 +128,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {  # by their name in abi.h
     "sg_cuda_remap": Remap,
     "sg_cuda_dispatch": Dispatch,
     "sg_cuda_group": Group,
+    "sg_cuda_local_group": LocalGroup,
     "sg_cuda_rows": Rows,
     "sg_cuda_combine": Combine,
     "sg_cuda_slots": Slots,

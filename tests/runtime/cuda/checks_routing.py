@@ -109,12 +109,12 @@ def check_counters(library: Checked, seed: int) -> None:
         int(rng.integers(low, high)) for low, high in ((0, 300), (1, 9), (1, 40), (1, 4))
     )
     stride = num_bins + int(rng.integers(0, 9))
-    ids_TK = arena.put(rng.integers(0, num_bins, (num_tokens, top_k)), np.int32)
+    ids_TK = arena.put(rng.integers(-1 if seed % 3 == 0 else 0, num_bins, (num_tokens, top_k)), np.int32)
     rows_T = arena.put(rng.integers(0, num_rows, num_tokens), np.int32) if rng.integers(2) else None
     counts = arena.put(rng.integers(0, 1 << 40, num_rows * stride), np.int64)
     expected = counts.copy()
     for t in range(num_tokens):
-        for k in range(top_k):
+        for k in np.flatnonzero(ids_TK[t] >= 0):
             expected[(0 if rows_T is None else rows_T[t]) * stride + ids_TK[t, k]] += 1
     library.sg_cuda_count(at(ids_TK), at(rows_T), num_tokens, top_k, stride, at(counts), None)
     assert (counts == expected).all(), f"seed {seed}"
@@ -130,13 +130,25 @@ def check_counters(library: Checked, seed: int) -> None:
     arena.check()
 
 
+def draw_sizes(rng: np.random.Generator, seed: int, most_bins: int) -> tuple[int, int]:
+    """(items, bins): few, or several chunks; for some seeds so many bins that a chunk has fewer items."""
+    num_items = int(rng.integers(0, 900)) if seed % 3 else int(rng.integers(2000, 7000))
+    if seed % 6 == 4:
+        num_items = (1, 33, 2048, 2049)[seed // 6 % 4]
+    if seed % 5 == 4:
+        return num_items, int(rng.choice([321, 1024, 1500]))
+    return num_items, int(rng.integers(1, most_bins))
+
+
 def check_remap(library: Checked, seed: int) -> None:
     """Against a plan taken in order, pair by pair; sometimes one pair more than planned."""
     arena = Arena(library, seed)
     rng = arena.rng
-    num_pairs, num_experts = int(rng.integers(0, 900)), int(rng.integers(1, 300))
+    num_pairs, num_experts = draw_sizes(rng, seed, 300)
     ids_N = arena.put(rng.integers(0, num_experts, num_pairs), np.int32)
-    counts_E = np.bincount(ids_N, minlength=num_experts)
+    if seed % 4 == 1:
+        ids_N[rng.random(num_pairs) < 0.1] = -1  # of no token
+    counts_E = np.bincount(ids_N[ids_N >= 0], minlength=num_experts)
     short = int(ids_N[rng.integers(num_pairs)]) if num_pairs and seed % 3 == 0 else -1
     begin, ends, slots, planned = [0], [], [], {}
     for e in range(num_experts):
@@ -147,7 +159,7 @@ def check_remap(library: Checked, seed: int) -> None:
         slots += part_slots
         begin.append(len(ends))
         planned[e] = [slot for slot, size in zip(part_slots, np.diff([0, *cuts]), strict=True) for _ in range(size)]
-    expected = [planned[e].pop(0) if planned[e] else -1 for e in ids_N.tolist()]
+    expected = [planned[e].pop(0) if planned.get(e) else -1 for e in ids_N.tolist()]
     fault = arena.put([0], np.int32)
     slot_ids_N = arena.room(num_pairs, np.int32)
     args = structs.Remap(
@@ -169,27 +181,35 @@ def check_remap(library: Checked, seed: int) -> None:
     args.begin_E1, args.slots_P = None, at(table_E)
     library.sg_cuda_remap_pairs(ctypes.byref(args), None)
     arena.check()
-    assert (slot_ids_N == table_E[ids_N]).all(), f"seed {seed}"
+    assert (slot_ids_N == np.where(ids_N < 0, -1, table_E[ids_N])).all(), f"seed {seed}"
 
 
 def check_dispatch(library: Checked, seed: int) -> None:
     arena = Arena(library, seed)
     rng = arena.rng
-    num_tokens, top_k = int(rng.integers(0, 150)), int(rng.integers(1, 9))
+    num_tokens, top_k = int(rng.integers(0, 150 if seed % 3 else 900)), int(rng.integers(1, 9))
     num_ranks, slots_per_rank = int(rng.choice([1, 2, 3, 8, 256, 300])), int(rng.integers(1, 9))
     slots = rng.integers(0, num_ranks * slots_per_rank, (num_tokens, top_k))
     if seed % 4 == 0:
         slots[rng.random(slots.shape) < 0.1] = -1  # pairs without a slot
+    if seed % 5 == 0:
+        slots[rng.random(slots.shape) < 0.05] = num_ranks * slots_per_rank  # of no rank
+    slot_of_E = arena.put(rng.permutation(num_ranks * slots_per_rank + 1), np.int32) if seed % 2 else None
     slot_ids_TK = arena.put(slots, np.int32)
+    if slot_of_E is not None:
+        slots = np.where(slots < 0, -1, slot_of_E[slots])
+    slots[slots >= num_ranks * slots_per_rank] = -1
     outs = {
         "rows_begin_R1": arena.room(num_ranks + 1, np.int32),
         "pairs_begin_R1": arena.room(num_ranks + 1, np.int32),
         "row_tokens_M": arena.room(num_tokens * min(top_k, num_ranks), np.int32),
         "pairs_N2": arena.room((num_tokens * top_k, 2), np.int32),
         "pair_index_TK": arena.room((num_tokens, top_k), np.int32),
+        "rows_TK": arena.room((num_tokens, top_k), np.int32),
     }
     args = structs.Dispatch(
         slot_ids_TK=at(slot_ids_TK),
+        slot_of_E=at(slot_of_E),
         num_tokens=num_tokens,
         top_k=top_k,
         num_ranks=num_ranks,
@@ -200,17 +220,15 @@ def check_dispatch(library: Checked, seed: int) -> None:
     library.sg_cuda_dispatch_plan(ctypes.byref(args), None)
     arena.check()
     rows_begin, pairs_begin, row_tokens, pairs = [0], [0], [], []
-    index_TK = np.full((num_tokens, top_k), -1)
+    index_TK, rows_TK = np.full((2, num_tokens, top_k), -1)
     for rank in range(num_ranks):
         tokens: list[int] = []
-        for t in range(num_tokens):
-            for k in range(top_k):
-                if slots[t, k] < 0 or slots[t, k] // slots_per_rank != rank:
-                    continue
-                if not tokens or tokens[-1] != t:
-                    tokens.append(t)
-                index_TK[t, k] = len(pairs)
-                pairs.append((len(tokens) - 1, slots[t, k]))
+        for t, k in np.argwhere((slots >= 0) & (slots // slots_per_rank == rank)).tolist():
+            if not tokens or tokens[-1] != t:
+                rows_TK[t, k] = len(row_tokens) + len(tokens)
+                tokens.append(t)
+            index_TK[t, k] = len(pairs)
+            pairs.append((len(tokens) - 1, slots[t, k]))
         row_tokens += tokens
         rows_begin.append(len(row_tokens))
         pairs_begin.append(len(pairs))
@@ -219,6 +237,7 @@ def check_dispatch(library: Checked, seed: int) -> None:
     assert outs["row_tokens_M"][: len(row_tokens)].tolist() == row_tokens, f"seed {seed}"
     assert outs["pairs_N2"][: len(pairs)].tolist() == [list(pair) for pair in pairs], f"seed {seed}"
     assert (outs["pair_index_TK"] == index_TK).all(), f"seed {seed}"
+    assert (outs["rows_TK"] == rows_TK).all(), f"seed {seed}"
 
 
 def check_group(library: Checked, seed: int) -> None:
@@ -228,10 +247,12 @@ def check_group(library: Checked, seed: int) -> None:
     num_ranks, first_slot, num_slots = (
         int(rng.integers(1, 6)),
         int(rng.integers(0, 50)),
-        int(rng.choice([1, 3, 40, 512, 520])),
+        int(rng.choice([1, 3, 40, 512, 1024])),
     )
     rows_R = rng.integers(1, 60, num_ranks)
-    pairs_R = rng.integers(0, 200, num_ranks) * rng.integers(0, 2, num_ranks)
+    pairs_R = rng.integers(0, 200 if seed % 3 else 1500, num_ranks) * rng.integers(0, 2, num_ranks)
+    if seed % 10 == 5:
+        pairs_R[:] = 0  # nothing came, into room for several chunks
     rows_begin, pairs_begin = ([0, *sizes.cumsum().tolist()] for sizes in (rows_R, pairs_R))
     num_pairs = pairs_begin[-1]
     pairs_N2 = np.stack(
@@ -252,7 +273,7 @@ def check_group(library: Checked, seed: int) -> None:
             (1, first_slot + num_slots),
         ][int(rng.integers(4))]
         pairs_N2[bad, column] = value
-    max_pairs = num_pairs + int(rng.integers(0, 400))
+    max_pairs = num_pairs + int(rng.integers(0, 400) if seed % 5 else rng.integers(4000, 6000))
     begin_S1 = arena.room(num_slots + 1, np.int32)
     x_rows_N, y_rows_N = arena.room(max_pairs, np.int32), arena.room(max_pairs, np.int32)
     fault = arena.put([0], np.int32)
@@ -281,3 +302,54 @@ def check_group(library: Checked, seed: int) -> None:
     assert begin_S1.tolist() == [0, *np.cumsum([len(slot) for slot in grouped]).tolist()], f"seed {seed}"
     assert list(zip(x_rows_N.tolist(), y_rows_N.tolist(), strict=True))[: len(flat)] == flat, f"seed {seed}"
     assert fault[0] == bad + 1, f"seed {seed}"
+
+
+def check_group_local(library: Checked, seed: int) -> None:
+    """The router's choice by slot, on one rank; some tokens are padding, and at times a pair has no slot here."""
+    arena = Arena(library, seed)
+    rng = arena.rng
+    top_k = 1 if seed % 6 == 4 else int(rng.integers(1, 9))
+    num_pairs, num_slots = draw_sizes(rng, seed, 400)
+    num_tokens = num_pairs // top_k
+    ids = rng.integers(0, num_slots, (num_tokens, top_k))
+    ids[rng.random(num_tokens) < (seed % 4 == 0) * 0.2] = -1
+    slot_of_E = rng.permutation(num_slots) if seed % 2 else None
+    slots = ids if slot_of_E is None else np.where(ids < 0, -1, slot_of_E[ids])
+    bad = -1
+    if num_tokens and seed % 3 == 1:
+        t, k = int(rng.integers(num_tokens)), int(rng.integers(top_k))
+        if slot_of_E is None:
+            ids[t, k] = slots[t, k] = num_slots
+        else:  # an expert that is nowhere, the first
+            slot_of_E = np.concatenate([[rng.choice([-1, num_slots])], slot_of_E])
+            ids = np.where(ids < 0, -1, ids + 1)
+            ids[t, k], slots[t, k] = 0, -1
+        bad = t * top_k + k
+    begin_S1 = arena.room(num_slots + 1, np.int32)
+    x_rows_N, y_rows_N = (arena.room(num_tokens * top_k, np.int32) for _ in range(2))
+    fault = arena.put([0], np.int32)
+    args = structs.LocalGroup(
+        topk_ids_TK=at(arena.put(ids, np.int32)),
+        slot_of_E=None if slot_of_E is None else at(arena.put(slot_of_E, np.int32)),
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_slots=num_slots,
+        begin_S1=at(begin_S1),
+        x_rows_N=at(x_rows_N),
+        y_rows_N=at(y_rows_N),
+        fault=at(fault),
+        work=at(arena.room(library.sg_cuda_bucket_work(num_tokens * top_k, num_slots), np.int32)),
+    )
+    library.sg_cuda_group_local(ctypes.byref(args), None)
+    arena.check()
+    flat = slots.reshape(-1)
+    is_here = (flat >= 0) & (flat < num_slots)
+    order = np.argsort(np.where(is_here, flat, num_slots), kind="stable")[: is_here.sum()]
+    counts_S = np.bincount(flat[is_here], minlength=num_slots)
+    assert begin_S1.tolist() == [0, *counts_S.cumsum().tolist()], f"seed {seed}"
+    assert (y_rows_N[: len(order)] == order).all(), f"seed {seed}"
+    assert (x_rows_N[: len(order)] == order // top_k).all(), f"seed {seed}"
+    assert fault[0] == bad + 1, f"seed {seed}"
+    args.num_tokens, args.top_k = 1 << 28, 8
+    with pytest.raises(DeviceError, match="2147483648 pairs are more than an index of 32 bits"):
+        library.sg_cuda_group_local(ctypes.byref(args), None)

@@ -137,14 +137,21 @@ class ReferenceKernels(Kernels):
         on_rank_TK = slot_ids_TK // slots_per_rank * slots_per_rank + variants_TK
         return torch.where(variants_TK < 0, slot_ids_TK, on_rank_TK).int()
 
-    def plan_dispatch(self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int) -> DispatchPlan:
+    def plan_dispatch(
+        self, slot_ids_TK: Tensor, num_ranks: int, slots_per_rank: int, slot_of_E: Tensor | None = None
+    ) -> DispatchPlan:
+        if slot_of_E is not None:
+            slot_ids_TK = torch.where(slot_ids_TK < 0, -1, slot_of_E[slot_ids_TK.clamp_min(0).long()])
         num_tokens, top_k = slot_ids_TK.shape
         rows_begin, pairs_begin, row_tokens, pairs = [0], [0], [], []
         pair_index_TK = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
+        rows_TK = torch.full((num_tokens, top_k), -1, dtype=torch.int32)
         for rank in range(num_ranks):
             for t in range(num_tokens):
                 here = [k for k in range(top_k) if int(slot_ids_TK[t, k]) // slots_per_rank == rank]
-                row_tokens += [t] if here else []
+                if here:
+                    rows_TK[t, here[0]] = len(row_tokens)
+                    row_tokens.append(t)
                 for k in here:
                     pair_index_TK[t, k] = len(pairs)
                     pairs.append((len(row_tokens) - 1 - rows_begin[-1], int(slot_ids_TK[t, k])))
@@ -156,11 +163,19 @@ class ReferenceKernels(Kernels):
             row_tokens_M=torch.tensor(row_tokens, dtype=torch.int32),
             pairs_N2=torch.tensor(pairs, dtype=torch.int32).view(-1, 2),
             pair_index_TK=pair_index_TK,
+            rows_TK=rows_TK,
         )
 
     def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
         assert num_now is None or int(num_now) == len(row_tokens_M)
         return x_TD[row_tokens_M.long()].bfloat16()
+
+    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
+        return self.gather_rows(x_TD, plan.row_tokens_M[:num_rows])
+
+    def group_local(self, topk_ids_TK: Tensor, slot_of_E: Tensor | None, num_slots: int) -> Grouping:
+        plan = self.plan_dispatch(topk_ids_TK, 1, num_slots, slot_of_E)
+        return self.group(plan.pairs_N2, plan.rows_begin_R1, plan.pairs_begin_R1, 0, num_slots)
 
     def group(
         self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
@@ -199,7 +214,9 @@ class ReferenceKernels(Kernels):
         memory = (ctypes.c_uint8 * (num_out * num_k * 2)).from_address(address)
         return torch.frombuffer(memory, dtype=torch.bfloat16).view(num_out, num_k)
 
-    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def combine(self, rows_ND: Tensor, pair_index_TK: Tensor | None, weights_TK: Tensor) -> Tensor:
+        if pair_index_TK is None:
+            pair_index_TK = torch.arange(weights_TK.numel()).view(weights_TK.shape)
         gathered_TKD = rows_ND[pair_index_TK.long()].double()
         return (gathered_TKD * weights_TK.double()[..., None]).sum(1).float()
 

@@ -25,6 +25,8 @@ def gpu() -> Checked:
 
 
 @pytest.mark.parametrize(("check", "num_seeds"), ALL_CHECKS, ids=[check.__name__ for check, _ in ALL_CHECKS])
-def test_gpu(gpu: Checked, check: Callable[[Checked, int], None], num_seeds: int) -> None:
-    for seed in range(num_seeds):
+def test_gpu(
+    gpu: Checked, check: Callable[[Checked, int], None], num_seeds: int, request: pytest.FixtureRequest
+) -> None:
+    for seed in range(min(num_seeds, request.config.getoption("--most-seeds", num_seeds))):
         check(gpu, seed)
