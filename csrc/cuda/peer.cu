@@ -16,6 +16,7 @@
 #include "cuda/abi.h"
 #include "cuda/numbers.h"
 #include "cuda/peer_layout.h"
+#include "cuda/vector.h"
 
 namespace sg::cuda {
 
@@ -193,11 +194,33 @@ struct PeerGiveBack {
   }
 };
 
+// What is read in place of a row that there is not: with weight 0, -0 leaves any sum as it is, to the sign.
+SG_CONSTANT Line NEGATIVE_ZEROS = {{0x80008000, 0x80008000, 0x80008000, 0x80008000}};
+
 // Every block waits for all ranks, then has its tokens. The sum is that of sg_cuda_combine_rows.
 struct PeerCombine {
+  static constexpr int AT_ONCE = 8;  // rows whose loads are on their way together
   static constexpr int THREADS = 256;
   static constexpr int64_t BLOCKS_MAX = 128;  // they wait: those of ranks that share a GPU have to fit it together
   sg_cuda_peer a;
+
+  // Eight columns of the rows of experts k .. k + AT_ONCE - 1 of token t.
+  SG_DEVICE void add_rows(const Line* column, int64_t stride, int64_t t, int64_t k, float* sums) const {
+    Line lines[AT_ONCE];
+    float weights[AT_ONCE];
+    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t pair = t * a.top_k + k + i;
+      const int32_t index = k + i < a.top_k ? a.pair_index_TK[pair] : -1;
+      weights[i] = index >= 0 ? a.weights_TK[pair] : 0.0f;
+      lines[i] = *(index >= 0 ? column + index * stride : &NEGATIVE_ZEROS);
+    }
+    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+      SG_UNROLL for (int w = 0; w < 8; ++w) {
+        const uint32_t word = lines[i].words[w / 2];
+        sums[w] = fma(weights[i], bits_of<float>(w % 2 ? word & 0xFFFF0000 : word << 16), sums[w]);
+      }
+    }
+  }
 
   SG_DEVICE void operator()(Block& block) const {
     const int32_t sequence = *a.sequence;
@@ -210,19 +233,11 @@ struct PeerCombine {
     });
     block.each([&](int thread) {
       const auto* rows = reinterpret_cast<const Line*>(layout.returned(region));
+      const int64_t lines = a.hidden / 8;
       for (int64_t t = block.x; t < a.num_tokens; t += block.num_x) {
-        for (int64_t i = thread; i < a.hidden / 8; i += THREADS) {
+        for (int64_t i = thread; i < lines; i += THREADS) {
           float sums[8] = {};
-          for (int64_t k = 0; k < a.top_k; ++k) {
-            const int32_t index = a.pair_index_TK[t * a.top_k + k];
-            if (index < 0) continue;
-            const float weight = a.weights_TK[t * a.top_k + k];
-            const Line line = rows[index * (a.hidden / 8) + i];
-            SG_UNROLL for (int w = 0; w < 8; ++w) {
-              const float value = bits_of<float>(w % 2 ? line.words[w / 2] & 0xFFFF0000 : line.words[w / 2] << 16);
-              sums[w] = fma(weight, value, sums[w]);
-            }
-          }
+          for (int64_t k = 0; k < a.top_k; k += AT_ONCE) add_rows(rows + i, lines, t, k, sums);
           SG_UNROLL for (int h = 0; h < 2; ++h) {
             Line line;
             SG_UNROLL for (int w = 0; w < 4; ++w) line.words[w] = bits_of<uint32_t>(sums[4 * h + w]);
