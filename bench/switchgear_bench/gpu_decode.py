@@ -8,6 +8,7 @@ first row is compared with the same sequence alone: bit for bit.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator
 from statistics import median
 from typing import Any, cast
@@ -100,7 +101,7 @@ def _batch(size: int, context: int, num_tokens: int) -> Batch:
                     token_ids=[1 + (7 * number + place) % 100 for place in range(context)],
                     num_prompt_tokens=context,
                     sampling=_greedy(),
-                    block_table=[number * blocks + block for block in range(blocks)],
+                    block_table=array("i", range(number * blocks, (number + 1) * blocks)),
                 ),
                 context - num_tokens,
                 num_tokens,

@@ -5,6 +5,7 @@ Letters: T tokens of the batch, S sequences, B the widest block table.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,14 +44,14 @@ class SampledToken(NamedTuple):
 class FlatBatch:
     """The batch as plain lists. Example: block_size 16, a sequence with block_table [5, 2], its tokens 15 and 16:
 
-    positions_T [15, 16], slots_T [5*16+15, 2*16+0], seq_ids_T [0, 0], block_tables_SB [[5, 2]], sampling_rows [1].
+    positions_T [15, 16], slots_T [5*16+15, 2*16+0], seq_ids_T [0, 0], block_tables_S [[5, 2]], sampling_rows [1].
     """
 
     token_ids_T: list[int]
     positions_T: list[int]
-    seq_ids_T: list[int]  # index into block_tables_SB
+    seq_ids_T: list[int]  # index into block_tables_S
     slots_T: list[int]  # block * block_size + offset
-    block_tables_SB: list[list[int]]  # right-padded with 0 to the widest
+    block_tables_S: list[array[int]]  # the sequences' own, not to be kept (block_tables.py makes rows of them)
     sampling_rows: list[int]  # index into T of each sampling sequence's last token
     prompt_rows: list[int] = field(default_factory=list)  # index into T of each token that scores the next one
     versions_S: list[int] = field(default_factory=list)  # of the model, by sequence
@@ -93,8 +94,7 @@ class Batch:
         slots_T: list[int] = []
         sampling_rows: list[int] = []
         prompt_rows: list[int] = []
-        width = max((len(entry.sequence.block_table) for entry in self.scheduled), default=0)
-        block_tables_SB: list[list[int]] = []
+        block_tables_S: list[array[int]] = []
         for seq_id, entry in enumerate(self.scheduled):
             table = entry.sequence.block_table
             prompt_rows += [len(token_ids_T) + position - entry.start for position in entry.unscored]
@@ -102,7 +102,7 @@ class Batch:
             positions_T += range(entry.start, entry.end)
             seq_ids_T += [seq_id] * entry.num_tokens
             slots_T += [table[p // block_size] * block_size + p % block_size for p in range(entry.start, entry.end)]
-            block_tables_SB.append(table + [0] * (width - len(table)))
+            block_tables_S.append(table)
             if entry.samples:
                 sampling_rows.append(len(token_ids_T) - 1)
         return FlatBatch(
@@ -110,7 +110,7 @@ class Batch:
             positions_T=positions_T,
             seq_ids_T=seq_ids_T,
             slots_T=slots_T,
-            block_tables_SB=block_tables_SB,
+            block_tables_S=block_tables_S,
             sampling_rows=sampling_rows,
             prompt_rows=prompt_rows,
             versions_S=[entry.sequence.version for entry in self.scheduled],

@@ -11,6 +11,7 @@ last one it samples the next. A preempted sequence forgets its blocks, never its
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,7 +36,7 @@ class Sequence:
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache when first admitted
     num_prompt_logprobs: int = 0  # prompt tokens after the first whose logprob was given
     num_preemptions: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))  # whose bytes are an int32 row as it lies
     block_hashes: list[bytes] = field(default_factory=list)  # of the first full blocks of token_ids; grows on demand
 
     @classmethod

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.batch import FlatBatch
+from switchgear_runtime.block_tables import fill, width_of
 from switchgear_runtime.sampler import signed_seed, top_k_or_all
 from switchgear_runtime.sequence import Sequence as TokenSequence
 
@@ -39,8 +40,8 @@ class InputShape:
     @classmethod
     def of(cls, flat: FlatBatch) -> InputShape:
         """Exactly as much."""
-        tables = flat.block_tables_SB
-        return cls(len(flat.token_ids_T), len(tables), len(tables[0]) if tables else 0, len(flat.sampling_rows))
+        tables = flat.block_tables_S
+        return cls(len(flat.token_ids_T), len(tables), width_of(tables), len(flat.sampling_rows))
 
     def arrays(self) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
         tokens, rows = (self.num_tokens,), (self.num_rows,)
@@ -109,10 +110,7 @@ class StepInputs:
         _put(arrays["seq_ids_T"], flat.seq_ids_T, 0)
         _put(arrays["tenant_rows_T"], tenant_rows_T, no_tenant)
         _put(arrays["versions_T"], () if versions_T is None else versions_T, 0)
-        tables_QB = arrays["block_tables_QB"]
-        if flat.block_tables_SB:
-            tables = np.array(flat.block_tables_SB, np.int32)
-            tables_QB[: tables.shape[0], : tables.shape[1]] = tables
+        fill(arrays["block_tables_QB"], flat.block_tables_S)
         arrays["num_tokens_now"][0] = num_tokens
         _put(arrays["rows_S"], flat.sampling_rows, 0)
         sampling = [sequence.sampling for sequence in sampled]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from switchgear_runtime import ops
 from switchgear_runtime.batch import FlatBatch
+from switchgear_runtime.block_tables import padded
 from switchgear_runtime.model.layers import Linear, RMSNorm, Rope
 from switchgear_runtime.model.spec import AttentionSpec
 
@@ -31,7 +32,7 @@ class AttentionMetadata:
             positions_T=torch.tensor(flat.positions_T, dtype=torch.int64),
             seq_ids_T=torch.tensor(flat.seq_ids_T, dtype=torch.int32),
             slots_T=torch.tensor(flat.slots_T, dtype=torch.int64),
-            block_tables_SB=torch.tensor(flat.block_tables_SB, dtype=torch.int32),
+            block_tables_SB=torch.from_numpy(padded(flat)),
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from switchgear_runtime import native
 from switchgear_runtime.batch import FlatBatch
+from switchgear_runtime.block_tables import padded
 from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.shm_native import NativeExchanger
 from switchgear_runtime.comm.transport import Transport
@@ -159,7 +160,7 @@ class NativeDecoder:
             np.array(values, np.int64) for values in (flat.token_ids_T, flat.positions_T, flat.slots_T)
         )
         seq_ids_T = np.array(flat.seq_ids_T, np.int32)
-        tables_SB = np.array(flat.block_tables_SB or np.empty((0, 0)), np.int32)
+        tables_SB = padded(flat)
         x_TD = torch.empty((len(token_ids_T), self.hidden), dtype=torch.float32)
         self._exchange.begin(transport, timeout_s)
         step = c.Step(

@@ -108,7 +108,7 @@ class KVOracle:
         flat = batch.flatten(self.block_size)
         sampled = []
         for index, entry in enumerate(batch):
-            table = flat.block_tables_SB[index]
+            table = flat.block_tables_S[index]
             for position in range(entry.end):
                 slot = table[position // self.block_size] * self.block_size + position % self.block_size
                 assert self.cells.get(slot) == self._cell(entry.sequence, position, drawn), (entry, position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class PrefixByPrefix:
 
     def scored(self, prompt: list[int], num_logprobs: int) -> Scored:
         sequence = make_sequence(0, prompt)
-        sequence.block_table = list(range(len(prompt) // 16 + 1))
+        sequence.block_table = array("i", range(len(prompt) // 16 + 1))
         result: Scored = []
         for position in range(len(prompt) - 1):
             logits = self._runner.forward(Batch((ScheduledSequence(sequence, position, 1, True),)))

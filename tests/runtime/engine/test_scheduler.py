@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -279,7 +281,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in (*scheduler.running, *scheduler.waiting):
             if before[sequence.sequence_id] != state(sequence):  # only a preemption stands
                 assert sequence.status == "waiting"
-                assert sequence.block_table == []
+                assert not sequence.block_table
                 assert scheduler.num_preemptions > num_preemptions
         assert counters_before == (scheduler.prefix_cache_hit_tokens, scheduler.prefix_cache_query_tokens)
         if scheduler.num_preemptions == num_preemptions:
@@ -333,7 +335,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 def state(sequence: object) -> tuple[object, ...]:
     names = ("status", "num_computed_tokens", "num_cached_tokens", "num_preemptions", "block_table", "token_ids")
-    return tuple(list(value) if isinstance(value := getattr(sequence, name), list) else value for name in names)
+    return tuple(list(value) if isinstance(value := getattr(sequence, name), list | array) else value for name in names)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -180,7 +181,7 @@ def make_sequence(token_ids: Sequence[int], block_table: Sequence[int]) -> Token
         token_ids=list(token_ids),
         num_prompt_tokens=len(token_ids),
         sampling=sampling(),
-        block_table=list(block_table),
+        block_table=array("i", block_table),
     )
 
 
