@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/error.h"
 
@@ -37,7 +38,13 @@
 namespace sg::cuda {
 
 constexpr int WARP = 32;
-constexpr int64_t SHARED_BYTES_MAX = 96 * 1024;  // that every architecture of the build has
+constexpr int64_t SHARED_BYTES_MAX = 99 * 1024;  // of a block, that every architecture from sm_80 on has
+
+// How many blocks a multiprocessor should hold at once: what a kernel says as MIN_BLOCKS, or one.
+template <typename Kernel, typename = void>
+constexpr int min_blocks = 1;
+template <typename Kernel>
+constexpr int min_blocks<Kernel, std::void_t<decltype(Kernel::MIN_BLOCKS)>> = Kernel::MIN_BLOCKS;
 
 #if defined(__CUDACC__)
 
@@ -113,8 +120,8 @@ SG_DEVICE int64_t clock_ns() {
 SG_DEVICE void rest() { __nanosleep(100); }
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(16) unsigned char bytes[];
+__global__ void __launch_bounds__(Kernel::THREADS, min_blocks<Kernel>) run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(1024) unsigned char bytes[];  // as swizzled tiles want it
   Block block{blockIdx.x, blockIdx.y, gridDim.x, gridDim.y, bytes};
   kernel(block);
 }

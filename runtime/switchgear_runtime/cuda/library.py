@@ -19,6 +19,7 @@ from switchgear_runtime.native import NativeLibraryMissing
 Kind = Literal["cuda", "twin"]
 FILES: dict[Kind, str] = {"cuda": "libswitchgear_cuda.so", "twin": "libswitchgear_cuda_twin.so"}
 FP32, BF16, FP8, INT8 = 0, 1, 2, 3  # dtypes, and payloads
+MMA = 1  # families of bf16 products
 STORE, ADD, SILU_MUL = 0, 1, 2  # epilogues of a product
 _FOLDER = Path(__file__).parent.parent / "_native"
 
@@ -45,6 +46,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "copy": (c_void_p, c_void_p, c_int64),
     "zero": (c_void_p, c_int64),
     "gemm_rows": (POINTER(structs.Gemm),),
+    "split_rows": (c_void_p, c_int64, c_int64, c_void_p),
     "embed": (c_void_p, c_int, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "rms_norm": (POINTER(structs.Norm),),
     "silu_mul": (c_void_p, c_int64, c_int64, c_void_p, c_int),

@@ -18,6 +18,7 @@ from torch import Tensor
 from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.placement import LayerTables
+from switchgear_runtime.cuda.products import bf16_parts
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.native_quotas import NativeQuotas
@@ -46,7 +47,7 @@ class DeviceMoE:
         self._kernels = kernels
         self._layer = layer
         self._spec = layer.router.spec
-        self._router_ED = layer.router.weight.data
+        self._router_parts = bf16_parts(layer.router.weight.data)
         self._slots_held: ExpertSlots | None = None
         self._tables: LayerTables | None = None
 
@@ -60,7 +61,7 @@ class DeviceMoE:
 
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By the branch's unrounded input."""
-        logits_TE = self._kernels.linear(h_TD, self._router_ED)
+        logits_TE = self._kernels.exact_linear(h_TD, self._router_parts)
         return self._kernels.topk_router(
             logits_TE,
             self._spec.top_k,

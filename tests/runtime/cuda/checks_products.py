@@ -1,15 +1,19 @@
-"""Checks of the products (gemm.cu) against chains in numpy, one step of k at a time, on random input."""
+"""Checks of the products (gemm*.cu) against chains in numpy, one step of k at a time, on random input."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from arena import Arena, Checked, at, of_bf16, to_bf16
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, DeviceError
+from switchgear_runtime.cuda.library import ADD, BF16, FP32, MMA, SILU_MUL, STORE, DeviceError
+
+FAMILIES = (MMA,)
 
 
 def chains(x_MK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
@@ -25,120 +29,205 @@ def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
 
 
+def draw_sizes(rng: np.random.Generator, grouped: bool) -> np.ndarray:
+    """Rows of each slot: few or many slots, some empty; or one with everything."""
+    if not grouped:
+        return rng.integers(1, 170, 1)
+    num_slots = int(rng.choice([1, 2, 5, 33, 70]))
+    if rng.integers(4) == 0:
+        sizes = np.zeros(num_slots, np.int64)
+        sizes[rng.integers(num_slots)] = rng.integers(1, 280)
+        return sizes
+    return rng.integers(0, 40 if num_slots < 9 else 9, num_slots) * rng.integers(0, 2, num_slots)
+
+
+class Product:
+    """Random operands, arguments, and what must come out of a product of any kind."""
+
+    def __init__(self, arena: Arena, seed: int, *, num_ks: tuple[int, ...], num_outs: tuple[int, ...]) -> None:
+        self.arena = arena
+        rng = self.rng = arena.rng
+        self.grouped = bool(seed % 2)
+        self.epilogue = (STORE, ADD, SILU_MUL)[seed // 2 % 3]
+        self.y_dtype = FP32 if self.epilogue == ADD else int(rng.choice([FP32, BF16]))
+        self.sizes = draw_sizes(rng, self.grouped)
+        self.num_slots = len(self.sizes)
+        self.num_rows, self.num_x = int(self.sizes.sum()), int(self.sizes.sum()) + 3
+        self.num_k = int(rng.choice(num_ks))
+        num_out = 2 * int(rng.choice(num_outs))
+        self.num_out = num_out if self.epilogue == SILU_MUL else num_out - int(rng.integers(2))
+        self.num_results = self.num_out // 2 if self.epilogue == SILU_MUL else self.num_out
+        self.x_rows = rng.permutation(self.num_x)[: self.num_rows] if rng.integers(2) else np.arange(self.num_rows)
+        self.y_rows = rng.permutation(self.num_x)[: self.num_rows] if rng.integers(2) else np.arange(self.num_rows)
+        self.begin = np.concatenate([[0], self.sizes.cumsum()])
+        self.bias_N = arena.normals(self.num_out) if rng.integers(2) else None
+        self.scale = np.float32(rng.choice([1.0, 0.22]))
+        self.y = arena.room((self.num_x, self.num_results), np.float32 if self.y_dtype == FP32 else np.uint16)
+        if self.epilogue == ADD:
+            self.y[...] = rng.standard_normal(self.y.shape)
+
+    def arguments(self, x: np.ndarray, weights: list[np.ndarray], **more: Any) -> structs.Gemm:
+        """`more` rows than there are fit; an order that is as it is may be given or not."""
+        arena, rng = self.arena, self.rng
+        rows = {"x_rows": self.x_rows, "y_rows": self.y_rows}
+        given = {
+            name: at(arena.put(order, np.int32))
+            for name, order in rows.items()
+            if rng.integers(2) or (order != np.arange(self.num_rows)).any()
+        }
+        return structs.Gemm(
+            x=at(x),
+            w=None if self.grouped else at(weights[0]),
+            w_S=at(arena.put([at(one) for one in weights], np.int64)) if self.grouped else None,
+            bias_N=at(self.bias_N),
+            y=at(self.y),
+            begin_S1=at(arena.put(self.begin, np.int32)) if self.grouped else None,
+            max_rows=self.num_rows + (int(rng.integers(0, 50)) if self.grouped else 0),
+            expected_rows=int(rng.choice([0, 1, self.num_rows])),
+            num_out=self.num_out,
+            num_k=self.num_k,
+            num_slots=self.num_slots,
+            scale=self.scale,
+            y_dtype=self.y_dtype,
+            epilogue=self.epilogue,
+            **given,
+            **more,
+        )
+
+    def expected(self, sums_of: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+        """`sums_of(rows of x, slot)`: the products before bias, scale and epilogue."""
+        expected = self.y.copy()
+        for slot in range(self.num_slots):
+            rows = slice(self.begin[slot], self.begin[slot + 1])
+            sums = sums_of(self.x_rows[rows], slot)
+            values = (sums if self.bias_N is None else sums + self.bias_N) * self.scale
+            if self.epilogue == SILU_MUL:
+                values = silu_mul(values[:, : self.num_results], values[:, self.num_results :])
+            if self.epilogue == ADD:
+                values = self.y[self.y_rows[rows]] + values
+            expected[self.y_rows[rows]] = values if self.y_dtype == FP32 else to_bf16(values)
+        return expected
+
+    def compare(self, expected: np.ndarray, label: str, *, exact: bool) -> None:
+        """Exact, but for silu, on the twin; a tensor core adds in an order of its own."""
+        self.arena.check()
+        y = self.y
+        untouched = np.setdiff1d(np.arange(self.num_x), self.y_rows)
+        assert (y[untouched] == expected[untouched]).all(), f"{label}: a row that is nobody's"
+        if self.y_dtype == BF16:
+            y, expected = of_bf16(y), of_bf16(expected)
+        if self.epilogue == SILU_MUL or not exact:
+            near = 1e-2 if self.y_dtype == BF16 else 2e-6 if exact else 1e-4
+            assert np.allclose(y, expected, rtol=near, atol=near * 10), f"{label}: {np.abs(y - expected).max()}"
+        else:
+            assert y.tobytes() == expected.tobytes(), f"{label}: {np.abs(y - expected).max()}"
+
+
 def check_gemm(library: Checked, seed: int) -> None:
-    """Plain and grouped, both dtypes, all epilogues. Exact on the twin; a tensor core adds in an order of its own."""
+    """Plain and grouped, all epilogues, all tiles."""
     arena = Arena(library, seed)
-    rng = arena.rng
-    is_bf16, grouped = bool(seed % 2), bool(seed // 2 % 2)
-    epilogue = int(rng.choice([STORE, ADD, SILU_MUL]))
-    y_dtype = FP32 if epilogue == ADD else int(rng.choice([FP32, BF16]))
-    num_slots = int(rng.integers(1, 7)) if grouped else 1
-    sizes = rng.integers(0, 40, num_slots) * rng.integers(0, 2, num_slots) if grouped else rng.integers(0, 140, 1)
-    num_k = int(rng.choice([8, 17, 64, 65, 72, 200, 456]))
-    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70, 200]))
-    if epilogue != SILU_MUL:
-        num_out -= seed // 4 % 2
-    num_rows, num_x = int(sizes.sum()), int(sizes.sum()) + 3
-    x = rng.standard_normal((num_x, num_k)).astype(np.float32)
-    w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)
-    if is_bf16:
-        x, w = of_bf16(to_bf16(x)), of_bf16(to_bf16(w))
-    stored = (
-        (lambda array: arena.put(to_bf16(array), np.uint16)) if is_bf16 else lambda array: arena.put(array, np.float32)
-    )
-    x_stored, w_stored = stored(x), [stored(w[s]) for s in range(num_slots)]
-    num_results = num_out // 2 if epilogue == SILU_MUL else num_out
-    bias_N = arena.normals(num_out) if rng.integers(2) else None
-    scale = np.float32(rng.choice([1.0, 0.22]))
-    x_rows = rng.permutation(num_x)[:num_rows] if rng.integers(2) else np.arange(num_rows)
-    y_rows = rng.permutation(num_x)[:num_rows] if rng.integers(2) else np.arange(num_rows)
-    y = arena.room((num_x, num_results), np.float32 if y_dtype == FP32 else np.uint16)
-    if epilogue == ADD:
-        y[...] = rng.standard_normal(y.shape)
-    expected = y.copy()
-    begin = np.concatenate([[0], sizes.cumsum()])
-    for s in range(num_slots):
-        rows = slice(begin[s], begin[s + 1])
-        sums = chains(x[x_rows[rows]], w[s])
-        values = (sums if bias_N is None else sums + bias_N) * scale
-        if epilogue == SILU_MUL:
-            values = silu_mul(values[:, :num_results], values[:, num_results:])
-        if epilogue == ADD:
-            values = y[y_rows[rows]] + values
-        expected[y_rows[rows]] = values if y_dtype == FP32 else to_bf16(values)
-    more = int(rng.integers(0, 50)) if grouped else 0  # capacity beyond the rows that there are
-    args = structs.Gemm(
-        x=at(x_stored),
-        w=None if grouped else at(w_stored[0]),
-        w_S=at(arena.put([at(one) for one in w_stored], np.int64)) if grouped else None,
-        bias_N=at(bias_N),
-        y=at(y),
-        begin_S1=at(arena.put(begin, np.int32)) if grouped else None,
-        x_rows=at(arena.put(x_rows, np.int32)) if rng.integers(2) or (x_rows != np.arange(num_rows)).any() else None,
-        y_rows=at(arena.put(y_rows, np.int32)) if rng.integers(2) or (y_rows != np.arange(num_rows)).any() else None,
-        max_rows=num_rows + more,
-        num_out=num_out,
-        num_k=num_k,
-        num_slots=num_slots,
-        scale=scale,
-        x_dtype=BF16 if is_bf16 else FP32,
-        y_dtype=y_dtype,
-        epilogue=epilogue,
-        tile=int(rng.integers(4)),
+    product = Product(arena, seed, num_ks=(8, 16, 64, 72, 136, 200, 456), num_outs=(1, 4, 33, 64, 70, 200))
+    rng = product.rng
+    x = of_bf16(to_bf16(rng.standard_normal((product.num_x, product.num_k))))
+    w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
+    expected = product.expected(lambda rows, slot: chains(x[rows], w[slot]))
+    family = int(rng.choice((0, *FAMILIES)))
+    args = product.arguments(
+        arena.put(to_bf16(x), np.uint16),
+        [arena.put(to_bf16(one), np.uint16) for one in w],
+        x_parts=1,
+        family=family,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family or MMA, 1))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    arena.check()
+    product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.managed)
+
+
+def check_gemm_parts(library: Checked, seed: int) -> None:
+    """fp32 rows in three bf16 parts: the parts are exact, and each is a chain of its own."""
+    arena = Arena(library, seed)
+    product = Product(arena, seed, num_ks=(8, 72, 200), num_outs=(1, 4, 33, 64))
+    rng = product.rng
+    x = arena.put(rng.standard_normal((product.num_x, product.num_k)) * 2.0 ** rng.integers(-30, 30), np.float32)
+    x.flat[:: 1 + int(rng.integers(7))] *= np.float32(2.0**-9)
+    parts = arena.room((product.num_x, 3, product.num_k), np.uint16)
+    library.sg_cuda_split_rows(at(x), product.num_x, product.num_k, at(parts), None)
+    wide = of_bf16(parts)
+    assert (wide.astype(np.float64).sum(1) == x).all(), f"seed {seed}: the parts are not the whole"
+    assert (parts[:, 0] == to_bf16(x)).all(), f"seed {seed}: the first part is not the nearest"
+    x /= np.abs(x).max() or 1
+    library.sg_cuda_split_rows(at(x), product.num_x, product.num_k, at(parts), None)
+    wide = of_bf16(parts)
+    w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
+
+    def sums_of(rows: np.ndarray, slot: int) -> np.ndarray:
+        first, second, third = (chains(wide[rows, part], w[slot]) for part in range(3))
+        return (third + second) + first
+
+    expected = product.expected(sums_of)
+    args = product.arguments(
+        parts,
+        [arena.put(to_bf16(one), np.uint16) for one in w],
+        x_parts=3,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 3))),
+    )
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    product.compare(expected, f"seed {seed}, tile {args.tile}", exact=not library.managed)
+
+
+def check_gemm_refusals(library: Checked, _seed: int) -> None:
     for wrong in (
         {"epilogue": -1},
         {"epilogue": 3},
         {"epilogue": SILU_MUL, "num_out": 5},
-        {"x_dtype": 2},
         {"y_dtype": 2},
         {"epilogue": ADD, "y_dtype": BF16},
-        {"x_dtype": BF16, "tile": 4},
+        {"x_parts": 0},
+        {"x_parts": 2},
+        {"num_k": 0},
+        {"num_k": 12},
+        {"family": -1},
+        {"family": 3},
+        {"tile": -1},
+        {"tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1)},
+        {"x_parts": 3, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 3)},
+        {"max_rows": 1 << 34, "num_out": 1 << 20},
     ):
-        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, x_dtype=FP32, y_dtype=FP32)
+        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, y_dtype=FP32, x_parts=1)
         for name, value in wrong.items():
             setattr(refused, name, value)
         with pytest.raises(DeviceError):
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
-    untouched = np.setdiff1d(np.arange(num_x), y_rows)
-    assert (y[untouched] == expected[untouched]).all(), f"seed {seed}: a row that is nobody's"
-    if y_dtype == BF16:
-        y, expected = of_bf16(y), of_bf16(expected)
-    if epilogue == SILU_MUL or (library.managed and is_bf16):
-        near = 1e-2 if y_dtype == BF16 else 1e-4 if library.managed else 2e-6
-        assert np.allclose(y, expected, rtol=near, atol=near * 10), f"seed {seed}: {np.abs(y - expected).max()}"
-    else:
-        assert y.tobytes() == expected.tobytes(), f"seed {seed}: {np.abs(y - expected).max()}"
 
 
 def check_row_independence(library: Checked, seed: int) -> None:
-    """A row's bits are the same alone and among others, in a plain product and in a grouped one."""
+    """A row's bits are the same alone and among others, in a plain product and in a grouped one, in every tile."""
     arena = Arena(library, seed)
     rng = arena.rng
-    num_rows, num_k, num_out = 150, 136, 96
+    num_rows, num_k, num_out = int(rng.integers(100, 170)), 136, 96
     x = arena.put(to_bf16(rng.standard_normal((num_rows, num_k))), np.uint16)
     w = arena.put(to_bf16(rng.standard_normal((num_out, num_k))), np.uint16)
-    y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
-    args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
-    args.scale, args.x_dtype = 1.0, BF16
-    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    row = int(rng.integers(num_rows))
-    args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
-    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
-    for tile in (1, 2, 3):
-        tiled = arena.room((num_rows, num_out), np.float32)
-        args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
+    for family in FAMILIES:
+        y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
+        args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
+        args.scale, args.x_parts, args.family = 1.0, 1, family
         library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-        assert y.tobytes() == tiled.tobytes(), f"seed {seed}: tile {tile}"
-    args.tile = 0
-    cut = int(rng.integers(1, num_rows))
-    grouped = arena.room((num_rows, num_out), np.float32)
-    args.x, args.y, args.max_rows, args.num_slots = at(x), at(grouped), num_rows, 3
-    args.w, args.w_S = None, at(arena.put([at(w)] * 3, np.int64))
-    args.begin_S1 = at(arena.put([0, cut, cut, num_rows], np.int32))
-    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    assert y.tobytes() == grouped.tobytes(), f"seed {seed}"
+        assert np.isfinite(y).all()
+        row = int(rng.integers(num_rows))
+        args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
+        library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+        assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
+        for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1)):
+            tiled = arena.room((num_rows, num_out), np.float32)
+            args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
+            library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+            assert y.tobytes() == tiled.tobytes(), f"seed {seed}: family {family}, tile {tile}"
+        args.tile = 0
+        cut = int(rng.integers(1, num_rows))
+        grouped = arena.room((num_rows, num_out), np.float32)
+        args.x, args.y, args.max_rows, args.num_slots = at(x), at(grouped), num_rows, 3
+        args.w, args.w_S = None, at(arena.put([at(w)] * 3, np.int64))
+        args.begin_S1 = at(arena.put([0, cut, cut, num_rows], np.int32))
+        library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+        assert y.tobytes() == grouped.tobytes(), f"seed {seed}"
     arena.check()

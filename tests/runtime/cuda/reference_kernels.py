@@ -6,7 +6,7 @@ What a kernel rounds (bf16 rows between products), so does this; sums are rounde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class ReferenceKernels(Kernels):
         wide = weight_NK.double()
         bias = 0.0 if bias_N is None else bias_N.double()
         return by_rows(lambda row: scale * (wide @ row.double() + bias), x_MK, x_MK.shape[0], weight_NK.shape[0])
+
+    def exact_linear(self, x_MK: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return self.linear(x_MK, sum(part.float() for part in reversed(parts)))
 
     def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
         return ops_reference.silu_mul(self.linear(x_MK, gate_up_2FK)).bfloat16()
@@ -177,7 +180,10 @@ class ReferenceKernels(Kernels):
         begin_S1, x_rows_N, y_rows_N = (torch.tensor(values, dtype=torch.int32) for values in (begin, x_rows, y_rows))
         return Grouping(begin_S1=begin_S1, x_rows_N=x_rows_N, y_rows_N=y_rows_N)
 
-    def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
+    def expert_gated_linear(
+        self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping, *, expected_rows: int = 0
+    ) -> Tensor:
+        assert expected_rows >= 0
         y_NF = torch.empty(len(groups.x_rows_N), ffn, dtype=torch.bfloat16)
         for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
             if end > begin:
@@ -185,7 +191,10 @@ class ReferenceKernels(Kernels):
                 y_NF[begin:end] = self.gated_linear(x_MK[groups.x_rows_N[begin:end].long()], weight)
         return y_NF
 
-    def expert_linear(self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping) -> Tensor:
+    def expert_linear(
+        self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping, *, expected_rows: int = 0
+    ) -> Tensor:
+        assert expected_rows >= 0
         y_NO = torch.empty(len(x_NK), num_out, dtype=torch.bfloat16)
         for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
             if end > begin:

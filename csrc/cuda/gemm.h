@@ -1,0 +1,43 @@
+// What the files of the product's kernels share: one function a family, and how a kernel is launched.
+#pragma once
+
+#include "cuda/abi.h"
+#include "cuda/portable.h"
+
+namespace sg::cuda {
+
+// Tiles of a family are numbered from 1; one that it does not have has been refused before.
+int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream);
+
+// Of the current device; the twin has few, so that its blocks, too, take one tile after another.
+inline int num_multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
+#else
+  return 2;
+#endif
+}
+
+inline int64_t slots_of(const sg_cuda_gemm& a) { return a.begin_S1 != nullptr ? a.num_slots : 1; }
+
+// As many blocks as the device holds at once, or as there can be tiles: a slot's last tile may be in part empty.
+template <typename Kernel>
+int launch_product(const sg_cuda_gemm& a, void* stream) {
+  using Shape = typename Kernel::Shape;
+  const int64_t slots = slots_of(a), wide = ceil_div(a.num_out, Shape::OUTS);
+  const int64_t partial = slots < a.max_rows ? slots : a.max_rows;
+  const int64_t tiles = (a.max_rows / Shape::TOKENS + partial) * wide;
+  if (tiles > INT32_MAX) {
+    return fail("max_rows=%lld by num_out=%lld are too many tiles", static_cast<long long>(a.max_rows),
+                static_cast<long long>(a.num_out));
+  }
+  const int64_t held = int64_t{Kernel::MIN_BLOCKS} * num_multiprocessors();
+  const int64_t bytes = Shape::SHARED_BYTES + Shape::Tiles::shared_bytes(a);
+  return launch("gemm_rows", Kernel{a}, held < tiles ? held : tiles, 1, bytes, stream);
+}
+
+}  // namespace sg::cuda
