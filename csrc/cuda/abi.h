@@ -176,7 +176,8 @@ SG_API int sg_cuda_zero(void* to, int64_t bytes, void* stream);
 
 // gemm.cu
 enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };
-enum { SG_MMA = 1 };        // families of bf16 products; of one family, all tiles have the same bits
+// Families of bf16 products: mma.sync of every GPU, wgmma of sm_90a. All tiles of one have the same bits, two may differ.
+enum { SG_MMA = 1, SG_WGMMA = 2 };
 struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatever the number of rows
   const void* x;            // [M, K] bf16, K a multiple of 8
   const void* w;            // [N, K] bf16; for slots null
@@ -191,11 +192,13 @@ struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatev
   float scale;            // of the product
   int32_t y_dtype, epilogue;
   int32_t x_parts;  // 1; or 3: x is [M, 3, K], an fp32 row in parts (split_rows), and y is (third + second) + first
-  int32_t family;   // 0: the one of this process
+  int32_t family;   // 0: this process's; parts are always multiplied by mma.sync
   int32_t tile;     // of the family, from 1 on; 0: whichever suits
 };
 SG_API int sg_cuda_gemm_rows(const struct sg_cuda_gemm* args, void* stream);
-SG_API int sg_cuda_gemm_tiles(int family, int x_parts);  // how many there are
+SG_API int sg_cuda_gemm_tiles(int family, int x_parts);  // how many there are; 0 where the current device has none
+SG_API int sg_cuda_gemm_family();                        // this process's: mma.sync, until another is chosen
+SG_API int sg_cuda_gemm_use(int family);                 // once, before the first product
 // parts[t, 0..2] of x[t]: each the bf16 nearest to what those before it leave; the sum of the three is x, exactly (but
 // for what lies below 2^-133). bf16.
 SG_API int sg_cuda_split_rows(const float* x_TD, int64_t num_tokens, int64_t hidden, void* parts_T3D, void* stream);

@@ -8,6 +8,7 @@ namespace sg::cuda {
 
 // Tiles of a family are numbered from 1; one that it does not have has been refused before.
 int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream);
+int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream);
 
 // Of the current device; the twin has few, so that its blocks, too, take one tile after another.
 inline int num_multiprocessors() {
@@ -36,8 +37,7 @@ int launch_product(const sg_cuda_gemm& a, void* stream) {
                 static_cast<long long>(a.num_out));
   }
   const int64_t held = int64_t{Kernel::MIN_BLOCKS} * num_multiprocessors();
-  const int64_t bytes = Shape::SHARED_BYTES + Shape::Tiles::shared_bytes(a);
-  return launch("gemm_rows", Kernel{a}, held < tiles ? held : tiles, 1, bytes, stream);
+  return launch("gemm_rows", Kernel{a}, held < tiles ? held : tiles, 1, Shape::shared_bytes(a), stream);
 }
 
 }  // namespace sg::cuda

@@ -4,8 +4,7 @@
 // split, whatever the tile, the slot's number of rows or the grid. So a tile is chosen by speed alone. Rows and k
 // outside are zeros. A block's warps lie along the outputs (WARPS_O) and the tokens (WARPS_T, eight tokens in turn); a
 // tile with few tokens multiplies a half or a quarter of the columns.
-#include "cuda/gemm.h"
-#include "cuda/gemm_ring.h"
+#include "cuda/gemm_kernel.h"
 
 namespace sg::cuda {
 
@@ -21,37 +20,22 @@ struct GemmMma {
   static_assert(PARTS == 1 || WARPS_T == 1, "all parts of a token belong to one warp");
   sg_cuda_gemm a;
 
-  SG_DEVICE void operator()(Block& block) const {
-    Own<int32_t, THREADS> count;
-    const typename Shape::Tiles tiles(a, block, block.shared<int32_t>(Shape::SHARED_BYTES), count);
-    if (static_cast<int32_t>(block.x) >= tiles.total) return;
-    Ring ring(a, block, tiles);
-    int32_t stage = 0;
-    for (auto number = static_cast<int32_t>(block.x); number < tiles.total;
-         number += static_cast<int32_t>(block.num_x)) {
-      const GemmTile tile = tiles[number];
-      OwnSums sums;
-      block.solo([&](int thread) {
-        SG_UNROLL for (int i = 0; i < M; ++i) {
-          SG_UNROLL for (int j = 0; j < N; ++j) {
-            SG_UNROLL for (int word = 0; word < 4; ++word) sums[thread].c[i][j][word] = 0.0f;
-          }
-        }
-      });
-      for (int32_t step = 0; step < ring.num_steps(); ++step) {
-        block.each([&](int) { wait_async<Shape::AHEAD - 1>(); });
-        ring.fetch(block);  // into the stage that all had read before that barrier
-        multiply<N>(block, block.bytes + stage * Shape::STAGE_BYTES, sums, tile.num_rows);
-        stage = stage + 1 < STAGES ? stage + 1 : 0;
-      }
-      finish_tile<PARTS>(
-          block, a, tile, sums, [](int thread) { return (thread / WARP / WARPS_T * 8 + thread % WARP / 4) * 2 * M; },
-          [](int thread, int j) { return token_row_of(thread, j) + thread % 4 * 2; });
-    }
-  }
+  SG_DEVICE void operator()(Block& block) const { run_tiles(block, *this); }
 
+  SG_DEVICE static int32_t output_of(int thread) { return (thread / WARP / WARPS_T * 8 + thread % WARP / 4) * 2 * M; }
+  SG_DEVICE static int32_t token_of(int thread, int j) { return token_row_of(thread, j) + thread % 4 * 2; }
   // Eight columns of tile j of a thread's warp begin at this row of the tokens.
   SG_DEVICE static int32_t token_row_of(int thread, int j) { return (j * WARPS_T + thread / WARP % WARPS_T) * 8; }
+
+  SG_DEVICE int32_t multiply_tile(Block& block, Ring& ring, int32_t stage, OwnSums& sums, int32_t num_rows) const {
+    for (int32_t step = 0; step < ring.num_steps(); ++step) {
+      block.each([&](int) { wait_async<Shape::AHEAD - 1>(); });
+      ring.fetch(block);  // into the stage that all had read before that barrier
+      multiply<N>(block, block.bytes + stage * Shape::STAGE_BYTES, sums, num_rows);
+      stage = stage + 1 < STAGES ? stage + 1 : 0;
+    }
+    return stage;
+  }
 
   // A step's products, of no more column tiles than the tile's rows need (or a half, or a quarter of them).
   template <int WIDTH>

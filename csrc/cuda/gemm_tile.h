@@ -33,79 +33,92 @@ SG_DEVICE int32_t weight_row(const sg_cuda_gemm& a, const GemmTile& tile, int32_
   return is_gated(a) && o % 2 != 0 ? num_results(a) + result : result;
 }
 
-// Row r of the tile in x, or -1.
-SG_DEVICE int32_t token_row(const sg_cuda_gemm& a, const GemmTile& tile, int32_t r) {
-  if (r >= tile.num_rows) return -1;
-  return a.x_rows != nullptr ? a.x_rows[tile.row + r] : tile.row + r;
+// A tensor core's sums have bits of the architecture's own, so what is made of them here may, too: silu by the GPU's
+// own exponential, bf16 by its conversion (a NaN is some NaN).
+#if defined(__CUDACC__)
+SG_DEVICE float gated(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
+SG_DEVICE void round_to(bf16 (&to)[2], float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  memcpy(to, &pair, 4);
 }
+#else
+inline float gated(float gate, float up) { return silu_mul(gate, up); }
+inline void round_to(bf16 (&to)[2], float first, float second) {
+  to[0] = of_float<bf16>(first);
+  to[1] = of_float<bf16>(second);
+}
+#endif
 
+// COUNT results of a row that lie side by side, as they are stored.
 template <typename T, int COUNT>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Piece {
   T values[COUNT];
 };
-
-// COUNT results of a row that lie side by side, of which the first `left` are in it; `whole`: rows are made of such
-// pieces.
-template <bool ADDS, typename T, int COUNT>
-SG_DEVICE void put_results(T* y, bool whole, int32_t left, const float (&results)[COUNT]) {
-  if (whole) {
-    auto* to = reinterpret_cast<Piece<T, COUNT>*>(y);
-    Piece<T, COUNT> piece;
-    if constexpr (ADDS) piece = *to;
-    SG_UNROLL for (int i = 0; i < COUNT; ++i) {
-      piece.values[i] = of_float<T>(ADDS ? to_float(piece.values[i]) + results[i] : results[i]);
-    }
-    *to = piece;
-    return;
+template <int COUNT>
+SG_DEVICE Piece<float, COUNT> piece_of(float, const float (&results)[COUNT]) {
+  Piece<float, COUNT> piece;
+  SG_UNROLL for (int i = 0; i < COUNT; ++i) piece.values[i] = results[i];
+  return piece;
+}
+template <int COUNT>
+SG_DEVICE Piece<bf16, COUNT> piece_of(bf16, const float (&results)[COUNT]) {
+  Piece<bf16, COUNT> piece;
+  SG_UNROLL for (int i = 0; i < COUNT; i += 2) {
+    bf16 pair[2];
+    round_to(pair, results[i], results[i + 1 < COUNT ? i + 1 : i]);
+    SG_UNROLL for (int e = 0; e < 2 && i + e < COUNT; ++e) piece.values[i + e] = pair[e];
   }
-  SG_UNROLL for (int i = 0; i < COUNT; ++i) {
-    if (i < left) y[i] = of_float<T>(ADDS ? to_float(y[i]) + results[i] : results[i]);
-  }
+  return piece;
 }
 
 // A tile's results from its sums. output_of(thread): the first of the thread's 2M outputs in the tile; token_of(thread,
-// j): the first of its two tokens of column tile j. PARTS: of each token, whose products are added, last to first.
+// j): the first of its two tokens of column tile j. rows: of y, of each token, or -1; in shared memory. PARTS: of each
+// token, whose products are added, last to first.
 template <int PARTS, bool GATED, bool ADDS, typename T, int M, int N, int THREADS, typename OutputOf, typename TokenOf>
 SG_DEVICE void put_tile(Block& block, const sg_cuda_gemm& a, const GemmTile& tile, Own<Sums<M, N>, THREADS>& sums,
-                        OutputOf output_of, TokenOf token_of) {
-  constexpr int COLUMNS = N / PARTS, BATCH = COLUMNS < 4 ? COLUMNS : 4;  // tiles of columns; of these, at a time
-  constexpr int COUNT = GATED ? M : 2 * M;                               // results of a thread and token
+                        const int32_t* rows, OutputOf output_of, TokenOf token_of) {
+  constexpr int COLUMNS = N / PARTS;        // tiles of them
+  constexpr int COUNT = GATED ? M : 2 * M;  // results of a thread and token
   block.solo([&](int thread) {
     const auto& c = sums[thread].c;
     const int32_t o = output_of(thread), width = num_results(a), result = tile.result + (GATED ? o / 2 : o);
     if (result >= width) return;
+    const bool is_whole = width % COUNT == 0;  // rows of y are made of pieces
     float bias[2 * M];
     SG_UNROLL for (int i = 0; i < 2 * M; ++i) {
       const int32_t row = weight_row(a, tile, o + i);
       bias[i] = a.bias_N != nullptr && row >= 0 ? a.bias_N[row] : 0.0f;
     }
-    SG_UNROLL for (int batch = 0; batch < COLUMNS; batch += BATCH) {
-      int32_t rows[BATCH][2];  // of y, loaded before anything is stored
-      SG_UNROLL for (int j = 0; j < BATCH; ++j) {
-        SG_UNROLL for (int e = 0; e < 2; ++e) {
-          const int32_t token = token_of(thread, batch + j) + e, row = tile.row + token;
-          rows[j][e] = token >= tile.num_rows ? -1 : a.y_rows != nullptr ? a.y_rows[row] : row;
+    SG_UNROLL for (int j = 0; j < COLUMNS; ++j) {
+      SG_UNROLL for (int e = 0; e < 2; ++e) {
+        const int32_t row = rows[token_of(thread, j) + e];
+        if (row < 0) continue;
+        float values[2 * M], results[COUNT];
+        SG_UNROLL for (int i = 0; i < 2 * M; ++i) {
+          const int word = i % 2 * 2 + e;
+          float sum = c[i / 2][(PARTS - 1) * COLUMNS + j][word];
+          SG_UNROLL for (int part = PARTS - 2; part >= 0; --part) sum += c[i / 2][part * COLUMNS + j][word];
+          values[i] = (sum + bias[i]) * a.scale;
         }
-      }
-      SG_UNROLL for (int j = 0; j < BATCH; ++j) {
-        SG_UNROLL for (int e = 0; e < 2; ++e) {
-          if (rows[j][e] < 0) continue;
-          float values[2 * M], results[COUNT];
-          SG_UNROLL for (int i = 0; i < 2 * M; ++i) {
-            const int word = i % 2 * 2 + e;
-            float sum = c[i / 2][(PARTS - 1) * COLUMNS + batch + j][word];
-            SG_UNROLL for (int part = PARTS - 2; part >= 0; --part) sum += c[i / 2][part * COLUMNS + batch + j][word];
-            values[i] = (a.bias_N != nullptr ? sum + bias[i] : sum) * a.scale;
+        SG_UNROLL for (int i = 0; i < COUNT; ++i) {
+          if constexpr (GATED) {
+            results[i] = gated(values[2 * i], values[2 * i + 1]);
+          } else {
+            results[i] = values[i];
           }
+        }
+        T* y = static_cast<T*>(a.y) + int64_t{row} * width + result;
+        if constexpr (ADDS) {
+          SG_UNROLL for (int i = 0; i < COUNT; ++i) results[i] += result + i < width ? to_float(y[i]) : 0.0f;
+        }
+        const auto piece = piece_of(T{}, results);
+        if (is_whole) {
+          *reinterpret_cast<Piece<T, COUNT>*>(y) = piece;
+        } else {
           SG_UNROLL for (int i = 0; i < COUNT; ++i) {
-            if constexpr (GATED) {
-              results[i] = silu_mul(values[2 * i], values[2 * i + 1]);
-            } else {
-              results[i] = values[i];
-            }
+            if (result + i < width) y[i] = piece.values[i];
           }
-          T* y = static_cast<T*>(a.y) + int64_t{rows[j][e]} * width + result;
-          put_results<ADDS>(y, width % COUNT == 0, width - result, results);
         }
       }
     }
@@ -114,15 +127,15 @@ SG_DEVICE void put_tile(Block& block, const sg_cuda_gemm& a, const GemmTile& til
 
 template <int PARTS, int M, int N, int THREADS, typename OutputOf, typename TokenOf>
 SG_DEVICE void finish_tile(Block& block, const sg_cuda_gemm& a, const GemmTile& tile, Own<Sums<M, N>, THREADS>& sums,
-                           OutputOf output_of, TokenOf token_of) {
+                           const int32_t* rows, OutputOf output_of, TokenOf token_of) {
   const bool is_fp32 = a.y_dtype == SG_FP32;
   if (is_gated(a)) {
-    if (is_fp32) return put_tile<PARTS, true, false, float>(block, a, tile, sums, output_of, token_of);
-    return put_tile<PARTS, true, false, bf16>(block, a, tile, sums, output_of, token_of);
+    if (is_fp32) return put_tile<PARTS, true, false, float>(block, a, tile, sums, rows, output_of, token_of);
+    return put_tile<PARTS, true, false, bf16>(block, a, tile, sums, rows, output_of, token_of);
   }
-  if (a.epilogue == SG_ADD) return put_tile<PARTS, false, true, float>(block, a, tile, sums, output_of, token_of);
-  if (is_fp32) return put_tile<PARTS, false, false, float>(block, a, tile, sums, output_of, token_of);
-  put_tile<PARTS, false, false, bf16>(block, a, tile, sums, output_of, token_of);
+  if (a.epilogue == SG_ADD) return put_tile<PARTS, false, true, float>(block, a, tile, sums, rows, output_of, token_of);
+  if (is_fp32) return put_tile<PARTS, false, false, float>(block, a, tile, sums, rows, output_of, token_of);
+  put_tile<PARTS, false, false, bf16>(block, a, tile, sums, rows, output_of, token_of);
 }
 
 }  // namespace sg::cuda

@@ -17,6 +17,12 @@ struct Sums {
   float c[M][N][4];
 };
 template <int M, int N>
+SG_DEVICE void set_zero(Sums<M, N>& sums) {
+  SG_UNROLL for (int i = 0; i < M; ++i) {
+    SG_UNROLL for (int j = 0; j < N; ++j) { SG_UNROLL for (int word = 0; word < 4; ++word) sums.c[i][j][word] = 0.0f; }
+  }
+}
+template <int M, int N>
 struct Fragments {
   uint32_t a[M][4];
   uint32_t b[N * 2];  // of column tile j from 2 j on

@@ -12,6 +12,7 @@ from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
+from switchgear_runtime.cuda.gemm_family import choose_family
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.peer_experts import PeerExperts
@@ -95,4 +96,6 @@ def kernels_of(setting: str, rank: int) -> Kernels:
     if device.type != "cuda":
         return Kernels("twin", device)
     torch.cuda.set_device(device)
-    return Kernels("cuda", device)
+    kernels = Kernels("cuda", device)
+    choose_family(kernels)
+    return kernels

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import BF16, FP32, Kind, device_library
+from switchgear_runtime.cuda.library import BF16, FP32, WGMMA, Kind, device_library
 from switchgear_runtime.cuda.products import DTYPES, ProductKernels, address
 from switchgear_runtime.cuda.step_memory import StepMemory
 
@@ -44,7 +44,15 @@ class DenseKernels(ProductKernels):
     def version(self) -> str:
         """Of the kernels' numbers: ranks that differ could compute different bits."""
         version: bytes = self._library.sg_cuda_kernel_version()
-        return f"{self.kind} {version.decode()}"
+        return f"{self.kind} {version.decode()} {'wgmma' if self._library.sg_cuda_gemm_family() == WGMMA else 'mma'}"
+
+    def num_tiles(self, family: int) -> int:
+        """Of a family of products; 0 where the device has none."""
+        return int(self._library.sg_cuda_gemm_tiles(family, 1))
+
+    def use_family(self, family: int) -> None:
+        """For all products of this process."""
+        self._library.sg_cuda_gemm_use(family)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Where kernels are enqueued, torch's own inside: any thread calls the rest in here. On the host nothing."""

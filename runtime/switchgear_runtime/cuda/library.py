@@ -19,7 +19,7 @@ from switchgear_runtime.native import NativeLibraryMissing
 Kind = Literal["cuda", "twin"]
 FILES: dict[Kind, str] = {"cuda": "libswitchgear_cuda.so", "twin": "libswitchgear_cuda_twin.so"}
 FP32, BF16, FP8, INT8 = 0, 1, 2, 3  # dtypes, and payloads
-MMA = 1  # families of bf16 products
+MMA, WGMMA = 1, 2  # families of bf16 products
 STORE, ADD, SILU_MUL = 0, 1, 2  # epilogues of a product
 _FOLDER = Path(__file__).parent.parent / "_native"
 
@@ -105,6 +105,9 @@ def load(path: Path) -> ctypes.CDLL:
             function.argtypes = [*argtypes, c_void_p]
             function.restype = c_int
             function.errcheck = check
+    use_family = getattr(library, "sg_cuda_gemm_use", None)
+    if use_family is not None:
+        use_family.errcheck = check
     for short, argtypes in _SIZES.items():
         function = getattr(library, f"sg_cuda_{short}", None)
         if function is not None:

@@ -11,9 +11,12 @@ import pytest
 from arena import Arena, Checked, at, of_bf16, to_bf16
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, MMA, SILU_MUL, STORE, DeviceError
+from switchgear_runtime.cuda.library import ADD, BF16, FP32, MMA, SILU_MUL, STORE, WGMMA, DeviceError
 
-FAMILIES = (MMA,)
+
+def families(library: Checked) -> list[int]:
+    """That the device has."""
+    return [family for family in (MMA, WGMMA) if library.sg_cuda_gemm_tiles(family, 1)]
 
 
 def chains(x_MK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
@@ -123,7 +126,25 @@ class Product:
             assert y.tobytes() == expected.tobytes(), f"{label}: {np.abs(y - expected).max()}"
 
 
-def check_gemm(library: Checked, seed: int) -> None:
+def check_gemm_mma(library: Checked, seed: int) -> None:
+    _check_gemm(library, seed, MMA)
+
+
+def check_gemm_wgmma(library: Checked, seed: int) -> None:
+    if WGMMA in families(library):
+        _check_gemm(library, seed, WGMMA)
+
+
+def check_rows_mma(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA)
+
+
+def check_rows_wgmma(library: Checked, seed: int) -> None:
+    if WGMMA in families(library):
+        _check_row_independence(library, seed, WGMMA)
+
+
+def _check_gemm(library: Checked, seed: int, family: int) -> None:
     """Plain and grouped, all epilogues, all tiles."""
     arena = Arena(library, seed)
     product = Product(arena, seed, num_ks=(8, 16, 64, 72, 136, 200, 456), num_outs=(1, 4, 33, 64, 70, 200))
@@ -131,32 +152,44 @@ def check_gemm(library: Checked, seed: int) -> None:
     x = of_bf16(to_bf16(rng.standard_normal((product.num_x, product.num_k))))
     w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
     expected = product.expected(lambda rows, slot: chains(x[rows], w[slot]))
-    family = int(rng.choice((0, *FAMILIES)))
     args = product.arguments(
         arena.put(to_bf16(x), np.uint16),
         [arena.put(to_bf16(one), np.uint16) for one in w],
         x_parts=1,
         family=family,
-        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family or MMA, 1))),
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family, 1))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.managed)
 
 
+def split(x: np.ndarray) -> np.ndarray:
+    """[..., 3, K] bf16 bits of fp32 [..., K]."""
+    parts, left = [], x
+    for _ in range(3):
+        parts.append(to_bf16(left))
+        left = left - of_bf16(parts[-1])
+    return np.stack(parts, -2)
+
+
+def check_split_rows(library: Checked, seed: int) -> None:
+    """The parts' sum is the whole, exactly."""
+    arena = Arena(library, seed)
+    num_rows, hidden = int(arena.rng.integers(1, 9)), int(arena.rng.choice([1, 8, 200, 520]))
+    x = arena.put(arena.rng.standard_normal((num_rows, hidden)) * 2.0 ** arena.rng.integers(-90, 90), np.float32)
+    parts = arena.room((num_rows, 3, hidden), np.uint16)
+    library.sg_cuda_split_rows(at(x), num_rows, hidden, at(parts), None)
+    arena.check()
+    assert (of_bf16(parts).astype(np.float64).sum(1) == x).all(), f"seed {seed}"
+    assert (parts == split(x)).all(), f"seed {seed}"
+
+
 def check_gemm_parts(library: Checked, seed: int) -> None:
-    """fp32 rows in three bf16 parts: the parts are exact, and each is a chain of its own."""
+    """fp32 rows in three bf16 parts: each is a chain of its own."""
     arena = Arena(library, seed)
     product = Product(arena, seed, num_ks=(8, 72, 200), num_outs=(1, 4, 33, 64))
     rng = product.rng
-    x = arena.put(rng.standard_normal((product.num_x, product.num_k)) * 2.0 ** rng.integers(-30, 30), np.float32)
-    x.flat[:: 1 + int(rng.integers(7))] *= np.float32(2.0**-9)
-    parts = arena.room((product.num_x, 3, product.num_k), np.uint16)
-    library.sg_cuda_split_rows(at(x), product.num_x, product.num_k, at(parts), None)
-    wide = of_bf16(parts)
-    assert (wide.astype(np.float64).sum(1) == x).all(), f"seed {seed}: the parts are not the whole"
-    assert (parts[:, 0] == to_bf16(x)).all(), f"seed {seed}: the first part is not the nearest"
-    x /= np.abs(x).max() or 1
-    library.sg_cuda_split_rows(at(x), product.num_x, product.num_k, at(parts), None)
+    parts = arena.put(split(rng.standard_normal((product.num_x, product.num_k)).astype(np.float32)), np.uint16)
     wide = of_bf16(parts)
     w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
 
@@ -188,6 +221,8 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
         {"num_k": 12},
         {"family": -1},
         {"family": 3},
+        {"family": WGMMA, "x_parts": 3},
+        {"family": WGMMA, "tile": 1 + library.sg_cuda_gemm_tiles(WGMMA, 1)},
         {"tile": -1},
         {"tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1)},
         {"x_parts": 3, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 3)},
@@ -200,34 +235,52 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
 
 
-def check_row_independence(library: Checked, seed: int) -> None:
+def _check_row_independence(library: Checked, seed: int, family: int) -> None:
     """A row's bits are the same alone and among others, in a plain product and in a grouped one, in every tile."""
     arena = Arena(library, seed)
     rng = arena.rng
     num_rows, num_k, num_out = int(rng.integers(100, 170)), 136, 96
     x = arena.put(to_bf16(rng.standard_normal((num_rows, num_k))), np.uint16)
     w = arena.put(to_bf16(rng.standard_normal((num_out, num_k))), np.uint16)
-    for family in FAMILIES:
-        y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
-        args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
-        args.scale, args.x_parts, args.family = 1.0, 1, family
+    y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
+    args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
+    args.scale, args.x_parts, args.family = 1.0, 1, family
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    assert np.isfinite(y).all()
+    row = int(rng.integers(num_rows))
+    args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
+    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1)):
+        tiled = arena.room((num_rows, num_out), np.float32)
+        args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
         library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-        assert np.isfinite(y).all()
-        row = int(rng.integers(num_rows))
-        args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
-        library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-        assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
-        for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1)):
-            tiled = arena.room((num_rows, num_out), np.float32)
-            args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
-            library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-            assert y.tobytes() == tiled.tobytes(), f"seed {seed}: family {family}, tile {tile}"
-        args.tile = 0
-        cut = int(rng.integers(1, num_rows))
-        grouped = arena.room((num_rows, num_out), np.float32)
-        args.x, args.y, args.max_rows, args.num_slots = at(x), at(grouped), num_rows, 3
-        args.w, args.w_S = None, at(arena.put([at(w)] * 3, np.int64))
-        args.begin_S1 = at(arena.put([0, cut, cut, num_rows], np.int32))
-        library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-        assert y.tobytes() == grouped.tobytes(), f"seed {seed}"
+        assert y.tobytes() == tiled.tobytes(), f"seed {seed}: family {family}, tile {tile}"
+    args.tile = 0
+    cut = int(rng.integers(1, num_rows))
+    grouped = arena.room((num_rows, num_out), np.float32)
+    args.x, args.y, args.max_rows, args.num_slots = at(x), at(grouped), num_rows, 3
+    args.w, args.w_S = None, at(arena.put([at(w)] * 3, np.int64))
+    args.begin_S1 = at(arena.put([0, cut, cut, num_rows], np.int32))
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    assert y.tobytes() == grouped.tobytes(), f"seed {seed}"
     arena.check()
+
+
+def check_gemm_family(library: Checked, _seed: int) -> None:
+    """One of a process, which the products without a family are of."""
+    before = library.sg_cuda_gemm_family()
+    with pytest.raises(DeviceError):
+        library.sg_cuda_gemm_use(3)
+    assert library.sg_cuda_gemm_tiles(0, 1) == library.sg_cuda_gemm_tiles(3, 1) == 0
+    for family in reversed(families(library)):
+        library.sg_cuda_gemm_use(family)
+        assert library.sg_cuda_gemm_family() == family
+        refused = structs.Gemm(
+            max_rows=1, num_out=2, num_k=8, x_parts=1, tile=1 + library.sg_cuda_gemm_tiles(family, 1)
+        )
+        with pytest.raises(DeviceError, match=f"not 0 to {library.sg_cuda_gemm_tiles(family, 1)}"):
+            library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+        refused.tile, refused.x_parts, refused.max_rows = 0, 3, 0  # of parts, always the first
+        library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+    library.sg_cuda_gemm_use(before)

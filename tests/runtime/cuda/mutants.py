@@ -46,12 +46,17 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
         (checks_routing.check_group, 24),
     ],
     "payload.cu": [(checks_rows.check_payload, 40), (checks_rows.check_combine, 16)],
-    "gemm.cu": [(checks_products.check_gemm_parts, 6), (checks_products.check_gemm_refusals, 1)],
-    "gemm_mma.cu": [
-        (checks_products.check_gemm, 36),
-        (checks_products.check_gemm_parts, 12),
-        (checks_products.check_row_independence, 1),
+    "gemm.cu": [
+        (checks_products.check_split_rows, 6),
+        (checks_products.check_gemm_refusals, 1),
+        (checks_products.check_gemm_family, 1),
     ],
+    "gemm_mma.cu": [
+        (checks_products.check_gemm_mma, 30),
+        (checks_products.check_gemm_parts, 12),
+        (checks_products.check_rows_mma, 1),
+    ],
+    "gemm_wgmma.cu": [(checks_products.check_gemm_wgmma, 24), (checks_products.check_rows_wgmma, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
@@ -61,6 +66,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
 HEADERS = {  # and the sources that show a mutant of them
     "bucket.h": ("dispatch.cu",),
     "gemm.h": ("gemm_mma.cu",),
+    "gemm_kernel.h": ("gemm_mma.cu",),
     "gemm_ring.h": ("gemm_mma.cu",),
     "gemm_tile.h": ("gemm_mma.cu",),
     "gemm_tiles.h": ("gemm_mma.cu",),
@@ -68,8 +74,9 @@ HEADERS = {  # and the sources that show a mutant of them
     "numbers.h": ("payload.cu", "rows.cu"),
 }
 COMPANIONS = {  # sources that another calls, or is called by
-    "gemm.cu": ("gemm_mma.cu",),
-    "gemm_mma.cu": ("gemm.cu",),
+    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu"),
+    "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu"),
+    "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu"),
 }
 OPERATORS = {
     "+": "-",
