@@ -179,8 +179,8 @@ enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };
 // Families of bf16 products: mma.sync of every GPU, wgmma of sm_90a. All tiles of one have the same bits, two may differ.
 enum { SG_MMA = 1, SG_WGMMA = 2 };
 struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatever the number of rows
-  const void* x;            // [M, K] bf16, K a multiple of 8
-  const void* w;            // [N, K] bf16; for slots null
+  const void* x;            // [M, K] bf16; beside fp8 weights also fp8, as pack_rows packs rows
+  const void* w;            // [N, K] bf16, K a multiple of 8; or fp8 with scales, K a multiple of 16; for slots null
   const void* const* w_S;   // of each slot, a table on the device
   const float* bias_N;      // or null
   void* y;                  // [M, N]; SG_ADD: fp32, y += scale * product; SG_SILU_MUL: [M, N / 2], silu(first) * second
@@ -190,13 +190,17 @@ struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatev
   int64_t max_rows, num_out, num_k, num_slots;
   int64_t expected_rows;  // about so many there will be: the tile is chosen for these; 0: max_rows
   float scale;            // of the product
-  int32_t y_dtype, epilogue;
+  int32_t x_dtype, w_dtype, y_dtype, epilogue;
   int32_t x_parts;  // 1; or 3: x is [M, 3, K], an fp32 row in parts (split_rows), and y is (third + second) + first
-  int32_t family;   // 0: this process's; parts are always multiplied by mma.sync
+  int32_t family;   // 0: this process's; parts and fp8 are always multiplied by mma.sync
   int32_t tile;     // of the family, from 1 on; 0: whichever suits
 };
 SG_API int sg_cuda_gemm_rows(const struct sg_cuda_gemm* args, void* stream);
-SG_API int sg_cuda_gemm_tiles(int family, int x_parts);  // how many there are; 0 where the current device has none
+// How many tiles there are; 0: the current device has no such product.
+SG_API int sg_cuda_gemm_tiles(int family, int x_parts, int w_dtype);
+SG_API int sg_cuda_gemm_tile(const struct sg_cuda_gemm* args);  // which it will be
+// Bytes of a weight: of fp8 its codes, then fp32 scales [ceil(N / 128), ceil(K / 128)], one for each block.
+SG_API int64_t sg_cuda_weight_bytes(int64_t num_out, int64_t num_k, int w_dtype);
 SG_API int sg_cuda_gemm_family();                        // this process's: mma.sync, until another is chosen
 SG_API int sg_cuda_gemm_use(int family);                 // once, before the first product
 // parts[t, 0..2] of x[t]: each the bf16 nearest to what those before it leave; the sum of the three is x, exactly (but

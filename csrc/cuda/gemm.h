@@ -9,6 +9,7 @@ namespace sg::cuda {
 // Tiles of a family are numbered from 1; one that it does not have has been refused before.
 int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream);
 int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream);
+int gemm_fp8(const sg_cuda_gemm& a, int tile, void* stream);
 
 // Of the current device; the twin has few, so that its blocks, too, take one tile after another.
 inline int num_multiprocessors() {

@@ -14,7 +14,7 @@ template <int OUTS, int TOKENS, int PARTS, int WARPS_O, int WARPS_T, int STAGES,
 struct GemmMma {
   static constexpr int THREADS = WARPS_O * WARPS_T * WARP, MIN_BLOCKS = BLOCKS;
   static constexpr int M = OUTS / WARPS_O / 16, N = TOKENS * PARTS / WARPS_T / 8;
-  using Shape = RingShape<OUTS, TOKENS, PARTS, THREADS, M, 1, STAGES, STAGES - 1>;
+  using Shape = RingShape<OUTS, TOKENS, PARTS, THREADS, M, 1, STAGES, STAGES - 1, 2, 2>;
   using Ring = GemmRing<Shape>;
   using OwnSums = Own<Sums<M, N>, THREADS>;
   static_assert(PARTS == 1 || WARPS_T == 1, "all parts of a token belong to one warp");
@@ -45,8 +45,8 @@ struct GemmMma {
     }
     Own<Fragments<M, N>, THREADS> fragments[2];  // one is loaded while the other is multiplied
     load<WIDTH>(block, stage, 0, fragments[0]);
-    SG_UNROLL for (int k = 0; k < Ring::DEPTH / 16; ++k) {
-      if (k + 1 < Ring::DEPTH / 16) load<WIDTH>(block, stage, k + 1, fragments[(k + 1) % 2]);
+    SG_UNROLL for (int k = 0; k < Shape::DEPTH / 16; ++k) {
+      if (k + 1 < Shape::DEPTH / 16) load<WIDTH>(block, stage, k + 1, fragments[(k + 1) % 2]);
       warp_mma<WIDTH>(block, sums, fragments[k % 2]);
     }
   }
@@ -64,7 +64,8 @@ struct GemmMma {
     SG_UNROLL for (int j = 0; j < WIDTH; j += 2) {
       const auto at = [&](int thread) {
         const int32_t lane = thread % WARP, column = j + 1 < WIDTH ? j + lane / 16 : j;
-        return stage + line_at(OUTS + token_row_of(thread, column) + lane % 8, 2 * k + lane / 8 % 2);
+        const int32_t r = token_row_of(thread, column) + lane % 8;
+        return stage + Shape::TOKENS_AT + Shape::x_line_at(r, 2 * k + lane / 8 % 2);
       };
       const auto to = [&](int thread) { return &own[thread].b[2 * j]; };
       if (j + 1 < WIDTH) {

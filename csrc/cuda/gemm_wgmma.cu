@@ -19,7 +19,7 @@ struct GemmWgmma {
   static constexpr int THREADS = GROUPS * GROUP_THREADS, MIN_BLOCKS = BLOCKS;
   static constexpr int64_t SHARED_MAX = 227 * 1024;
   static constexpr int M = OUTS / GROUPS / 64, N = TOKENS / 8;
-  using Shape = RingShape<OUTS, TOKENS, 1, THREADS, M, 4, STAGES, STAGES - 2>;
+  using Shape = RingShape<OUTS, TOKENS, 1, THREADS, M, 4, STAGES, STAGES - 2, 2, 2>;
   using Ring = GemmRing<Shape>;
   using OwnSums = Own<Sums<M, N>, THREADS>;
   sg_cuda_gemm a;
@@ -54,13 +54,13 @@ struct GemmWgmma {
       if (num_rows <= FEWER * 8) return multiply<FEWER>(block, stage, sums, num_rows);
     }
     begin_products();
-    SG_UNROLL for (uint64_t k = 0; k < Ring::DEPTH * 2; k += 32) {  // bytes of a row; descriptors count in 16
+    SG_UNROLL for (uint64_t k = 0; k < Shape::DEPTH * 2; k += 32) {  // bytes of a row; descriptors count in 16
       SG_UNROLL for (int i = 0; i < M; ++i) {
         const auto weights = [&](int thread) {
           const int32_t r = (thread / GROUP_THREADS * M + i) * 64;
           return rows_at(address_in(block, stage + r * ROW_BYTES)) + k / 16;
         };
-        const auto tokens = [&](int) { return rows_at(address_in(block, stage + OUTS * ROW_BYTES)) + k / 16; };
+        const auto tokens = [&](int) { return rows_at(address_in(block, stage + Shape::TOKENS_AT)) + k / 16; };
         start_product<WIDTH>(block, sums, i, weights, tokens);
       }
     }

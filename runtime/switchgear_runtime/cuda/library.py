@@ -61,6 +61,7 @@ _SIZES: dict[str, tuple[Any, ...]] = {  # of functions that return a number of b
     "payload_bytes": (c_int64, c_int),
     "peer_bytes": (POINTER(structs.Peer),),
     "peer_rows_at": (POINTER(structs.Peer),),
+    "weight_bytes": (c_int64, c_int64, c_int),
     "attention_work": (c_int64, c_int64, c_int64, c_int64),
 }
 

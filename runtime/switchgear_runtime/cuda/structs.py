@@ -83,7 +83,7 @@ class Gemm(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
         "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots expected_rows;"
-        "f: scale; i: y_dtype epilogue x_parts family tile"
+        "f: scale; i: x_dtype w_dtype y_dtype epilogue x_parts family tile"
     )
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from arena import Arena, Checked, at, of_bf16, to_bf16
+from checks_rows import of_fp8, to_fp8
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, MMA, SILU_MUL, STORE, WGMMA, DeviceError
+from switchgear_runtime.cuda.library import ADD, BF16, FP8, FP32, INT8, MMA, SILU_MUL, STORE, WGMMA, DeviceError
 
 
 def families(library: Checked) -> list[int]:
     """That the device has."""
-    return [family for family in (MMA, WGMMA) if library.sg_cuda_gemm_tiles(family, 1)]
+    return [family for family in (MMA, WGMMA) if library.sg_cuda_gemm_tiles(family, 1, BF16)]
 
 
 def chains(x_MK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
@@ -70,7 +71,7 @@ class Product:
             self.y[...] = rng.standard_normal(self.y.shape)
 
     def arguments(self, x: np.ndarray, weights: list[np.ndarray], **more: Any) -> structs.Gemm:
-        """`more` rows than there are fit; an order that is as it is may be given or not."""
+        """More rows than there are fit; an order that is as it is may be given or not."""
         arena, rng = self.arena, self.rng
         rows = {"x_rows": self.x_rows, "y_rows": self.y_rows}
         given = {
@@ -94,7 +95,7 @@ class Product:
             y_dtype=self.y_dtype,
             epilogue=self.epilogue,
             **given,
-            **more,
+            **{"x_dtype": BF16, "w_dtype": BF16, "x_parts": 1, **more},
         )
 
     def expected(self, sums_of: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
@@ -155,9 +156,8 @@ def _check_gemm(library: Checked, seed: int, family: int) -> None:
     args = product.arguments(
         arena.put(to_bf16(x), np.uint16),
         [arena.put(to_bf16(one), np.uint16) for one in w],
-        x_parts=1,
         family=family,
-        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family, 1))),
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family, 1, BF16))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.managed)
@@ -202,7 +202,7 @@ def check_gemm_parts(library: Checked, seed: int) -> None:
         parts,
         [arena.put(to_bf16(one), np.uint16) for one in w],
         x_parts=3,
-        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 3))),
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 3, BF16))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     product.compare(expected, f"seed {seed}, tile {args.tile}", exact=not library.managed)
@@ -214,6 +214,15 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
         {"epilogue": 3},
         {"epilogue": SILU_MUL, "num_out": 5},
         {"y_dtype": 2},
+        {"x_dtype": 0},
+        {"x_dtype": FP8},
+        {"w_dtype": 0},
+        {"w_dtype": INT8},
+        {"w_dtype": FP8, "x_parts": 3},
+        {"w_dtype": FP8, "family": WGMMA},
+        {"w_dtype": FP8, "num_k": 24},
+        {"w_dtype": FP8, "num_k": 32, "x_dtype": INT8},
+        {"num_out": 1 << 20, "num_k": 1 << 15},
         {"epilogue": ADD, "y_dtype": BF16},
         {"x_parts": 0},
         {"x_parts": 2},
@@ -222,17 +231,78 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
         {"family": -1},
         {"family": 3},
         {"family": WGMMA, "x_parts": 3},
-        {"family": WGMMA, "tile": 1 + library.sg_cuda_gemm_tiles(WGMMA, 1)},
+        {"family": WGMMA, "tile": 1 + library.sg_cuda_gemm_tiles(WGMMA, 1, BF16)},
         {"tile": -1},
-        {"tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1)},
-        {"x_parts": 3, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 3)},
+        {"tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1, BF16)},
+        {"x_parts": 3, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 3, BF16)},
+        {"w_dtype": FP8, "num_k": 32, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1, FP8)},
         {"max_rows": 1 << 34, "num_out": 1 << 20},
     ):
-        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, y_dtype=FP32, x_parts=1)
+        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, x_dtype=BF16, w_dtype=BF16, y_dtype=FP32, x_parts=1)
         for name, value in wrong.items():
             setattr(refused, name, value)
         with pytest.raises(DeviceError):
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+
+
+# Of 16 k, the order in which a step adds products of fp8 weights: a fragment's pairs are the first, then the second two of
+# the four k that a thread has.
+FP8_ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+
+
+def quantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """fp8 codes of values over their scales; none is NaN."""
+    return to_fp8(np.clip(values / scales, -448, 448).astype(np.float32))
+
+
+def fp8_sums(x: np.ndarray, x_scales: np.ndarray, w: np.ndarray, w_scales: np.ndarray) -> np.ndarray:
+    """Of values without their scales, [M, K] and [N, K]; of [M, K / 128] and [N / 128, K / 128] scales."""
+    sums = np.zeros((len(x), len(w)), np.float32)
+    order = np.array([16 * (k // 16) + FP8_ORDER[k % 16] for k in range(128)])
+    for block in range(w_scales.shape[1]):
+        of_block = 128 * block + order
+        ks = of_block[of_block < x.shape[1]]
+        partial = chains(x[:, ks], w[:, ks]).astype(np.float64)
+        scales = x_scales[:, block, None] * np.repeat(w_scales[:, block], 128)[None, : len(w)]
+        sums = (partial * scales + sums).astype(np.float32)
+    return sums
+
+
+def check_gemm_fp8(library: Checked, seed: int) -> None:
+    """fp8 weights by rows of bf16 and of fp8, plain and grouped, all epilogues, all tiles; every code but NaN."""
+    arena = Arena(library, seed)
+    product = Product(arena, seed, num_ks=(16, 48, 128, 144, 272, 400), num_outs=(1, 4, 33, 64, 70, 150))
+    rng, num_k, num_out = product.rng, product.num_k, product.num_out
+    num_blocks = -(-num_k // 128)
+    x = of_bf16(to_bf16(rng.standard_normal((product.num_x, num_k))))
+    x_scales = np.ones((product.num_x, num_blocks), np.float32)
+    is_fp8 = bool(rng.integers(2))
+    if is_fp8:
+        x_scales = (2.0 ** rng.uniform(-9, 1, x_scales.shape)).astype(np.float32)
+        codes = quantized(x, np.repeat(x_scales, 128, 1)[:, :num_k])
+        payload = np.zeros((product.num_x, library.sg_cuda_payload_bytes(num_k, FP8)), np.uint8)
+        payload[:, :num_k] = codes
+        payload[:, num_k : num_k + 4 * num_blocks] = x_scales.view(np.uint8)
+        x = of_fp8(codes)
+    x_stored = arena.put(payload, np.uint8) if is_fp8 else arena.put(to_bf16(x), np.uint16)
+    w = rng.integers(0, 256, (product.num_slots, num_out, num_k)).astype(np.uint8)
+    w[w % 128 == 127] -= 1
+    w_scales = (2.0 ** rng.uniform(-12, -6, (product.num_slots, -(-num_out // 128), num_blocks))).astype(np.float32)
+    blobs = []
+    for codes, scales in zip(w, w_scales, strict=True):
+        blobs.append(arena.room(library.sg_cuda_weight_bytes(num_out, num_k, FP8), np.uint8))
+        blobs[-1][: codes.size] = codes.ravel()
+        blobs[-1][-scales.nbytes :] = scales.view(np.uint8).ravel()
+    expected = product.expected(lambda rows, slot: fp8_sums(x[rows], x_scales[rows], of_fp8(w[slot]), w_scales[slot]))
+    args = product.arguments(
+        x_stored,
+        blobs,
+        x_dtype=FP8 if is_fp8 else BF16,
+        w_dtype=FP8,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 1, FP8))),
+    )
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    product.compare(expected, f"seed {seed}, x fp8 {is_fp8}, tile {args.tile}", exact=not library.managed)
 
 
 def _check_row_independence(library: Checked, seed: int, family: int) -> None:
@@ -244,14 +314,14 @@ def _check_row_independence(library: Checked, seed: int, family: int) -> None:
     w = arena.put(to_bf16(rng.standard_normal((num_out, num_k))), np.uint16)
     y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
     args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
-    args.scale, args.x_parts, args.family = 1.0, 1, family
+    args.scale, args.x_parts, args.family, args.x_dtype, args.w_dtype = 1.0, 1, family, BF16, BF16
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert np.isfinite(y).all()
     row = int(rng.integers(num_rows))
     args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
-    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1)):
+    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1, BF16)):
         tiled = arena.room((num_rows, num_out), np.float32)
         args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
         library.sg_cuda_gemm_rows(ctypes.byref(args), None)
@@ -272,14 +342,15 @@ def check_gemm_family(library: Checked, _seed: int) -> None:
     before = library.sg_cuda_gemm_family()
     with pytest.raises(DeviceError):
         library.sg_cuda_gemm_use(3)
-    assert library.sg_cuda_gemm_tiles(0, 1) == library.sg_cuda_gemm_tiles(3, 1) == 0
+    assert library.sg_cuda_gemm_tiles(0, 1, BF16) == library.sg_cuda_gemm_tiles(3, 1, BF16) == 0
     for family in reversed(families(library)):
         library.sg_cuda_gemm_use(family)
         assert library.sg_cuda_gemm_family() == family
+        num_tiles = library.sg_cuda_gemm_tiles(family, 1, BF16)
         refused = structs.Gemm(
-            max_rows=1, num_out=2, num_k=8, x_parts=1, tile=1 + library.sg_cuda_gemm_tiles(family, 1)
+            max_rows=1, num_out=2, num_k=8, x_dtype=BF16, w_dtype=BF16, x_parts=1, tile=num_tiles + 1
         )
-        with pytest.raises(DeviceError, match=f"not 0 to {library.sg_cuda_gemm_tiles(family, 1)}"):
+        with pytest.raises(DeviceError, match=f"not 0 to {num_tiles}"):
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
         refused.tile, refused.x_parts, refused.max_rows = 0, 3, 0  # of parts, always the first
         library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
