@@ -49,7 +49,8 @@ class DeviceBackend:
         return GPU_PRICES if self._kernels.device.type == "cuda" else HOST_PRICES[expert_format]
 
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceWeightStore:
-        return DeviceWeightStore(checkpoint, dtype, peer_memory_of(self._kernels.device), self._copies)
+        memory = peer_memory_of(self._kernels.device)
+        return DeviceWeightStore(checkpoint, dtype, memory, self._copies, quantization=self._config.quantization)
 
     def peer_experts(self, store: DeviceWeightStore) -> PeerExperts:
         return PeerExperts(store.pool, self._copies, self._kernels.on_stream)

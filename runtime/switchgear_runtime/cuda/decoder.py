@@ -31,7 +31,7 @@ from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
-from switchgear_runtime.cuda.products import bf16_parts
+from switchgear_runtime.cuda.products import bf16_parts, operand
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
@@ -314,7 +314,7 @@ class _DeviceBranch:
 class _DeviceMLP:
     def __init__(self, kernels: Kernels, mlp: DenseMLP) -> None:
         self._kernels = kernels
-        self._gate_up, self._down = mlp.gate_up.data, mlp.down.data
+        self._gate_up, self._down = operand(mlp.gate_up), operand(mlp.down)
 
     def __call__(self, h_TD: Tensor) -> Tensor:
         """[T, D] fp32 of bf16 rows."""

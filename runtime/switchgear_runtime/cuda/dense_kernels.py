@@ -26,6 +26,7 @@ from switchgear_runtime.cuda.step_memory import StepMemory
 
 STEP_PRIORITY = -1  # before what is copied beside the steps (SideCopies)
 
+
 class DenseKernels(ProductKernels):
     """Of one device: `cuda` for a GPU's tensors, `twin` for the host's."""
 

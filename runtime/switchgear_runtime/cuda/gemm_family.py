@@ -26,7 +26,8 @@ def choose_family(kernels: DenseKernels) -> str:
     """ "wgmma" where the device has it and it passes, else "mma", with a warning if it fails. Takes effect in the process."""
     if not kernels.num_tiles(WGMMA):
         return NAMES[MMA]
-    fault = fault_of_wgmma(kernels)
+    with kernels.on_stream():
+        fault = fault_of_wgmma(kernels)
     if fault is not None:
         _logger.warning("products go by mma.sync: wgmma %s on this device", fault)
         return NAMES[MMA]

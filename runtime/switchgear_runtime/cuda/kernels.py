@@ -202,9 +202,16 @@ class Kernels(DenseKernels):
         self.call("count_rows", begin_S1.data_ptr(), experts_S.data_ptr(), experts_S.shape[0], counts_E.data_ptr())
 
     def expert_gated_linear(
-        self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping, *, expected_rows: int = 0
+        self,
+        x_MK: Tensor,
+        weights_S: Tensor,
+        ffn: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
     ) -> Tensor:
-        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K]."""
+        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K], of `format`."""
         y_NF = self.empty(groups.x_rows_N.shape[0], ffn, dtype=torch.bfloat16)
         self.grouped_gemm(
             x_MK,
@@ -215,11 +222,19 @@ class Kernels(DenseKernels):
             begin_S1=groups.begin_S1,
             x_rows=groups.x_rows_N,
             expected_rows=expected_rows,
+            format=format,
         )
         return y_NF
 
     def expert_linear(
-        self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping, *, expected_rows: int = 0
+        self,
+        x_NK: Tensor,
+        weights_S: Tensor,
+        num_out: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
     ) -> Tensor:
         """[N, num_out] bf16, back in the order in which the pairs came. x is in the grouped order."""
         y_NO = self.empty(x_NK.shape[0], num_out, dtype=torch.bfloat16)
@@ -232,5 +247,6 @@ class Kernels(DenseKernels):
             begin_S1=groups.begin_S1,
             y_rows=groups.y_rows_N,
             expected_rows=expected_rows,
+            format=format,
         )
         return y_NO

@@ -124,8 +124,8 @@ class DeviceMoE:
         """Two products over the rows by slot; each result where the group expects it."""
         assert self._slots_held is not None
         kernels, slots, groups = self._kernels, self._slots_held, received.groups
-        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups)
-        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups)
+        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups, format=slots.format)
+        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups, format=slots.format)
         kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
         return y_ND
 
