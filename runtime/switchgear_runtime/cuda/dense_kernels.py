@@ -48,8 +48,8 @@ class DenseKernels(ProductKernels):
         return f"{self.kind} {version.decode()} {'wgmma' if self._library.sg_cuda_gemm_family() == WGMMA else 'mma'}"
 
     def num_tiles(self, family: int) -> int:
-        """Of a family of products; 0 where the device has none."""
-        return int(self._library.sg_cuda_gemm_tiles(family, 1))
+        """Of a family of bf16 products; 0 where the device has none."""
+        return int(self._library.sg_cuda_gemm_tiles(family, 1, BF16))
 
     def use_family(self, family: int) -> None:
         """For all products of this process."""

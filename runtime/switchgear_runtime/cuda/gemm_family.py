@@ -14,7 +14,7 @@ from torch import Tensor
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.dense_kernels import DenseKernels
-from switchgear_runtime.cuda.library import FP32, MMA, STORE, WGMMA
+from switchgear_runtime.cuda.library import BF16, FP32, MMA, STORE, WGMMA
 
 _logger = logging.getLogger(__name__)
 NAMES = {MMA: "mma", WGMMA: "wgmma"}
@@ -64,6 +64,8 @@ def _product(kernels: DenseKernels, x_MK: Tensor, w_NK: Tensor, family: int, til
         num_k=w_NK.shape[1],
         num_slots=1,
         scale=1.0,
+        x_dtype=BF16,
+        w_dtype=BF16,
         y_dtype=FP32,
         epilogue=STORE,
         x_parts=1,

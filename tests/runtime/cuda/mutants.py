@@ -57,6 +57,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
         (checks_products.check_rows_mma, 1),
     ],
     "gemm_wgmma.cu": [(checks_products.check_gemm_wgmma, 24), (checks_products.check_rows_wgmma, 1)],
+    "gemm_fp8.cu": [(checks_products.check_gemm_fp8, 36)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
@@ -67,16 +68,17 @@ HEADERS = {  # and the sources that show a mutant of them
     "bucket.h": ("dispatch.cu",),
     "gemm.h": ("gemm_mma.cu",),
     "gemm_kernel.h": ("gemm_mma.cu",),
-    "gemm_ring.h": ("gemm_mma.cu",),
+    "gemm_ring.h": ("gemm_mma.cu", "gemm_fp8.cu"),
     "gemm_tile.h": ("gemm_mma.cu",),
     "gemm_tiles.h": ("gemm_mma.cu",),
     "peer_layout.h": ("peer.cu",),
     "numbers.h": ("payload.cu", "rows.cu"),
 }
 COMPANIONS = {  # sources that another calls, or is called by
-    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu"),
-    "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu"),
-    "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu"),
+    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu", "gemm_fp8.cu"),
+    "gemm_fp8.cu": ("gemm.cu", "gemm_mma.cu", "gemm_wgmma.cu", "payload.cu"),
 }
 OPERATORS = {
     "+": "-",
@@ -96,6 +98,22 @@ OPERATORS = {
 }
 # Mutants that compute the same: (file, a part of the line, what it becomes or "", why).
 EQUIVALENT: list[tuple[str, str, str, str]] = [
+    ("gemm_mma.cu", "int M = OUTS / WARPS_O", "PARTS * WARPS_T", "more columns than there are tokens"),
+    ("gemm_mma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_mma.cu", "if constexpr (PARTS == 1", "", "other widths, the same bits"),
+    ("gemm_wgmma.cu", "int64_t SHARED_MAX", "", "as much as there is"),
+    ("gemm_wgmma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_wgmma.cu", "constexpr int FEWER", "", "other widths, the same bits"),
+    ("gemm_wgmma.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
+    ("gemm_fp8.cu", "int64_t SHARED_MAX", "", "as much as there is"),
+    ("gemm_fp8.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_fp8.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
+    ("gemm_fp8.cu", "if constexpr (N < 8)", "", "the same loop, unrolled or not"),
+    ("gemm_tiles.h", "int32_t BAND = ", "", "another order"),
+    ("gemm_tiles.h", "return ceil_div(((", "", "more shared memory than needed"),
+    ("gemm_tiles.h", "width_(is_gated", "/ 3", "tiles that overlap"),
+    ("gemm.h", "const int64_t partial = ", ">", "more blocks than needed"),
+    ("gemm.h", "const int64_t tiles = ", "a.max_rows *", "more blocks than needed"),
     ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
     ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
     ("bucket.h", "distance < THREADS;", "distance <= THREADS;", "one round more adds nothing"),
