@@ -16,11 +16,11 @@ SG_DEVICE void run_tiles(Block& block, const Kernel& kernel) {
   const sg_cuda_gemm& a = kernel.a;
   auto* rows = block.shared<int32_t>(Shape::ROWS_AT);
   Own<int32_t, Shape::THREADS> own;
-  const typename Shape::Tiles tiles(a, block, block.shared<int32_t>(Shape::TILES_AT), own);
+  const typename Shape::Tiles tiles(a, block, block.bytes + Shape::TILES_AT, own);
   typename Kernel::Ring ring(a, block, tiles);
   int32_t stage = 0;
-  for (auto number = static_cast<int32_t>(block.x); number < tiles.total; number += static_cast<int32_t>(block.num_x)) {
-    const GemmTile tile = tiles[number];
+  for (TileNumbers numbers(block); numbers.now() < tiles.total; numbers.next()) {
+    const GemmTile tile = tiles[numbers.now()];
     typename Kernel::OwnSums sums;
     block.solo([&](int thread) {
       set_zero(sums[thread]);

@@ -28,7 +28,7 @@ struct RingShape {
   static constexpr int W_LINES = ROW_BYTES / 16, X_LINES = DEPTH * X / 16;  // of a row in a stage
   static constexpr int32_t TOKENS_AT = OUTS * ROW_BYTES, SCALES_AT = TOKENS_AT + TOKENS * PARTS * X_LINES * 16;
   static constexpr int32_t STAGE_BYTES = SCALES_AT + (W_SCALED ? OUTS * 4 : 0) + (X_SCALED ? TOKENS * 4 : 0);
-  static constexpr int64_t ROWS_AT = int64_t{STAGES} * STAGE_BYTES, TILES_AT = ROWS_AT + TOKENS * 4;
+  static constexpr int64_t ROWS_AT = int64_t{STAGES} * STAGE_BYTES, TILES_AT = (ROWS_AT + TOKENS * 4 + 15) / 16 * 16;
   using Tiles = GemmTiles<OUTS, TOKENS>;
   static int64_t shared_bytes(const sg_cuda_gemm& a) { return TILES_AT + Tiles::shared_bytes(a); }
 
@@ -61,8 +61,9 @@ class GemmRing {
         tiles_(tiles),
         w_lines_(Shape::w_lines(args)),
         x_lines_(Shape::x_lines(args)),
-        steps_(static_cast<int32_t>((args.num_k + Shape::DEPTH - 1) / Shape::DEPTH)) {
-    take(block, static_cast<int32_t>(block.x));
+        steps_(static_cast<int32_t>((args.num_k + Shape::DEPTH - 1) / Shape::DEPTH)),
+        numbers_(block) {
+    take(block);
     SG_ROLLED for (int step = 0; step < Shape::AHEAD; ++step) fetch(block);
   }
 
@@ -71,7 +72,7 @@ class GemmRing {
   // Starts the copies of one more step, over the stage that was read STAGES - AHEAD steps ago. Every call is a commit.
   // Rows outside the tile stay as they are in shared memory: they reach results outside it alone. k outside is zeros.
   SG_DEVICE void fetch(Block& block) {
-    const bool is_tile = number_ < tiles_.total;
+    const bool is_tile = numbers_.now() < tiles_.total;
     block.solo([&](int thread) {
       if (is_tile) {
         unsigned char* stage = block.bytes + stage_ * Shape::STAGE_BYTES;
@@ -102,7 +103,10 @@ class GemmRing {
       commit_async();
     });
     stage_ = stage_ + 1 < Shape::STAGES ? stage_ + 1 : 0;
-    if (is_tile && ++step_ == steps_) take(block, number_ + static_cast<int32_t>(block.num_x));
+    if (is_tile && ++step_ == steps_) {
+      numbers_.next();
+      take(block);
+    }
   }
 
  private:
@@ -129,11 +133,10 @@ class GemmRing {
     return a_.x_rows != nullptr ? a_.x_rows[tile_.row + token] : tile_.row + token;
   }
 
-  SG_DEVICE void take(Block& block, int32_t number) {
-    number_ = number;
+  SG_DEVICE void take(Block& block) {
     step_ = 0;
-    if (number >= tiles_.total) return;
-    tile_ = tiles_[number];
+    if (numbers_.now() >= tiles_.total) return;
+    tile_ = tiles_[numbers_.now()];
     block.solo([&](int thread) {
       Mine& mine = mine_[thread];
       const int32_t o = output_of_row<Shape::M, Shape::GROUP>(thread / Shape::W_LINES);
@@ -156,8 +159,9 @@ class GemmRing {
 
   const sg_cuda_gemm& a_;
   const typename Shape::Tiles& tiles_;
-  int32_t w_lines_, x_lines_, steps_;          // of a row, of a row, of a tile
-  int32_t number_ = 0, step_ = 0, stage_ = 0;  // of what is fetched next
+  int32_t w_lines_, x_lines_, steps_;  // of a row, of a row, of a tile
+  TileNumbers numbers_;                // of what is fetched next
+  int32_t step_ = 0, stage_ = 0;
   GemmTile tile_{};
   Own<Mine, Shape::THREADS> mine_;
 };

@@ -45,11 +45,10 @@ struct GemmWgmma {
     return stage;
   }
 
-  // Starts a step's products, of no more column tiles than the tile's rows need (or about a half, or a quarter of
-  // them).
+  // Starts a step's products, of no more column tiles than the tile's rows need, or a few more.
   template <int WIDTH>
   SG_DEVICE void multiply(Block& block, const unsigned char* stage, OwnSums& sums, int32_t num_rows) const {
-    constexpr int FEWER = WIDTH == 20 ? 16 : WIDTH / 2;
+    constexpr int FEWER = WIDTH > 16 ? WIDTH - 2 : WIDTH == 16 && N == 20 ? 12 : WIDTH == 12 ? 8 : WIDTH / 2;
     if constexpr (WIDTH % 2 == 0 && WIDTH > N / 4) {
       if (num_rows <= FEWER * 8) return multiply<FEWER>(block, stage, sums, num_rows);
     }
@@ -79,7 +78,7 @@ int launch_wgmma(const sg_cuda_gemm& a, void* stream) {
 }  // namespace
 
 int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream) {
-  if (tile == 1) return launch_wgmma<64, 8, 1, 12, 2>(a, stream);
+  if (tile == 1) return launch_wgmma<64, 8, 1, 11, 2>(a, stream);
   if (tile == 2) return launch_wgmma<64, 16, 1, 10, 2>(a, stream);
   if (tile == 3) return launch_wgmma<128, 32, 1, 5, 2>(a, stream);
   if (tile == 4) return launch_wgmma<128, 64, 1, 4, 2>(a, stream);

@@ -52,7 +52,9 @@ SG_DEVICE void wait_products(Own<Sums<M, N>, THREADS>& sums) {
 #define SG_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 template <int WIDTH, int N>
 SG_DEVICE void group_product(float (&c)[N][4], uint64_t a, uint64_t b) {
-  static_assert(WIDTH == 1 || WIDTH == 2 || WIDTH == 4 || WIDTH == 8 || WIDTH == 16 || WIDTH == 20, "not written");
+  static_assert(
+      WIDTH == 1 || WIDTH == 2 || WIDTH == 4 || WIDTH == 8 || WIDTH == 12 || WIDTH == 16 || WIDTH == 18 || WIDTH == 20,
+      "not written");
   if constexpr (WIDTH == 1) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
@@ -90,6 +92,17 @@ SG_DEVICE void group_product(float (&c)[N][4], uint64_t a, uint64_t b) {
         : "l"(a), "l"(b)
         : "memory");
   }
+  if constexpr (WIDTH == 12) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+        "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+        "}, %48, %49, 1, 1, 1, 0, 0;"
+        : SG_SUMS(0), SG_SUMS(1), SG_SUMS(2), SG_SUMS(3), SG_SUMS(4), SG_SUMS(5), SG_SUMS(6), SG_SUMS(7), SG_SUMS(8),
+          SG_SUMS(9), SG_SUMS(10), SG_SUMS(11)
+        : "l"(a), "l"(b)
+        : "memory");
+  }
   if constexpr (WIDTH == 16) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -99,6 +112,19 @@ SG_DEVICE void group_product(float (&c)[N][4], uint64_t a, uint64_t b) {
         "}, %64, %65, 1, 1, 1, 0, 0;"
         : SG_SUMS(0), SG_SUMS(1), SG_SUMS(2), SG_SUMS(3), SG_SUMS(4), SG_SUMS(5), SG_SUMS(6), SG_SUMS(7), SG_SUMS(8),
           SG_SUMS(9), SG_SUMS(10), SG_SUMS(11), SG_SUMS(12), SG_SUMS(13), SG_SUMS(14), SG_SUMS(15)
+        : "l"(a), "l"(b)
+        : "memory");
+  }
+  if constexpr (WIDTH == 18) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+        "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"
+        "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71"
+        "}, %72, %73, 1, 1, 1, 0, 0;"
+        : SG_SUMS(0), SG_SUMS(1), SG_SUMS(2), SG_SUMS(3), SG_SUMS(4), SG_SUMS(5), SG_SUMS(6), SG_SUMS(7), SG_SUMS(8),
+          SG_SUMS(9), SG_SUMS(10), SG_SUMS(11), SG_SUMS(12), SG_SUMS(13), SG_SUMS(14), SG_SUMS(15), SG_SUMS(16),
+          SG_SUMS(17)
         : "l"(a), "l"(b)
         : "memory");
   }

@@ -79,7 +79,7 @@ class DeviceMoE:
         assert slots_per_rank == layer.slots_per_rank, "the placement is of another epoch"
         handle = step.group.create_handle(self._slots(topk_ids_TK, tables, step), slots_per_rank)
         received = step.group.dispatch(h_TD, handle, timeout_s=step.timeout_s)
-        y_ND = self._compute(received, tables, step)
+        y_ND = self._compute(received, tables, step, topk_ids_TK.numel())
         y_TD = step.group.combine(y_ND, weights_TK, handle, timeout_s=step.timeout_s)
         num_layers, num_experts = step.rows_LE.shape
         kernels.count(
@@ -120,12 +120,14 @@ class DeviceMoE:
         begin_E1, ends_P, slots_P = torch.split(torch.from_numpy(np.concatenate(parts)).to(device), sizes)
         return kernels.remap(topk_ids_TK, begin_E1, ends_P, slots_P)
 
-    def _compute(self, received: Received, tables: LayerTables, step: DeviceStep) -> Tensor:
-        """Two products over the rows by slot; each result where the group expects it."""
+    def _compute(self, received: Received, tables: LayerTables, step: DeviceStep, expected_rows: int) -> Tensor:
+        """Two products over the rows by slot; each result where the group expects it. `expected_rows`: about as many come
+        as this rank sends, and there may be room for many more."""
         assert self._slots_held is not None
         kernels, slots, groups = self._kernels, self._slots_held, received.groups
-        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups, format=slots.format)
-        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups, format=slots.format)
+        more: dict[str, Any] = {"expected_rows": expected_rows, "format": slots.format}
+        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups, **more)
+        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups, **more)
         kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
         return y_ND
 

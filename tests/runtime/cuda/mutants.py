@@ -110,7 +110,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("gemm_fp8.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
     ("gemm_fp8.cu", "if constexpr (N < 8)", "", "the same loop, unrolled or not"),
     ("gemm_tiles.h", "int32_t BAND = ", "", "another order"),
-    ("gemm_tiles.h", "return ceil_div(((", "", "more shared memory than needed"),
+    ("gemm_tiles.h", "return ceil_div(slots * 16", "", "more shared memory than needed"),
     ("gemm_tiles.h", "width_(is_gated", "/ 3", "tiles that overlap"),
     ("gemm.h", "const int64_t partial = ", ">", "more blocks than needed"),
     ("gemm.h", "const int64_t tiles = ", "a.max_rows *", "more blocks than needed"),
