@@ -156,9 +156,9 @@ def test_an_expert_that_comes_from_another_rank(tmp_path: Path) -> None:
     giver, taker = (
         make_runner(make_tiny_checkpoint(tmp_path, SEED), device="twin", quantization="fp8") for _ in range(2)
     )
-    held = giver.held_expert(1, 5)
+    held = giver.experts.held(1, 5)
     assert held is not None
-    weights = taker.empty_expert(1, 5)
+    weights = taker.experts.empty(1, 5)
     for weight, given in zip(weights, held, strict=True):
         assert weight.data.dtype == given.dtype == torch.uint8
         weight.data.copy_(given)
@@ -166,7 +166,7 @@ def test_an_expert_that_comes_from_another_rank(tmp_path: Path) -> None:
     assert placement is not None
     own = placement.find(5, "")
     assert own is not None
-    for taken, expected in zip(taker._store.on_device(weights), own, strict=True):
+    for taken, expected in zip(taker._store.on_device(weights, (1, 5, "")), own, strict=True):
         assert taken.data.dtype == expected.dtype
         assert torch.equal(taken.data.view(torch.uint8), expected.view(torch.uint8))
 
