@@ -82,8 +82,7 @@ struct GemmFp8 {
     if constexpr (Shape::X_SCALED) {
       SG_UNROLL for (int j = 0; j < WIDTH; j += 2) {
         const auto at = [&](int thread) {
-          const int32_t lane = thread % WARP, column = j + 1 < WIDTH ? j + lane / 16 : j;
-          const int32_t r = token_row_of(thread, column) + lane % 8;
+          const int32_t lane = thread % WARP, r = token_row_of(thread, j + lane / 16) + lane % 8;
           return stage + Shape::TOKENS_AT + Shape::x_line_at(r, line + lane / 8 % 2);
         };
         const auto to = [&](int thread) { return &codes[thread].b[2 * j]; };
