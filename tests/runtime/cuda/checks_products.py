@@ -305,23 +305,34 @@ def check_gemm_fp8(library: Checked, seed: int) -> None:
     product.compare(expected, f"seed {seed}, x fp8 {is_fp8}, tile {args.tile}", exact=not library.managed)
 
 
-def _check_row_independence(library: Checked, seed: int, family: int) -> None:
+def check_rows_parts(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA, x_parts=3)
+
+
+def check_rows_fp8(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA, w_dtype=FP8)
+
+
+def _check_row_independence(library: Checked, seed: int, family: int, *, x_parts: int = 1, w_dtype: int = BF16) -> None:
     """A row's bits are the same alone and among others, in a plain product and in a grouped one, in every tile."""
     arena = Arena(library, seed)
     rng = arena.rng
-    num_rows, num_k, num_out = int(rng.integers(100, 170)), 136, 96
-    x = arena.put(to_bf16(rng.standard_normal((num_rows, num_k))), np.uint16)
+    num_rows, num_k, num_out = int(rng.integers(100, 170)), 144, 96
+    x = arena.put(to_bf16(rng.standard_normal((num_rows, x_parts, num_k))), np.uint16)
     w = arena.put(to_bf16(rng.standard_normal((num_out, num_k))), np.uint16)
+    if w_dtype == FP8:
+        w = arena.put(rng.integers(0, 120, library.sg_cuda_weight_bytes(num_out, num_k, FP8)), np.uint8)
+        w[-8:] = np.full(2, 0.01, np.float32).view(np.uint8)
     y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
     args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
-    args.scale, args.x_parts, args.family, args.x_dtype, args.w_dtype = 1.0, 1, family, BF16, BF16
+    args.scale, args.x_parts, args.family, args.x_dtype, args.w_dtype = 1.0, x_parts, family, BF16, w_dtype
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert np.isfinite(y).all()
     row = int(rng.integers(num_rows))
     args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
-    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, 1, BF16)):
+    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, x_parts, w_dtype)):
         tiled = arena.room((num_rows, num_out), np.float32)
         args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
         library.sg_cuda_gemm_rows(ctypes.byref(args), None)
