@@ -11,14 +11,34 @@ int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream);
 int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream);
 int gemm_fp8(const sg_cuda_gemm& a, int tile, void* stream);
 
-// Of the current device; the twin has few, so that its blocks, too, take one tile after another.
-inline int num_multiprocessors() {
+struct DeviceFacts {
+  int multiprocessors, shared_kib;  // of shared memory that a block may have
+  bool has_wgmma;
+};
+// Of the current device, asked once by a thread. The twin chooses tiles as on an H200.
+inline DeviceFacts device_facts() {
 #if defined(__CUDACC__)
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
+  thread_local int known = -1;
+  thread_local DeviceFacts facts{1, SHARED_BYTES_MAX / 1024, false};
+  int device = 0, shared = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device == known) return facts;
+  cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  facts.shared_kib = shared / 1024;
+  facts.has_wgmma = major == 9 && minor == 0;
+  known = device;
+  return facts;
+#else
+  return {132, 227, true};
+#endif
+}
+
+// Multiprocessors that blocks are started for; of the twin few, so that its blocks, too, take one tile after another.
+inline int multiprocessors_of_launch() {
+#if defined(__CUDACC__)
+  return device_facts().multiprocessors;
 #else
   return 2;
 #endif
@@ -37,7 +57,7 @@ int launch_product(const sg_cuda_gemm& a, void* stream) {
     return fail("max_rows=%lld by num_out=%lld are too many tiles", static_cast<long long>(a.max_rows),
                 static_cast<long long>(a.num_out));
   }
-  const int64_t held = int64_t{Kernel::MIN_BLOCKS} * num_multiprocessors();
+  const int64_t held = int64_t{Kernel::MIN_BLOCKS} * multiprocessors_of_launch();
   return launch("gemm_rows", Kernel{a}, held < tiles ? held : tiles, 1, Shape::shared_bytes(a), stream);
 }
 

@@ -7,24 +7,6 @@
 
 namespace sg::cuda {
 
-struct DeviceFacts {
-  int multiprocessors, shared_kib;  // of shared memory that a block may have
-  bool has_wgmma;
-};
-// The current one; the twin chooses as on an H200.
-inline DeviceFacts device_facts() {
-#if defined(__CUDACC__)
-  int device = 0, shared = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {1, SHARED_BYTES_MAX / 1024, false};
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return {num_multiprocessors(), shared / 1024, major == 9 && minor == 0};
-#else
-  return {132, 227, true};
-#endif
-}
-
 struct TileSize {
   int outs, tokens;
   int blocks;      // that a multiprocessor holds
