@@ -193,9 +193,12 @@ SG_API int sg_cuda_zero(void* to, int64_t bytes, void* stream);
 
 // gemm.cu
 enum { SG_STORE = 0, SG_ADD = 1, SG_SILU_MUL = 2 };
+// Families of bf16 products: mma.sync of every GPU, wgmma of sm_90a. All tiles of one have the same bits, two may
+// differ.
+enum { SG_MMA = 1, SG_WGMMA = 2 };
 struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatever the number of rows
-  const void* x;            // [M, K] of x_dtype
-  const void* w;            // [N, K] of x_dtype; for slots null
+  const void* x;            // [M, K] bf16; beside fp8 weights also fp8, as pack_rows packs rows
+  const void* w;            // [N, K] bf16, K a multiple of 8; or fp8 with scales, K a multiple of 16; for slots null
   const void* const* w_S;   // of each slot, a table on the device
   const float* bias_N;      // or null
   void* y;                  // [M, N]; SG_ADD: fp32, y += scale * product; SG_SILU_MUL: [M, N / 2], silu(first) * second
@@ -203,11 +206,24 @@ struct sg_cuda_gemm {       // y = x * w^T: each output one chain over K, whatev
   const int32_t* x_rows;    // row of x for each row of the grouped order; null: the same
   const int32_t* y_rows;    // row of y
   int64_t max_rows, num_out, num_k, num_slots;
-  float scale;  // of the product
-  int32_t x_dtype, y_dtype, epilogue;
-  int32_t tile;  // of bf16: 1 16 x 32, 2 16 x 128, 3 64 x 128, 0 whichever suits; the bits are the same
+  int64_t expected_rows;  // about so many there will be: the tile is chosen for these; 0: max_rows
+  float scale;            // of the product
+  int32_t x_dtype, w_dtype, y_dtype, epilogue;
+  int32_t x_parts;  // 1; or 3: x is [M, 3, K], an fp32 row in parts (split_rows), and y is (third + second) + first
+  int32_t family;   // 0: this process's; parts and fp8 are always multiplied by mma.sync
+  int32_t tile;     // of the family, from 1 on; 0: whichever suits
 };
 SG_API int sg_cuda_gemm_rows(const struct sg_cuda_gemm* args, void* stream);
+// How many tiles there are; 0: the current device has no such product.
+SG_API int sg_cuda_gemm_tiles(int family, int x_parts, int w_dtype);
+SG_API int sg_cuda_gemm_tile(const struct sg_cuda_gemm* args);  // which it will be
+// Bytes of a weight: of fp8 its codes, then fp32 scales [ceil(N / 128), ceil(K / 128)], one for each block.
+SG_API int64_t sg_cuda_weight_bytes(int64_t num_out, int64_t num_k, int w_dtype);
+SG_API int sg_cuda_gemm_family();         // this process's: mma.sync, until another is chosen
+SG_API int sg_cuda_gemm_use(int family);  // once, before the first product
+// parts[t, 0..2] of x[t]: each the bf16 nearest to what those before it leave; the sum of the three is x, exactly (but
+// for what lies below 2^-133). bf16.
+SG_API int sg_cuda_split_rows(const float* x_TD, int64_t num_tokens, int64_t hidden, void* parts_T3D, void* stream);
 
 // rows.cu
 // x_TD = multiplier * embedding[token_ids_T].

@@ -17,6 +17,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/error.h"
 
@@ -38,7 +39,20 @@ namespace sg::cuda {
 
 constexpr int WARP = 32;
 constexpr int DEVICES_MAX = 64;                  // of a process
-constexpr int64_t SHARED_BYTES_MAX = 96 * 1024;  // that every architecture of the build has
+constexpr int64_t SHARED_BYTES_MAX = 99 * 1024;  // of a block, that every architecture from sm_80 on has
+
+// How many blocks a multiprocessor should hold at once: what a kernel says as MIN_BLOCKS, or one.
+template <typename Kernel, typename = void>
+constexpr int min_blocks = 1;
+template <typename Kernel>
+constexpr int min_blocks<Kernel, std::void_t<decltype(Kernel::MIN_BLOCKS)>> = Kernel::MIN_BLOCKS;
+
+// How many bytes of shared memory a block of it may have: as many as it says as SHARED_MAX, or what every architecture
+// has.
+template <typename Kernel, typename = void>
+constexpr int64_t shared_max = SHARED_BYTES_MAX;
+template <typename Kernel>
+constexpr int64_t shared_max<Kernel, std::void_t<decltype(Kernel::SHARED_MAX)>> = Kernel::SHARED_MAX;
 
 #if defined(__CUDACC__)
 
@@ -114,8 +128,9 @@ SG_DEVICE int64_t clock_ns() {
 SG_DEVICE void rest() { __nanosleep(100); }
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(16) unsigned char bytes[];
+__global__ void __launch_bounds__(Kernel::THREADS, min_blocks<Kernel>)
+    run_block(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(1024) unsigned char bytes[];  // as swizzled tiles want it
   Block block{blockIdx.x, blockIdx.y, gridDim.x, gridDim.y, bytes};
   kernel(block);
 }
@@ -255,7 +270,7 @@ int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y
 template <typename Kernel>
 int launch(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void* stream) {
   if (num_x <= 0 || num_y <= 0) return SG_OK;
-  if (shared_bytes > SHARED_BYTES_MAX || num_x > INT32_MAX || num_y > 65535) {
+  if (shared_bytes > shared_max<Kernel> || num_x > INT32_MAX || num_y > 65535) {
     return fail("%s: a grid of %lld x %lld with %lld bytes of shared memory is too large", name,
                 static_cast<long long>(num_x), static_cast<long long>(num_y), static_cast<long long>(shared_bytes));
   }

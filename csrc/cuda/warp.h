@@ -33,6 +33,20 @@ SG_DEVICE void warp_prefix(const Block&, Own<int32_t, THREADS>& own) {
   }
 }
 
+// own: the sum over the lanes before this one.
+template <int THREADS>
+SG_DEVICE void warp_sum_before(const Block& block, Own<int32_t, THREADS>& own) {
+  const int32_t mine = own[0];
+  warp_prefix(block, own);
+  own[0] -= mine;
+}
+
+// For how many of 32 lanes `is` holds; every warp asks the same.
+template <typename Is>
+SG_DEVICE int32_t count_lanes(Is is) {
+  return __popc(__ballot_sync(~0u, is(static_cast<int>(threadIdx.x) % WARP)));
+}
+
 #else
 
 inline int32_t count_bits(uint32_t mask) { return __builtin_popcount(mask); }
@@ -62,6 +76,24 @@ void warp_prefix(const Block&, Own<int32_t, THREADS>& own) {
   for (int thread = 0; thread < THREADS; ++thread) {
     if (thread % WARP != 0) own[thread] += own[thread - 1];
   }
+}
+
+template <int THREADS>
+void warp_sum_before(const Block&, Own<int32_t, THREADS>& own) {
+  int32_t before = 0;
+  for (int thread = 0; thread < THREADS; ++thread) {
+    if (thread % WARP == 0) before = 0;
+    const int32_t mine = own[thread];
+    own[thread] = before;
+    before += mine;
+  }
+}
+
+template <typename Is>
+int32_t count_lanes(Is is) {
+  int32_t count = 0;
+  for (int lane = 0; lane < WARP; ++lane) count += is(lane) ? 1 : 0;
+  return count;
 }
 
 #endif

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from switchgear_runtime.errors import ConfigError
-from switchgear_runtime.weight_format import QUANTIZATIONS, check_quantization
+from switchgear_runtime.weight_format import DEVICE_QUANTIZATIONS, QUANTIZATIONS, check_quantization
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -41,7 +41,8 @@ class EngineConfig:
     quantization: str = setting(
         "none",
         "Weights of experts, dense layers and logits, made at load from bfloat16: int8 (a scale per output) or int4 "
-        "(a codebook, a scale per 32 inputs). Routers and norms keep their precision.",
+        "(a codebook, a scale per 32 inputs), of the CPU; fp8 (e4m3, a scale per 128 x 128; not the logits'), of GPUs. "
+        "Routers and norms keep their precision.",
         choices=QUANTIZATIONS,
     )
     max_model_len: int | None = setting(None, "Most tokens of prompt and output. Default: the model's limit.")
@@ -156,13 +157,21 @@ class EngineConfig:
         if self.transport == "nccl" and self.device != "cuda":
             raise ConfigError(f"transport='nccl' moves GPU memory and device={self.device!r}; use device='cuda'")
         if self.device == "cpu":
-            return
-        for name, needed in (("quantization", "none"), ("routing_log", None)):
-            if getattr(self, name) != needed:
+            if self.quantization == "fp8":
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is for device='cpu' only so far; leave it out with "
-                    f"device={self.device!r}"
+                    "quantization='fp8' needs device='cuda': CPUs have no product of such values; give int8 or int4 here"
                 )
+            return
+        if self.quantization not in DEVICE_QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization={self.quantization!r} is for device='cpu' only; with device={self.device!r} give "
+                f"{' or '.join(DEVICE_QUANTIZATIONS)}"
+            )
+        if self.routing_log is not None:
+            raise ConfigError(
+                f"routing_log={self.routing_log!r} is for device='cpu' only so far; leave it out with "
+                f"device={self.device!r}"
+            )
         if self.dtype == "float32":
             raise ConfigError(f"dtype='float32' with device={self.device!r}: its products take bfloat16; use that")
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 from switchgear_runtime import native, weight_format
 
 FORMATS: tuple[str, ...] = weight_format.FORMATS
-PAYLOAD = {"f32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}  # of activations
+PAYLOAD = {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "int8": "bfloat16",
+    "int4": "bfloat16",
+    "fp8": "bfloat16",
+}  # of activations
 
 
 def format_number(format: str) -> int:
@@ -20,6 +26,8 @@ def format_number(format: str) -> int:
 
 def packed_bytes(format: str, num_out: int, num_k: int, *, gate_up: bool = False) -> int:
     """Bytes of a packed [num_out, num_k]. `gate_up`: its rows are gates, then as many ups."""
+    if format == "fp8":  # of devices, which the host does not pack
+        return weight_format.fp8_bytes(num_out, num_k)
     return int(native.core().sg_packed_bytes(format_number(format), num_out, num_k, gate_up))
 
 

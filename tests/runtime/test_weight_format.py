@@ -10,11 +10,13 @@ from switchgear_runtime.packing import FORMATS as PACKED_FORMATS
 from switchgear_runtime.weight_format import FORMATS, KINDS, QUANTIZATIONS, weight_format
 
 
-def test_the_router_keeps_its_precision_and_nothing_else_does() -> None:
+def test_the_router_keeps_its_precision_and_beside_fp8_the_logits() -> None:
     assert FORMATS == PACKED_FORMATS
     for quantization in QUANTIZATIONS:
         formats = {kind: weight_format(kind, "bfloat16", quantization) for kind in KINDS}
         assert formats.pop("router") == "f32"
+        if quantization == "fp8":
+            assert formats.pop("lm_head") == "bf16"
         assert set(formats.values()) == {"bf16" if quantization == "none" else quantization}
     assert {weight_format(kind, "float32", "none") for kind in KINDS} == {"f32"}
 

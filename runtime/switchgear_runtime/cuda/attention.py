@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.products import operand
 from switchgear_runtime.cuda.step_inputs import StepInputs
 from switchgear_runtime.model.attention import Attention
 from switchgear_runtime.model.layers import RMSNorm, Rope
@@ -72,7 +73,7 @@ class DeviceAttention:
         """[T, H * C] bf16, of the branch's bf16 input; writes K and V."""
         kernels, spec = self._kernels, self._spec
         head_size = spec.head_dim
-        qkv_TX = kernels.linear(h_TD, self._qkv.data, self._qkv_bias)
+        qkv_TX = kernels.linear(h_TD, operand(self._qkv), self._qkv_bias)
         if self._q_norm is not None:
             self._q_norm.apply_(kernels, qkv_TX, 0, spec.num_heads * head_size)
         if self._k_norm is not None:
@@ -102,7 +103,7 @@ class DeviceAttention:
 
     def project(self, attended_TX: Tensor) -> Tensor:
         """[T, D] fp32."""
-        return self._kernels.linear(attended_TX, self._out.data, self._out_bias)
+        return self._kernels.linear(attended_TX, operand(self._out), self._out_bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

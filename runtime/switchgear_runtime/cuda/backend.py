@@ -12,6 +12,7 @@ from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
+from switchgear_runtime.cuda.gemm_family import choose_family
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.mapped_experts import MappedExperts
@@ -48,7 +49,8 @@ class DeviceBackend:
         return GPU_PRICES if self._kernels.device.type == "cuda" else HOST_PRICES[expert_format]
 
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> DeviceWeightStore:
-        return DeviceWeightStore(checkpoint, dtype, peer_memory_of(self._kernels.device), self._copies)
+        memory = peer_memory_of(self._kernels.device)
+        return DeviceWeightStore(checkpoint, dtype, memory, self._copies, quantization=self._config.quantization)
 
     def mapped_experts(self, store: DeviceWeightStore) -> MappedExperts:
         return MappedExperts(store.pool, self._copies, self._kernels.on_stream)
@@ -95,4 +97,6 @@ def kernels_of(setting: str, rank: int) -> Kernels:
     if device.type != "cuda":
         return Kernels("twin", device)
     torch.cuda.set_device(device)
-    return Kernels("cuda", device)
+    kernels = Kernels("cuda", device)
+    choose_family(kernels)
+    return kernels

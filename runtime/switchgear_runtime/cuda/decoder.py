@@ -33,6 +33,7 @@ from switchgear_runtime.cuda.local_group import LocalGroup
 from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
+from switchgear_runtime.cuda.products import bf16_parts, operand
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
@@ -333,7 +334,7 @@ class _DeviceBranch:
 class _DeviceMLP:
     def __init__(self, kernels: Kernels, mlp: DenseMLP) -> None:
         self._kernels = kernels
-        self._gate_up, self._down = mlp.gate_up.data, mlp.down.data
+        self._gate_up, self._down = operand(mlp.gate_up), operand(mlp.down)
 
     def __call__(self, h_TD: Tensor) -> Tensor:
         """[T, D] fp32 of bf16 rows."""
@@ -352,14 +353,14 @@ class _DeviceLayer:
         self._attention = DeviceAttention(kernels, layer.attention, tables, k_cache, v_cache)
         self.moe: DeviceMoE | None = None
         self._mlp: _DeviceMLP | None = None
-        self._shared_gate: Tensor | None = None
+        self._shared_gate: tuple[Tensor, ...] | None = None
         if isinstance(layer.ffn, MoELayer):
             self.moe = DeviceMoE(kernels, layer.ffn)
             shared = layer.ffn.shared
             if shared is not None:
                 assert isinstance(shared, SharedExpert)
                 self._mlp = _DeviceMLP(kernels, shared.mlp)
-                self._shared_gate = None if shared.gate is None else shared.gate.weight.data
+                self._shared_gate = None if shared.gate is None else bf16_parts(shared.gate.weight.data)
         else:
             assert isinstance(layer.ffn, DenseMLP)
             self._mlp = _DeviceMLP(kernels, layer.ffn)
@@ -388,6 +389,6 @@ class _DeviceLayer:
         if x_TD.shape[0] == 0:
             return
         if self._mlp is not None:  # the shared expert, last, so that the order of the sum is one
-            gate_T = None if self._shared_gate is None else kernels.linear(h_TD, self._shared_gate)
+            gate_T = None if self._shared_gate is None else kernels.exact_linear(h_TD, self._shared_gate)
             kernels.add_branch(y_TD, self._mlp(kernels.rounded(h_TD)), 1.0, gate_T)
         branch.add(x_TD, y_TD)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, Kind, device_library
+from switchgear_runtime.cuda.library import BF16, FP32, WGMMA, Kind, device_library
+from switchgear_runtime.cuda.products import DTYPES, ProductKernels, address
 from switchgear_runtime.cuda.step_memory import StepMemory
 
 STEP_PRIORITY = -1  # before what is copied beside the steps (SideCopies)
-DTYPES = {torch.float32: FP32, torch.bfloat16: BF16}
 
 
-class DenseKernels:
+class DenseKernels(ProductKernels):
     """Of one device: `cuda` for a GPU's tensors, `twin` for the host's."""
 
     def __init__(self, kind: Kind, device: torch.device) -> None:
@@ -45,7 +45,15 @@ class DenseKernels:
     def version(self) -> str:
         """Of the kernels' numbers: ranks that differ could compute different bits."""
         version: bytes = self._library.sg_cuda_kernel_version()
-        return f"{self.kind} {version.decode()}"
+        return f"{self.kind} {version.decode()} {'wgmma' if self._library.sg_cuda_gemm_family() == WGMMA else 'mma'}"
+
+    def num_tiles(self, family: int) -> int:
+        """Of a family of bf16 products; 0 where the device has none."""
+        return int(self._library.sg_cuda_gemm_tiles(family, 1, BF16))
+
+    def use_family(self, family: int) -> None:
+        """For all products of this process."""
+        self._library.sg_cuda_gemm_use(family)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Where kernels are enqueued, torch's own inside: any thread calls the rest in here. On the host nothing."""
@@ -73,45 +81,6 @@ class DenseKernels:
     def zero_(self, out: Tensor) -> Tensor:
         self.call("zero", out.data_ptr(), out.nbytes)
         return out
-
-    # --- dense --------------------------------------------------------------------------------------------------------
-
-    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
-        """[M, N] fp32: scale * (x @ weight.T + bias). x has the weight's dtype."""
-        y_MN = self.empty(x_MK.shape[0], weight_NK.shape[0])
-        self._gemm(x_MK, weight_NK, y_MN, STORE, bias_N=bias_N, scale=scale)
-        return y_MN
-
-    def add_linear(
-        self, to_MN: Tensor, x_MK: Tensor, weight_NK: Tensor, scale: float, bias_N: Tensor | None = None
-    ) -> None:
-        """to += scale * (x @ weight.T + bias), fp32."""
-        self._gemm(x_MK, weight_NK, to_MN, ADD, bias_N=bias_N, scale=scale)
-
-    def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
-        """[M, F] bf16: silu(x @ gates.T) * (x @ ups.T)."""
-        y_MF = self.empty(x_MK.shape[0], gate_up_2FK.shape[0] // 2, dtype=torch.bfloat16)
-        self._gemm(x_MK, gate_up_2FK, y_MF, SILU_MUL)
-        return y_MF
-
-    def _gemm(
-        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: int, *, bias_N: Tensor | None = None, scale: float = 1.0
-    ) -> None:
-        args = structs.Gemm(
-            x=x.data_ptr(),
-            w=weight.data_ptr(),
-            bias_N=address(bias_N),
-            y=y.data_ptr(),
-            max_rows=x.shape[0],
-            num_out=weight.shape[0],
-            num_k=weight.shape[1],
-            num_slots=1,
-            scale=scale,
-            x_dtype=DTYPES[weight.dtype],
-            y_dtype=DTYPES[y.dtype],
-            epilogue=epilogue,
-        )
-        self.call("gemm_rows", args)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -332,7 +301,3 @@ class DenseKernels:
         given = [ctypes.byref(arg) if isinstance(arg, ctypes.Structure) else arg for arg in args]
         stream = 0 if self._stream is None else self._stream.cuda_stream
         getattr(self._library, f"sg_cuda_{name}")(*given, stream)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

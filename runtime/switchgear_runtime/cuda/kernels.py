@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.dense_kernels import DTYPES, DenseKernels, address
+from switchgear_runtime.cuda.dense_kernels import DenseKernels
 from switchgear_runtime.cuda.library import BF16, FP8, SILU_MUL, STORE
+from switchgear_runtime.cuda.products import DTYPES, address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -260,43 +261,52 @@ class Kernels(DenseKernels):
         """counts[expert of each slot] += the slot's rows, int64."""
         self.call("count_rows", begin_S1.data_ptr(), experts_S.data_ptr(), experts_S.shape[0], counts_E.data_ptr())
 
-    def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
-        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K]."""
+    def expert_gated_linear(
+        self,
+        x_MK: Tensor,
+        weights_S: Tensor,
+        ffn: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
+    ) -> Tensor:
+        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K], of `format`."""
         y_NF = self.empty(groups.x_rows_N.shape[0], ffn, dtype=torch.bfloat16)
-        self._grouped_gemm(x_MK, weights_S, y_NF, SILU_MUL, 2 * ffn, groups.begin_S1, groups.x_rows_N, None)
+        self.grouped_gemm(
+            x_MK,
+            weights_S,
+            y_NF,
+            SILU_MUL,
+            num_out=2 * ffn,
+            begin_S1=groups.begin_S1,
+            x_rows=groups.x_rows_N,
+            expected_rows=expected_rows,
+            format=format,
+        )
         return y_NF
 
-    def expert_linear(self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping) -> Tensor:
+    def expert_linear(
+        self,
+        x_NK: Tensor,
+        weights_S: Tensor,
+        num_out: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
+    ) -> Tensor:
         """[N, num_out] bf16, back in the order in which the pairs came. x is in the grouped order."""
         y_NO = self.empty(x_NK.shape[0], num_out, dtype=torch.bfloat16)
-        self._grouped_gemm(x_NK, weights_S, y_NO, STORE, num_out, groups.begin_S1, None, groups.y_rows_N)
-        return y_NO
-
-    def _grouped_gemm(
-        self,
-        x: Tensor,
-        weights_S: Tensor,
-        y: Tensor,
-        epilogue: int,
-        num_out: int,
-        begin_S1: Tensor,
-        x_rows: Tensor | None,
-        y_rows: Tensor | None,
-    ) -> None:
-        args = structs.Gemm(
-            x=x.data_ptr(),
-            w_S=weights_S.data_ptr(),
-            y=y.data_ptr(),
-            begin_S1=begin_S1.data_ptr(),
-            x_rows=address(x_rows),
-            y_rows=address(y_rows),
-            max_rows=y.shape[0],
+        self.grouped_gemm(
+            x_NK,
+            weights_S,
+            y_NO,
+            STORE,
             num_out=num_out,
-            num_k=x.shape[1],
-            num_slots=weights_S.shape[0],
-            scale=1.0,
-            x_dtype=BF16,
-            y_dtype=BF16,
-            epilogue=epilogue,
+            begin_S1=groups.begin_S1,
+            y_rows=groups.y_rows_N,
+            expected_rows=expected_rows,
+            format=format,
         )
-        self.call("gemm_rows", args)
+        return y_NO

@@ -19,6 +19,7 @@ from switchgear_runtime.native import NativeLibraryMissing
 Kind = Literal["cuda", "twin"]
 FILES: dict[Kind, str] = {"cuda": "libswitchgear_cuda.so", "twin": "libswitchgear_cuda_twin.so"}
 FP32, BF16, FP8, INT8 = 0, 1, 2, 3  # dtypes, and payloads
+MMA, WGMMA = 1, 2  # families of bf16 products
 STORE, ADD, SILU_MUL = 0, 1, 2  # epilogues of a product
 _FOLDER = Path(__file__).parent.parent / "_native"
 
@@ -46,6 +47,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "copy": (c_void_p, c_void_p, c_int64),
     "zero": (c_void_p, c_int64),
     "gemm_rows": (POINTER(structs.Gemm),),
+    "split_rows": (c_void_p, c_int64, c_int64, c_void_p),
     "embed": (c_void_p, c_int, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "rms_norm": (POINTER(structs.Norm),),
     "silu_mul": (c_void_p, c_int64, c_int64, c_void_p, c_int),
@@ -60,6 +62,7 @@ _SIZES: dict[str, tuple[Any, ...]] = {  # of functions that return a number of b
     "payload_bytes": (c_int64, c_int),
     "peer_bytes": (POINTER(structs.Peer),),
     "peer_rows_at": (POINTER(structs.Peer),),
+    "weight_bytes": (c_int64, c_int64, c_int),
     "attention_work": (c_int64, c_int64, c_int64, c_int64),
 }
 
@@ -104,6 +107,9 @@ def load(path: Path) -> ctypes.CDLL:
             function.argtypes = [*argtypes, c_void_p]
             function.restype = c_int
             function.errcheck = check
+    use_family = getattr(library, "sg_cuda_gemm_use", None)
+    if use_family is not None:
+        use_family.errcheck = check
     for short, argtypes in _SIZES.items():
         function = getattr(library, f"sg_cuda_{short}", None)
         if function is not None:

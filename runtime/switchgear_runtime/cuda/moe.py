@@ -18,6 +18,7 @@ from torch import Tensor
 from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.placement import LayerTables
+from switchgear_runtime.cuda.products import bf16_parts
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.native_quotas import NativeQuotas
@@ -46,7 +47,7 @@ class DeviceMoE:
         self._kernels = kernels
         self._layer = layer
         self._spec = layer.router.spec
-        self._router_ED = layer.router.weight.data
+        self._router_parts = bf16_parts(layer.router.weight.data)
         self._slots_held: ExpertSlots | None = None
         self._tables: LayerTables | None = None
 
@@ -60,7 +61,7 @@ class DeviceMoE:
 
     def route(self, h_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By the branch's unrounded input."""
-        logits_TE = self._kernels.linear(h_TD, self._router_ED)
+        logits_TE = self._kernels.exact_linear(h_TD, self._router_parts)
         return self._kernels.topk_router(
             logits_TE,
             self._spec.top_k,
@@ -78,7 +79,7 @@ class DeviceMoE:
         assert slots_per_rank == layer.slots_per_rank, "the placement is of another epoch"
         handle = step.group.create_handle(self._slots(topk_ids_TK, tables, step), slots_per_rank)
         received = step.group.dispatch(h_TD, handle, timeout_s=step.timeout_s)
-        y_ND = self._compute(received, tables, step)
+        y_ND = self._compute(received, tables, step, topk_ids_TK.numel())
         y_TD = step.group.combine(y_ND, weights_TK, handle, timeout_s=step.timeout_s)
         num_layers, num_experts = step.rows_LE.shape
         kernels.count(
@@ -119,12 +120,14 @@ class DeviceMoE:
         begin_E1, ends_P, slots_P = torch.split(torch.from_numpy(np.concatenate(parts)).to(device), sizes)
         return kernels.remap(topk_ids_TK, begin_E1, ends_P, slots_P)
 
-    def _compute(self, received: Received, tables: LayerTables, step: DeviceStep) -> Tensor:
-        """Two products over the rows by slot; each result where the group expects it."""
+    def _compute(self, received: Received, tables: LayerTables, step: DeviceStep, expected_rows: int) -> Tensor:
+        """Two products over the rows by slot; each result where the group expects it. `expected_rows`: about as many come
+        as this rank sends, and there may be room for many more."""
         assert self._slots_held is not None
         kernels, slots, groups = self._kernels, self._slots_held, received.groups
-        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups)
-        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups)
+        more: dict[str, Any] = {"expected_rows": expected_rows, "format": slots.format}
+        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups, **more)
+        y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups, **more)
         kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
         return y_ND
 

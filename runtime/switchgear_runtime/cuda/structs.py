@@ -89,8 +89,8 @@ class Peer(ctypes.Structure):
 class Gemm(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots;"
-        "f: scale; i: x_dtype y_dtype epilogue tile"
+        "p: x w w_S bias_N y begin_S1 x_rows y_rows; q: max_rows num_out num_k num_slots expected_rows;"
+        "f: scale; i: x_dtype w_dtype y_dtype epilogue x_parts family tile"
     )
 
 

@@ -18,15 +18,13 @@ from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.cuda.device_memory import DeviceMemory
 from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotLayout, Source
 from switchgear_runtime.cuda.side_copies import SideCopies
-from switchgear_runtime.errors import CheckpointError, ConfigError
+from switchgear_runtime.cuda.weight_source import WeightSource, as_matrix, device_bytes
+from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
-from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names, matrices
+from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names
 from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.ops import PackedWeight
-
-ROW_BYTES = 16  # kernels read rows in pieces of so many
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,13 @@ class DeviceWeightStore:
     shares_weights = False  # no cache of the host's has them in this layout
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, memory: PeerMemory | None, copies: SideCopies
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        memory: PeerMemory | None,
+        copies: SideCopies,
+        *,
+        quantization: str = "none",
     ) -> None:
         if dtype != torch.bfloat16:
             raise ConfigError(
@@ -45,18 +49,17 @@ class DeviceWeightStore:
             )
         self.checkpoint = checkpoint
         self.device = copies.device
-        self.matrices = matrices(
-            checkpoint.spec, checkpoint.names, lm_head=checkpoint.lm_head, dtype="bfloat16", quantization="none"
-        )
+        self._source = WeightSource(checkpoint, quantization)
+        self.matrices = self._source.matrices
         self._dense: dict[tuple[str, ...], Tensor] = {}  # by the tensors on disk
         self._lock = threading.Lock()
         self._copies = copies
-        part_bytes = tuple(map(_num_bytes, self._expert_matrices(checkpoint.spec.moe_layers[0], 0)))
+        part_bytes = tuple(map(device_bytes, self._expert_matrices(checkpoint.spec.moe_layers[0], 0)))
         self.pool = ExpertPool(SlotLayout(part_bytes), memory, copies)
 
     @property
     def expert_format(self) -> str:
-        return "bf16"
+        return self._source.expert_format
 
     @property
     def pool_slots(self) -> int | None:
@@ -79,7 +82,7 @@ class DeviceWeightStore:
             wanted = needed
         if not wanted:
             return
-        dense = {matrix.tensors: _num_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
+        dense = {matrix.tensors: device_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
         beside = {"dense weights": sum(dense.values()), "KV cache": beside_bytes} if is_first else {}
         memory.require(
             {f"{wanted} expert slots": wanted * size, **beside},
@@ -114,13 +117,13 @@ class DeviceWeightStore:
     def expert(self, layer: int, expert: int, pace: Pace | None = None) -> ExpertWeights:
         """(gate and up, down) of one logical expert of decoder layer `layer`. `pace` is told of every piece."""
         found = self._expert_matrices(layer, expert)
-        return self._fill(found, (_bytes(self._checked(matrix, self._on_disk(matrix))) for matrix in found), pace)
+        return self._fill(found, (_bytes(self._source.read(matrix)) for matrix in found), pace)
 
     def empty_expert(self, layer: int, expert: int) -> ExpertWeights:
         """Memory of the host for an expert that comes from another rank's host; `on_device` then takes it."""
         is_pinned = self.device.type == "cuda"
         gate_up, down = (
-            _weight(matrix, torch.empty(_num_bytes(matrix), dtype=torch.uint8, pin_memory=is_pinned))
+            _weight(matrix, torch.empty(device_bytes(matrix), dtype=torch.uint8, pin_memory=is_pinned))
             for matrix in self._expert_matrices(layer, expert)
         )
         return gate_up, down
@@ -128,10 +131,8 @@ class DeviceWeightStore:
     def pack_expert(self, layer: int, expert: int, gate_up_NK: Tensor, down_NK: Tensor) -> ExpertWeights:
         """Weights that are not the checkpoint's."""
         found = self._expert_matrices(layer, expert)
-        tensors = (weight_NK.to(torch.bfloat16) for weight_NK in (gate_up_NK, down_NK))
-        return self._fill(
-            found, (_bytes(self._checked(matrix, one)) for matrix, one in zip(found, tensors, strict=True))
-        )
+        weights = zip(found, (gate_up_NK, down_NK), strict=True)
+        return self._fill(found, (_bytes(self._source.kept(matrix, weight_NK)) for matrix, weight_NK in weights))
 
     def in_slot(self, layer: int, expert: int, slot: Slot) -> ExpertWeights:
         """What has come into a slot by another way."""
@@ -173,36 +174,13 @@ class DeviceWeightStore:
         matrix = self.matrices[name]
         with self._lock:
             if matrix.tensors not in self._dense:  # tied embeddings are one tensor
-                weight_NK = self._checked(matrix, self._on_disk(matrix))
-                self._dense[matrix.tensors] = weight_NK.to(self.device, copy=True)
+                self._dense[matrix.tensors] = self._source.read(matrix).to(self.device, copy=True)
             return self._dense[matrix.tensors]
-
-    def _on_disk(self, matrix: Matrix) -> Tensor:
-        if matrix.expert is not None:
-            read = self.checkpoint.expert_gate_up if matrix.gate_up else self.checkpoint.expert_down
-            weight_NK = read(*matrix.expert)
-        else:
-            tensors = [self.checkpoint.tensor(name) for name in matrix.tensors]
-            weight_NK = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        return weight_NK.to(_DTYPES[matrix.format])
-
-    def _checked(self, matrix: Matrix, weight_NK: Tensor) -> Tensor:
-        if weight_NK.shape[1] * weight_NK.element_size() % ROW_BYTES:
-            raise CheckpointError(
-                f"{self.checkpoint.model_dir}: {matrix.name} has {weight_NK.shape[1]} inputs; the device engine takes "
-                f"multiples of {ROW_BYTES // weight_NK.element_size()}: use device='cpu'"
-            )
-        return weight_NK
-
-
-def _num_bytes(matrix: Matrix) -> int:
-    """On the device."""
-    return matrix.num_out * matrix.num_k * _DTYPES[matrix.format].itemsize
 
 
 def _in_part(matrix: Matrix, part: Tensor) -> PackedWeight:
     """A part of a slot as what its bytes are."""
-    return _weight(matrix, part.view(_DTYPES[matrix.format]).view(matrix.num_out, matrix.num_k))
+    return _weight(matrix, as_matrix(matrix, part))
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -19,9 +19,20 @@ from torch import Tensor
 
 from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.config_keys import read_json
-from switchgear_runtime.model.names import EMBED, LM_HEAD, ExpertNames, expected_shapes, expert_names, expert_shapes
-from switchgear_runtime.model.safetensors_file import DTYPES, SafetensorsFile, TensorEntry
+from switchgear_runtime.model.names import (
+    EMBED,
+    LM_HEAD,
+    SCALES,
+    SHARED_GATE,
+    ExpertNames,
+    expected_shapes,
+    expert_names,
+    expert_shapes,
+    scales_name,
+)
+from switchgear_runtime.model.safetensors_file import DTYPES, FP8, SafetensorsFile, TensorEntry
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
+from switchgear_runtime.weight_format import FP8_BLOCK
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,18 +90,15 @@ class Checkpoint:
 
     def _validate(self) -> None:
         expected = expected_shapes(self.spec, self.names, self._files)
-        for name, shape in expected.items():
-            if name not in self._files:
-                raise CheckpointError(f"tensor {name} is missing from {self.model_dir}")
-            entry = self.entry(name)
-            path = self._files[name].path
-            if entry.dtype not in DTYPES:
+        dtypes = [dtype for dtype in DTYPES if dtype != FP8]
+        for name, shape in list(expected.items()):
+            self._check_shape(name, shape)
+            if self.entry(name).dtype == FP8:
+                expected[self._check_fp8(name)] = ()
+            elif self.entry(name).dtype not in dtypes:
                 raise CheckpointError(
-                    f"{path}: tensor {name} has dtype {entry.dtype}; expected one of {', '.join(DTYPES)}"
-                )
-            if entry.shape != shape:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
+                    f"{self._files[name].path}: tensor {name} has dtype {self.entry(name).dtype}; expected one of "
+                    f"{', '.join(dtypes)}"
                 )
         for name in self._files:
             # A bias, an extra layer, a scale that we would not compute with: wrong tokens are worse than none.
@@ -98,6 +106,32 @@ class Checkpoint:
                 raise CheckpointError(
                     f"tensor {name} in {self._files[name].path} has no place in the model config.json describes"
                 )
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._files:
+            raise CheckpointError(f"tensor {name} is missing from {self.model_dir}")
+        if self.entry(name).shape != shape:
+            raise CheckpointError(
+                f"{self._files[name].path}: tensor {name} has shape {list(self.entry(name).shape)}, config.json implies "
+                f"{list(shape)}"
+            )
+
+    def _check_fp8(self, name: str) -> str:
+        """The name of its scales."""
+        path, shape = self._files[name].path, self.entry(name).shape
+        if self.spec.quantization != "fp8":
+            raise CheckpointError(f"{path}: tensor {name} is fp8, and config.json has no quantization_config")
+        kept = (EMBED, LM_HEAD, *map(self.names.router, self.spec.moe_layers))
+        if len(shape) != 2 or name in kept or name.endswith(SHARED_GATE):
+            raise CheckpointError(
+                f"{path}: tensor {name} is fp8; only matrices of attention, of dense layers and of experts, one by one, "
+                "are served so"
+            )
+        scales = scales_name(name)
+        self._check_shape(scales, (-(-shape[0] // FP8_BLOCK), -(-shape[1] // FP8_BLOCK)))
+        if self.entry(scales).dtype not in ("F32", "BF16"):
+            raise CheckpointError(f"{path}: tensor {scales} has dtype {self.entry(scales).dtype}; expected F32 or BF16")
+        return scales
 
     def entry(self, name: str) -> TensorEntry:
         return self._files[name].entries[name]
@@ -116,6 +150,14 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file, in the dtype it has on disk."""
         return self._files[name].read(name)
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether it has scales."""
+        return self.entry(name).dtype == FP8
+
+    def fp8(self, name: str) -> tuple[Tensor, Tensor]:
+        """(codes [N, K], fp32 scales [ceil(N / 128), ceil(K / 128)]): a value is code * scale."""
+        return self.tensor(name), self.tensor(scales_name(name)).float()
 
     def expert_gate_up(self, layer: int, expert: int) -> Tensor:
         """Gate and up rows [2F, D] of one logical expert of decoder layer `layer`."""
@@ -160,7 +202,7 @@ class Checkpoint:
             digest.update(f"{file.path.name} {file.num_bytes}\n".encode())
             digest.update(file.header_text)
             for name in sorted(file.entries):
-                if name not in experts:
+                if name.removesuffix(SCALES) not in experts:
                     digest.update(file.head(name, IDENTITY_BYTES))
         return digest.hexdigest()[:16]
 

@@ -125,7 +125,6 @@ def _decoder(
 ) -> DecoderSpec:
     """What all architectures read alike; `fields`: what else this one sets."""
     keys.only("hidden_act", "silu")
-    keys.only("quantization_config")
     keys.only("partial_rotary_factor", 1.0)
     if not any(isinstance(layer.ffn, MoESpec) for layer in layers):
         raise CheckpointError(f"{keys.path}: no layer has experts (mlp_only_layers, decoder_sparse_step)")
@@ -141,6 +140,7 @@ def _decoder(
         max_position_embeddings=keys.integer("max_position_embeddings", positions),
         eos_token_ids=_eos_token_ids(keys, vocab_size),
         dtype=keys.dtype(),
+        quantization=keys.quantization(),
         **fields,
     )
 

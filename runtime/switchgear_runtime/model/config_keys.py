@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.spec import Dtype, RopeSpec
+from switchgear_runtime.weight_format import FP8_BLOCK
 
 JSON_BYTES_MAX = 64 << 20
 SIZE_MAX = 1 << 24  # any dimension
@@ -111,3 +112,24 @@ class Keys:
                     raise self.fail(key, value, "is not supported; expected 'bfloat16', 'float16' or 'float32'")
                 return cast(Dtype, name)
         return None
+
+    def quantization(self) -> Literal["fp8"] | None:
+        """What the checkpoint's weights are quantised to. Other blocks, or scales of activations that were fixed
+        beforehand, would be other numbers."""
+        value = self.get("quantization_config")
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail("quantization_config", value, "must be an object")
+        served: dict[str, tuple[object, ...]] = {
+            "quant_method": ("fp8",),
+            "fmt": ("e4m3", None),
+            "activation_scheme": ("dynamic", None),
+            "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
+        }
+        for key, accepted in served.items():
+            if value.get(key) not in accepted:
+                raise self.fail(
+                    f"quantization_config.{key}", value.get(key), f"is not supported; expected {accepted[0]!r}"
+                )
+        return "fp8"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.names import EMBED, SHARED_EXPERT, SHARED_GATE, ExpertNames
 from switchgear_runtime.model.spec import DecoderSpec, MoESpec
 from switchgear_runtime.moe.expert_map import EMPTY, ExpertMap
@@ -39,6 +40,18 @@ class Matrix:
         return packed_bytes(self.format, self.num_out, self.num_k, gate_up=self.gate_up)
 
 
+def run_quantization(spec: DecoderSpec, quantization: str) -> str:
+    """What the weights are kept in: the setting, or what the checkpoint has them in. ConfigError where they differ."""
+    if spec.quantization in (None, quantization):
+        return quantization
+    if quantization == "none":
+        return str(spec.quantization)
+    raise ConfigError(
+        f"quantization={quantization!r}: the checkpoint's weights are {spec.quantization} already; leave it out, or give "
+        "a checkpoint in bfloat16"
+    )
+
+
 def expert_matrix_names(layer: int, expert: int) -> tuple[str, str]:
     """(gate and up, down) of one logical expert of decoder layer `layer`."""
     return f"layers.{layer}.experts.{expert}.gate_up", f"layers.{layer}.experts.{expert}.down"
@@ -60,6 +73,7 @@ def dense_matrices(
 ) -> list[Matrix]:
     """All but the routed experts'."""
     hidden = spec.hidden_size
+    quantization = run_quantization(spec, quantization)
     found: list[Matrix] = []
 
     def add(
@@ -102,7 +116,8 @@ def expert_matrices(
     spec: DecoderSpec, layer: int, expert: int, *, dtype: str, quantization: str
 ) -> tuple[Matrix, Matrix]:
     """(gate and up, down) of one logical expert of decoder layer `layer`."""
-    ffn, hidden, format = spec.moe.ffn, spec.hidden_size, weight_format("experts", dtype, quantization)
+    ffn, hidden = spec.moe.ffn, spec.hidden_size
+    format = weight_format("experts", dtype, run_quantization(spec, quantization))
     gate_up, down = expert_matrix_names(layer, expert)
     common = {"kind": "experts", "format": format, "expert": (layer, expert)}
     return (

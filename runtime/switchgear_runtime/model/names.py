@@ -19,7 +19,13 @@ LM_HEAD = "lm_head.weight"
 LM_HEAD_BIAS = "lm_head.bias"
 SHARED_EXPERT = "mlp.shared_expert"
 SHARED_GATE = "mlp.shared_expert_gate.weight"
+SCALES = "_scale_inv"  # behind an fp8 weight's name
 Shapes = dict[str, tuple[int, ...]]
+
+
+def scales_name(weight: str) -> str:
+    """Of an fp8 weight's scales."""
+    return weight + SCALES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 from switchgear_runtime.errors import CheckpointError
 
 HEADER_BYTES_MAX = 100 << 20  # the limit of the reference implementation
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True, slots=True)

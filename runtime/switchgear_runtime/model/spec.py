@@ -81,6 +81,7 @@ class DecoderSpec:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and ffn add
     logits_scaling: float = 1.0  # logits are divided by it
+    quantization: Literal["fp8"] | None = None  # of the checkpoint's own weights: e4m3, a scale per 128 x 128
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import ops
-from switchgear_runtime.errors import CheckpointError
+from switchgear_runtime.errors import CheckpointError, ConfigError
 from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_names, matrices
@@ -39,6 +39,11 @@ class WeightStore:
         weight_cache: str | None = "",
         rank: int = 0,
     ) -> None:
+        if checkpoint.spec.quantization is not None:
+            raise ConfigError(
+                f"{checkpoint.model_dir} has {checkpoint.spec.quantization} weights, which CPUs have no product of; use "
+                "device='cuda', or a checkpoint in bfloat16"
+            )
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.matrices = matrices(

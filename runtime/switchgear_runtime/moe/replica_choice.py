@@ -40,7 +40,7 @@ class StepPrices:
 # By the weights' format: 206 GFLOP/s in bf16 and 17 GB/s a core, whichever rank's the pages are.
 HOST_PRICES = {
     format: StepPrices(expert_rows=rows, lent_expert_rows=rows, exchange_rows=32)
-    for format, rows in {"f32": 11, "bf16": 11, "int8": 6, "int4": 3}.items()
+    for format, rows in {"f32": 11, "bf16": 11, "int8": 6, "int4": 3, "fp8": 6}.items()
 }
 
 

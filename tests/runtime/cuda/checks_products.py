@@ -1,15 +1,23 @@
-"""Checks of the products (gemm.cu) against chains in numpy, one step of k at a time, on random input."""
+"""Checks of the products (gemm*.cu) against chains in numpy, one step of k at a time, on random input."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from arena import Arena, Checked, at, of_bf16, to_bf16
+from checks_rows import of_fp8, to_fp8
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import ADD, BF16, FP32, SILU_MUL, STORE, DeviceError
+from switchgear_runtime.cuda.library import ADD, BF16, FP8, FP32, INT8, MMA, SILU_MUL, STORE, WGMMA, DeviceError
+
+
+def families(library: Checked) -> list[int]:
+    """That the device has."""
+    return [family for family in (MMA, WGMMA) if library.sg_cuda_gemm_tiles(family, 1, BF16)]
 
 
 def chains(x_MK: np.ndarray, w_NK: np.ndarray) -> np.ndarray:
@@ -25,114 +33,310 @@ def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
 
 
-def check_gemm(library: Checked, seed: int) -> None:
-    """Plain and grouped, both dtypes, all epilogues. Exact on the twin; a tensor core adds in an order of its own."""
+def draw_sizes(rng: np.random.Generator, grouped: bool) -> np.ndarray:
+    """Rows of each slot: few or many slots, some empty; or one with everything."""
+    if not grouped:
+        return rng.integers(1, 170, 1)
+    num_slots = int(rng.choice([1, 2, 5, 33, 70]))
+    if rng.integers(4) == 0:
+        sizes = np.zeros(num_slots, np.int64)
+        sizes[rng.integers(num_slots)] = rng.integers(1, 280)
+        return sizes
+    return rng.integers(0, 40 if num_slots < 9 else 9, num_slots) * rng.integers(0, 2, num_slots)
+
+
+class Product:
+    """Random operands, arguments, and what must come out of a product of any kind."""
+
+    def __init__(self, arena: Arena, seed: int, *, num_ks: tuple[int, ...], num_outs: tuple[int, ...]) -> None:
+        self.arena = arena
+        rng = self.rng = arena.rng
+        self.grouped = bool(seed % 2)
+        self.epilogue = (STORE, ADD, SILU_MUL)[seed // 2 % 3]
+        self.y_dtype = FP32 if self.epilogue == ADD else int(rng.choice([FP32, BF16]))
+        self.sizes = draw_sizes(rng, self.grouped)
+        self.num_slots = len(self.sizes)
+        self.num_rows, self.num_x = int(self.sizes.sum()), int(self.sizes.sum()) + 3
+        self.num_k = int(rng.choice(num_ks))
+        num_out = 2 * int(rng.choice(num_outs))
+        self.num_out = num_out if self.epilogue == SILU_MUL else num_out - int(rng.integers(2))
+        self.num_results = self.num_out // 2 if self.epilogue == SILU_MUL else self.num_out
+        self.x_rows = rng.permutation(self.num_x)[: self.num_rows] if rng.integers(2) else np.arange(self.num_rows)
+        self.y_rows = rng.permutation(self.num_x)[: self.num_rows] if rng.integers(2) else np.arange(self.num_rows)
+        self.begin = np.concatenate([[0], self.sizes.cumsum()])
+        self.bias_N = arena.normals(self.num_out) if rng.integers(2) else None
+        self.scale = np.float32(rng.choice([1.0, 0.22]))
+        self.y = arena.room((self.num_x, self.num_results), np.float32 if self.y_dtype == FP32 else np.uint16)
+        if self.epilogue == ADD:
+            self.y[...] = rng.standard_normal(self.y.shape)
+
+    def arguments(self, x: np.ndarray, weights: list[np.ndarray], **more: Any) -> structs.Gemm:
+        """More rows than there are fit; an order that is as it is may be given or not."""
+        arena, rng = self.arena, self.rng
+        rows = {"x_rows": self.x_rows, "y_rows": self.y_rows}
+        given = {
+            name: at(arena.put(order, np.int32))
+            for name, order in rows.items()
+            if rng.integers(2) or (order != np.arange(self.num_rows)).any()
+        }
+        return structs.Gemm(
+            x=at(x),
+            w=None if self.grouped else at(weights[0]),
+            w_S=at(arena.put([at(one) for one in weights], np.int64)) if self.grouped else None,
+            bias_N=at(self.bias_N),
+            y=at(self.y),
+            begin_S1=at(arena.put(self.begin, np.int32)) if self.grouped else None,
+            max_rows=self.num_rows + (int(rng.integers(0, 50)) if self.grouped else 0),
+            expected_rows=int(rng.choice([0, 1, self.num_rows])),
+            num_out=self.num_out,
+            num_k=self.num_k,
+            num_slots=self.num_slots,
+            scale=self.scale,
+            y_dtype=self.y_dtype,
+            epilogue=self.epilogue,
+            **given,
+            **{"x_dtype": BF16, "w_dtype": BF16, "x_parts": 1, **more},
+        )
+
+    def expected(self, sums_of: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+        """`sums_of(rows of x, slot)`: the products before bias, scale and epilogue."""
+        expected = self.y.copy()
+        for slot in range(self.num_slots):
+            rows = slice(self.begin[slot], self.begin[slot + 1])
+            sums = sums_of(self.x_rows[rows], slot)
+            values = (sums if self.bias_N is None else sums + self.bias_N) * self.scale
+            if self.epilogue == SILU_MUL:
+                values = silu_mul(values[:, : self.num_results], values[:, self.num_results :])
+            if self.epilogue == ADD:
+                values = self.y[self.y_rows[rows]] + values
+            expected[self.y_rows[rows]] = values if self.y_dtype == FP32 else to_bf16(values)
+        return expected
+
+    def compare(self, expected: np.ndarray, label: str, *, exact: bool) -> None:
+        """Exact, but for silu, on the twin; a tensor core adds in an order of its own."""
+        self.arena.check()
+        y = self.y
+        untouched = np.setdiff1d(np.arange(self.num_x), self.y_rows)
+        assert (y[untouched] == expected[untouched]).all(), f"{label}: a row that is nobody's"
+        if self.y_dtype == BF16:
+            y, expected = of_bf16(y), of_bf16(expected)
+        if self.epilogue == SILU_MUL or not exact:
+            near = 1e-2 if self.y_dtype == BF16 else 2e-6 if exact else 1e-4
+            assert np.allclose(y, expected, rtol=near, atol=near * 10), f"{label}: {np.abs(y - expected).max()}"
+        else:
+            assert y.tobytes() == expected.tobytes(), f"{label}: {np.abs(y - expected).max()}"
+
+
+def check_gemm_mma(library: Checked, seed: int) -> None:
+    _check_gemm(library, seed, MMA)
+
+
+def check_gemm_wgmma(library: Checked, seed: int) -> None:
+    if WGMMA in families(library):
+        _check_gemm(library, seed, WGMMA)
+
+
+def check_rows_mma(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA)
+
+
+def check_rows_wgmma(library: Checked, seed: int) -> None:
+    if WGMMA in families(library):
+        _check_row_independence(library, seed, WGMMA)
+
+
+def _check_gemm(library: Checked, seed: int, family: int) -> None:
+    """Plain and grouped, all epilogues, all tiles."""
     arena = Arena(library, seed)
-    rng = arena.rng
-    is_bf16, grouped = bool(seed % 2), bool(seed // 2 % 2)
-    epilogue = int(rng.choice([STORE, ADD, SILU_MUL]))
-    y_dtype = FP32 if epilogue == ADD else int(rng.choice([FP32, BF16]))
-    num_slots = int(rng.integers(1, 7)) if grouped else 1
-    sizes = rng.integers(0, 40, num_slots) * rng.integers(0, 2, num_slots) if grouped else rng.integers(0, 140, 1)
-    num_k = int(rng.choice([8, 17, 64, 65, 72, 200, 456]))
-    num_out = 2 * int(rng.choice([1, 4, 33, 64, 70, 200]))
-    if epilogue != SILU_MUL:
-        num_out -= seed // 4 % 2
-    num_rows, num_x = int(sizes.sum()), int(sizes.sum()) + 3
-    x = rng.standard_normal((num_x, num_k)).astype(np.float32)
-    w = rng.standard_normal((num_slots, num_out, num_k)).astype(np.float32)
-    if is_bf16:
-        x, w = of_bf16(to_bf16(x)), of_bf16(to_bf16(w))
-    stored = (
-        (lambda array: arena.put(to_bf16(array), np.uint16)) if is_bf16 else lambda array: arena.put(array, np.float32)
-    )
-    x_stored, w_stored = stored(x), [stored(w[s]) for s in range(num_slots)]
-    num_results = num_out // 2 if epilogue == SILU_MUL else num_out
-    bias_N = arena.normals(num_out) if rng.integers(2) else None
-    scale = np.float32(rng.choice([1.0, 0.22]))
-    x_rows = rng.permutation(num_x)[:num_rows] if rng.integers(2) else np.arange(num_rows)
-    y_rows = rng.permutation(num_x)[:num_rows] if rng.integers(2) else np.arange(num_rows)
-    y = arena.room((num_x, num_results), np.float32 if y_dtype == FP32 else np.uint16)
-    if epilogue == ADD:
-        y[...] = rng.standard_normal(y.shape)
-    expected = y.copy()
-    begin = np.concatenate([[0], sizes.cumsum()])
-    for s in range(num_slots):
-        rows = slice(begin[s], begin[s + 1])
-        sums = chains(x[x_rows[rows]], w[s])
-        values = (sums if bias_N is None else sums + bias_N) * scale
-        if epilogue == SILU_MUL:
-            values = silu_mul(values[:, :num_results], values[:, num_results:])
-        if epilogue == ADD:
-            values = y[y_rows[rows]] + values
-        expected[y_rows[rows]] = values if y_dtype == FP32 else to_bf16(values)
-    more = int(rng.integers(0, 50)) if grouped else 0  # capacity beyond the rows that there are
-    args = structs.Gemm(
-        x=at(x_stored),
-        w=None if grouped else at(w_stored[0]),
-        w_S=at(arena.put([at(one) for one in w_stored], np.int64)) if grouped else None,
-        bias_N=at(bias_N),
-        y=at(y),
-        begin_S1=at(arena.put(begin, np.int32)) if grouped else None,
-        x_rows=at(arena.put(x_rows, np.int32)) if rng.integers(2) or (x_rows != np.arange(num_rows)).any() else None,
-        y_rows=at(arena.put(y_rows, np.int32)) if rng.integers(2) or (y_rows != np.arange(num_rows)).any() else None,
-        max_rows=num_rows + more,
-        num_out=num_out,
-        num_k=num_k,
-        num_slots=num_slots,
-        scale=scale,
-        x_dtype=BF16 if is_bf16 else FP32,
-        y_dtype=y_dtype,
-        epilogue=epilogue,
-        tile=int(rng.integers(4)),
+    product = Product(arena, seed, num_ks=(8, 16, 64, 72, 136, 200, 456), num_outs=(1, 4, 33, 64, 70, 200))
+    rng = product.rng
+    x = of_bf16(to_bf16(rng.standard_normal((product.num_x, product.num_k))))
+    w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
+    expected = product.expected(lambda rows, slot: chains(x[rows], w[slot]))
+    args = product.arguments(
+        arena.put(to_bf16(x), np.uint16),
+        [arena.put(to_bf16(one), np.uint16) for one in w],
+        family=family,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family, 1, BF16))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.managed)
+
+
+def split(x: np.ndarray) -> np.ndarray:
+    """[..., 3, K] bf16 bits of fp32 [..., K]."""
+    parts, left = [], x
+    for _ in range(3):
+        parts.append(to_bf16(left))
+        left = left - of_bf16(parts[-1])
+    return np.stack(parts, -2)
+
+
+def check_split_rows(library: Checked, seed: int) -> None:
+    """The parts' sum is the whole, exactly."""
+    arena = Arena(library, seed)
+    num_rows, hidden = int(arena.rng.integers(1, 9)), int(arena.rng.choice([1, 8, 200, 520]))
+    x = arena.put(arena.rng.standard_normal((num_rows, hidden)) * 2.0 ** arena.rng.integers(-90, 90), np.float32)
+    parts = arena.room((num_rows, 3, hidden), np.uint16)
+    library.sg_cuda_split_rows(at(x), num_rows, hidden, at(parts), None)
     arena.check()
+    assert (of_bf16(parts).astype(np.float64).sum(1) == x).all(), f"seed {seed}"
+    assert (parts == split(x)).all(), f"seed {seed}"
+
+
+def check_gemm_parts(library: Checked, seed: int) -> None:
+    """fp32 rows in three bf16 parts: each is a chain of its own."""
+    arena = Arena(library, seed)
+    product = Product(arena, seed, num_ks=(8, 72, 200), num_outs=(1, 4, 33, 64))
+    rng = product.rng
+    parts = arena.put(split(rng.standard_normal((product.num_x, product.num_k)).astype(np.float32)), np.uint16)
+    wide = of_bf16(parts)
+    w = of_bf16(to_bf16(rng.standard_normal((product.num_slots, product.num_out, product.num_k))))
+
+    def sums_of(rows: np.ndarray, slot: int) -> np.ndarray:
+        first, second, third = (chains(wide[rows, part], w[slot]) for part in range(3))
+        return (third + second) + first
+
+    expected = product.expected(sums_of)
+    args = product.arguments(
+        parts,
+        [arena.put(to_bf16(one), np.uint16) for one in w],
+        x_parts=3,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 3, BF16))),
+    )
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    product.compare(expected, f"seed {seed}, tile {args.tile}", exact=not library.managed)
+
+
+def check_gemm_refusals(library: Checked, _seed: int) -> None:
     for wrong in (
         {"epilogue": -1},
         {"epilogue": 3},
         {"epilogue": SILU_MUL, "num_out": 5},
-        {"x_dtype": 2},
         {"y_dtype": 2},
+        {"x_dtype": 0},
+        {"x_dtype": FP8},
+        {"w_dtype": 0},
+        {"w_dtype": INT8},
+        {"w_dtype": FP8, "x_parts": 3},
+        {"w_dtype": FP8, "family": WGMMA},
+        {"w_dtype": FP8, "num_k": 24},
+        {"w_dtype": FP8, "num_k": 32, "x_dtype": INT8},
+        {"num_out": 1 << 20, "num_k": 1 << 15},
         {"epilogue": ADD, "y_dtype": BF16},
-        {"x_dtype": BF16, "tile": 4},
+        {"x_parts": 0},
+        {"x_parts": 2},
+        {"num_k": 0},
+        {"num_k": 12},
+        {"family": -1},
+        {"family": 3},
+        {"family": WGMMA, "x_parts": 3},
+        {"family": WGMMA, "tile": 1 + library.sg_cuda_gemm_tiles(WGMMA, 1, BF16)},
+        {"tile": -1},
+        {"tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1, BF16)},
+        {"x_parts": 3, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 3, BF16)},
+        {"w_dtype": FP8, "num_k": 32, "tile": 1 + library.sg_cuda_gemm_tiles(MMA, 1, FP8)},
+        {"max_rows": 1 << 34, "num_out": 1 << 20},
     ):
-        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, x_dtype=FP32, y_dtype=FP32)
+        refused = structs.Gemm(max_rows=1, num_out=2, num_k=8, x_dtype=BF16, w_dtype=BF16, y_dtype=FP32, x_parts=1)
         for name, value in wrong.items():
             setattr(refused, name, value)
         with pytest.raises(DeviceError):
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
-    untouched = np.setdiff1d(np.arange(num_x), y_rows)
-    assert (y[untouched] == expected[untouched]).all(), f"seed {seed}: a row that is nobody's"
-    if y_dtype == BF16:
-        y, expected = of_bf16(y), of_bf16(expected)
-    if epilogue == SILU_MUL or (library.managed and is_bf16):
-        near = 1e-2 if y_dtype == BF16 else 1e-4 if library.managed else 2e-6
-        assert np.allclose(y, expected, rtol=near, atol=near * 10), f"seed {seed}: {np.abs(y - expected).max()}"
-    else:
-        assert y.tobytes() == expected.tobytes(), f"seed {seed}: {np.abs(y - expected).max()}"
 
 
-def check_row_independence(library: Checked, seed: int) -> None:
-    """A row's bits are the same alone and among others, in a plain product and in a grouped one."""
+# Of 16 k, the order in which a step adds products of fp8 weights: a fragment's pairs are the first, then the second two of
+# the four k that a thread has.
+FP8_ORDER = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+
+
+def quantized(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """fp8 codes of values over their scales; none is NaN."""
+    return to_fp8(np.clip(values / scales, -448, 448).astype(np.float32))
+
+
+def fp8_sums(x: np.ndarray, x_scales: np.ndarray, w: np.ndarray, w_scales: np.ndarray) -> np.ndarray:
+    """Of values without their scales, [M, K] and [N, K]; of [M, K / 128] and [N / 128, K / 128] scales."""
+    sums = np.zeros((len(x), len(w)), np.float32)
+    order = np.array([16 * (k // 16) + FP8_ORDER[k % 16] for k in range(128)])
+    for block in range(w_scales.shape[1]):
+        of_block = 128 * block + order
+        ks = of_block[of_block < x.shape[1]]
+        partial = chains(x[:, ks], w[:, ks]).astype(np.float64)
+        scales = x_scales[:, block, None] * np.repeat(w_scales[:, block], 128)[None, : len(w)]
+        sums = (partial * scales + sums).astype(np.float32)
+    return sums
+
+
+def check_gemm_fp8(library: Checked, seed: int) -> None:
+    """fp8 weights by rows of bf16 and of fp8, plain and grouped, all epilogues, all tiles; every code but NaN."""
+    arena = Arena(library, seed)
+    product = Product(arena, seed, num_ks=(16, 48, 128, 144, 272, 400), num_outs=(1, 4, 33, 64, 70, 150))
+    rng, num_k, num_out = product.rng, product.num_k, product.num_out
+    num_blocks = -(-num_k // 128)
+    x = of_bf16(to_bf16(rng.standard_normal((product.num_x, num_k))))
+    x_scales = np.ones((product.num_x, num_blocks), np.float32)
+    is_fp8 = bool(rng.integers(2))
+    if is_fp8:
+        x_scales = (2.0 ** rng.uniform(-9, 1, x_scales.shape)).astype(np.float32)
+        codes = quantized(x, np.repeat(x_scales, 128, 1)[:, :num_k])
+        payload = np.zeros((product.num_x, library.sg_cuda_payload_bytes(num_k, FP8)), np.uint8)
+        payload[:, :num_k] = codes
+        payload[:, num_k : num_k + 4 * num_blocks] = x_scales.view(np.uint8)
+        x = of_fp8(codes)
+    x_stored = arena.put(payload, np.uint8) if is_fp8 else arena.put(to_bf16(x), np.uint16)
+    w = rng.integers(0, 256, (product.num_slots, num_out, num_k)).astype(np.uint8)
+    w[w % 128 == 127] -= 1
+    w_scales = (2.0 ** rng.uniform(-12, -6, (product.num_slots, -(-num_out // 128), num_blocks))).astype(np.float32)
+    blobs = []
+    for codes, scales in zip(w, w_scales, strict=True):
+        blobs.append(arena.room(library.sg_cuda_weight_bytes(num_out, num_k, FP8), np.uint8))
+        blobs[-1][: codes.size] = codes.ravel()
+        blobs[-1][-scales.nbytes :] = scales.view(np.uint8).ravel()
+    expected = product.expected(lambda rows, slot: fp8_sums(x[rows], x_scales[rows], of_fp8(w[slot]), w_scales[slot]))
+    args = product.arguments(
+        x_stored,
+        blobs,
+        x_dtype=FP8 if is_fp8 else BF16,
+        w_dtype=FP8,
+        tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 1, FP8))),
+    )
+    library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    product.compare(expected, f"seed {seed}, x fp8 {is_fp8}, tile {args.tile}", exact=not library.managed)
+
+
+def check_rows_parts(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA, x_parts=3)
+
+
+def check_rows_fp8(library: Checked, seed: int) -> None:
+    _check_row_independence(library, seed, MMA, w_dtype=FP8)
+
+
+def _check_row_independence(library: Checked, seed: int, family: int, *, x_parts: int = 1, w_dtype: int = BF16) -> None:
+    """A row's bits are the same alone and among others, in a plain product and in a grouped one, in every tile."""
     arena = Arena(library, seed)
     rng = arena.rng
-    num_rows, num_k, num_out = 150, 136, 96
-    x = arena.put(to_bf16(rng.standard_normal((num_rows, num_k))), np.uint16)
+    num_rows, num_k, num_out = int(rng.integers(100, 170)), 144, 96
+    x = arena.put(to_bf16(rng.standard_normal((num_rows, x_parts, num_k))), np.uint16)
     w = arena.put(to_bf16(rng.standard_normal((num_out, num_k))), np.uint16)
+    if w_dtype == FP8:
+        w = arena.put(rng.integers(0, 120, library.sg_cuda_weight_bytes(num_out, num_k, FP8)), np.uint8)
+        w[-8:] = np.full(2, 0.01, np.float32).view(np.uint8)
     y, alone = arena.room((num_rows, num_out), np.float32), arena.room(num_out, np.float32)
     args = structs.Gemm(x=at(x), w=at(w), y=at(y), max_rows=num_rows, num_out=num_out, num_k=num_k, num_slots=1)
-    args.scale, args.x_dtype = 1.0, BF16
+    args.scale, args.x_parts, args.family, args.x_dtype, args.w_dtype = 1.0, x_parts, family, BF16, w_dtype
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+    assert np.isfinite(y).all()
     row = int(rng.integers(num_rows))
     args.x, args.y, args.max_rows = at(x[row]), at(alone), 1
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert y[row].tobytes() == alone.tobytes(), f"seed {seed}"
-    for tile in (1, 2, 3):
+    for tile in range(1, 1 + library.sg_cuda_gemm_tiles(family, x_parts, w_dtype)):
         tiled = arena.room((num_rows, num_out), np.float32)
         args.x, args.y, args.max_rows, args.tile = at(x), at(tiled), num_rows, tile
         library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-        assert y.tobytes() == tiled.tobytes(), f"seed {seed}: tile {tile}"
+        assert y.tobytes() == tiled.tobytes(), f"seed {seed}: family {family}, tile {tile}"
     args.tile = 0
     cut = int(rng.integers(1, num_rows))
     grouped = arena.room((num_rows, num_out), np.float32)
@@ -142,3 +346,23 @@ def check_row_independence(library: Checked, seed: int) -> None:
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
     assert y.tobytes() == grouped.tobytes(), f"seed {seed}"
     arena.check()
+
+
+def check_gemm_family(library: Checked, _seed: int) -> None:
+    """One of a process, which the products without a family are of."""
+    before = library.sg_cuda_gemm_family()
+    with pytest.raises(DeviceError):
+        library.sg_cuda_gemm_use(3)
+    assert library.sg_cuda_gemm_tiles(0, 1, BF16) == library.sg_cuda_gemm_tiles(3, 1, BF16) == 0
+    for family in reversed(families(library)):
+        library.sg_cuda_gemm_use(family)
+        assert library.sg_cuda_gemm_family() == family
+        num_tiles = library.sg_cuda_gemm_tiles(family, 1, BF16)
+        refused = structs.Gemm(
+            max_rows=1, num_out=2, num_k=8, x_dtype=BF16, w_dtype=BF16, x_parts=1, tile=num_tiles + 1
+        )
+        with pytest.raises(DeviceError, match=f"not 0 to {num_tiles}"):
+            library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+        refused.tile, refused.x_parts, refused.max_rows = 0, 3, 0  # of parts, always the first
+        library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+    library.sg_cuda_gemm_use(before)

@@ -48,7 +48,19 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     ],
     "payload.cu": [(checks_rows.check_payload, 60)],
     "combine.cu": [(checks_rows.check_combine, 24)],
-    "gemm.cu": [(checks_products.check_gemm, 32), (checks_products.check_row_independence, 1)],
+    "gemm.cu": [
+        (checks_products.check_split_rows, 6),
+        (checks_products.check_gemm_refusals, 1),
+        (checks_products.check_gemm_family, 1),
+    ],
+    "gemm_mma.cu": [
+        (checks_products.check_gemm_mma, 30),
+        (checks_products.check_gemm_parts, 12),
+        (checks_products.check_rows_mma, 1),
+        (checks_products.check_rows_parts, 1),
+    ],
+    "gemm_wgmma.cu": [(checks_products.check_gemm_wgmma, 24), (checks_products.check_rows_wgmma, 1)],
+    "gemm_fp8.cu": [(checks_products.check_gemm_fp8, 36), (checks_products.check_rows_fp8, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
@@ -57,10 +69,20 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
 }
 HEADERS = {  # and the sources that show a mutant of them
     "bucket.h": ("dispatch.cu",),
-    "gemm_tile.h": ("gemm.cu",),
+    "gemm.h": ("gemm_mma.cu",),
+    "gemm_kernel.h": ("gemm_mma.cu",),
+    "gemm_ring.h": ("gemm_mma.cu", "gemm_fp8.cu"),
+    "gemm_tile.h": ("gemm_mma.cu",),
+    "gemm_tiles.h": ("gemm_mma.cu",),
     "peer_layout.h": ("peer.cu",),
     "numbers.h": ("payload.cu", "rows.cu"),
     "vector.h": ("payload.cu", "combine.cu"),
+}
+COMPANIONS = {  # sources that another calls, or is called by
+    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu", "gemm_fp8.cu"),
+    "gemm_fp8.cu": ("gemm.cu", "gemm_mma.cu", "gemm_wgmma.cu", "payload.cu"),
 }
 OPERATORS = {
     "+": "-",
@@ -90,6 +112,40 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("bucket.h", "r < Chunk<Items>::ROUNDS", "<=", "a round beyond the chunk"),
     ("bucket.h", "warp < warps; warp += STEP", "<=", "a step without warps"),
     ("bucket.h", "c < num_chunks; c += STEP", "<=", "a step without chunks"),
+    ("gemm_mma.cu", "int M = OUTS / WARPS_O", "PARTS * WARPS_T", "more columns than there are tokens"),
+    ("gemm_mma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_mma.cu", "if constexpr (PARTS == 1", "", "other widths, the same bits"),
+    ("gemm_wgmma.cu", "int64_t SHARED_MAX", "", "as much as there is"),
+    ("gemm_wgmma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_wgmma.cu", "constexpr int FEWER", "", "other widths, the same bits"),
+    ("gemm_wgmma.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
+    ("gemm_fp8.cu", "int64_t SHARED_MAX", "", "as much as there is"),
+    ("gemm_fp8.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
+    ("gemm_fp8.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
+    ("gemm_fp8.cu", "if constexpr (N < 8)", "", "the same loop, unrolled or not"),
+    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "num_rows < WIDTH", "a wider product, the same bits"),
+    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "<= WIDTH / 3", "a wider product, the same bits"),
+    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "/ 2 + WARPS_T", "a wider product, the same bits"),
+    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "WARPS_T + 8", "a wider product, the same bits"),
+    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "num_rows < WIDTH", "a wider product, the same bits"),
+    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "<= WIDTH / 3", "a wider product, the same bits"),
+    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "/ 2 + WARPS_T", "a wider product, the same bits"),
+    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "WARPS_T + 8", "a wider product, the same bits"),
+    ("gemm_wgmma.cu", "if (num_rows <= FEWER", "num_rows < FEWER", "a wider product, the same bits"),
+    ("gemm_tiles.h", "int32_t BAND = ", "", "another order"),
+    ("gemm_tiles.h", "return ceil_div(slots * 16", "", "more shared memory than needed"),
+    ("gemm_tiles.h", "++s) sum[thread] += num_high(s);", "s <= last", "more tiles, with fewer rows each"),
+    ("gemm_tiles.h", "if (thread >= WARP) return;", "> WARP", "thread 32 writes what thread 0 does"),
+    ("gemm_tiles.h", "s < num_slots_; s += WARP", "s <= num_slots_", "a round that counts none"),
+    ("gemm_tiles.h", "const int32_t share = ", "", "shares may be larger"),
+    ("gemm_tiles.h", "num_wide_((num_results", "+ 1) / width_", "a tile without outputs"),
+    ("gemm_tiles.h", "width_(is_gated", "/ 3", "tiles that overlap"),
+    ("gemm.h", "facts.has_wgmma = ", "", "of a GPU"),
+    ("gemm.h", "facts.shared_kib = ", "", "of a GPU"),
+    ("gemm.h", "if (cudaGetDevice", "", "of a GPU"),
+    ("gemm.h", "thread_local DeviceFacts", "", "of a GPU"),
+    ("gemm.h", "const int64_t partial = ", ">", "more blocks than needed"),
+    ("gemm.h", "const int64_t tiles = ", "a.max_rows *", "more blocks than needed"),
     ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
     ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
     ("bucket.h", "launch(name, ", "* 5", "more shared memory than needed"),
@@ -97,9 +153,6 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("router.cu", "if (thread % WARP != 0) return;", "", "every lane writes the same"),
     ("router.cu", "const int64_t floats", "3 * a.num_experts", "more shared memory than needed"),
     ("router.cu", "TopkRouter::TOKENS * floats", "* 5", "more shared memory than needed"),
-    ("gemm_tile.h", "int SUMS_STRIDE", "", "any padding will do"),
-    ("gemm_tile.h", "int64_t SUMS_BYTES", "", "the stages are larger"),
-    ("gemm_tile.h", "- begin + ROWS - 1) / ROWS", "ROWS + 1) / ROWS", "an empty tile more"),
     ("numbers.h", "size < 0x3C800000", "<=", "both ways give 2^-6"),
     ("numbers.h", "if (code > 0x7E)", ">=", "the same code"),
     ("numbers.h", "if (x < -87.0f)", "<=", "a bound of no meaning"),
@@ -165,23 +218,6 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("attention.cu", "h < at.heads && tile", "<=", "what a head beyond the last gets is left"),
     ("attention.cu", "if (c == 0) {", "!=", "every channel's thread has the same"),
     ("attention.cu", "num_parts * (head_size + 2);", "+ 3", "more work memory"),
-    ("gemm.cu", "const int64_t steps = ", "DEPTH + 1", "a step of zeros"),
-    ("gemm.cu", "step < STAGES - 1; ++step) fetch", "<=", "the same copy twice"),
-    ("gemm.cu", "wait_async<STAGES - 2>", "- 3", "waits for more than it needs"),
-    ("gemm.cu", "fetch(block, sources, step + STAGES - 1", "- 2", "the copy starts later"),
-    ("gemm.cu", "if (step < steps) {", "<=", "zeros that nobody reads"),
-    ("gemm.cu", "STRIDE = DEPTH + 1", "DEPTH + 2", "any padding will do"),
-    ("gemm.cu", "MINE = ROWS * OUTS / THREADS", "+ OUTS", "rows that nobody stores"),
-    ("gemm.cu", "int64_t SHARED_BYTES = (ROWS", "* 5", "more shared memory than needed"),
-    ("gemm.cu", "k < a.num_k; k += DEPTH", "<=", "a step of zeros"),
-    ("gemm.cu", "const int64_t partial = ", ">", "more blocks than needed"),
-    ("gemm.cu", "const int64_t row_tiles = ", "a.max_rows * ROWS", "more blocks than needed"),
-    ("gemm.cu", "const int64_t slots = ", "", "another tile, the same bits"),
-    ("gemm.cu", "const bool is_short = ", "", "another tile, the same bits"),
-    ("gemm.cu", "const bool is_narrow = ", "", "another tile, the same bits"),
-    ("gemm.cu", "a.num_k % LINE == 0", "a.num_k / LINE", "one by one, the values are the same"),
-    ("gemm.cu", "i < LINE; ++i", "<=", "the next line's first value, and what is in the padding"),
-    ("gemm.cu", "STRIDE = DEPTH + 8", "", "any padding will do"),
     ("rows.cu", "if (thread % WARP == 0) sums", "!=", "every lane has the same"),
 ]
 
@@ -248,11 +284,19 @@ class Nursery:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "cuda").mkdir()
-        self._common: list[str] = []
-        for part in ("cuda/library.cu", "common/error.cpp"):
-            target = str(folder / (Path(part).stem + ".o"))
-            subprocess.run([*COMPILE, "-I", str(CSRC), "-c", str(CSRC / part), "-o", target], check=True, timeout=60)
-            self._common.append(target)
+        self._common = [self._object(part) for part in ("cuda/library.cu", "common/error.cpp")]
+        self._companions: dict[str, str] = {}
+
+    def _object(self, part: str) -> str:
+        target = str(self.folder / (Path(part).stem + ".o"))
+        subprocess.run([*COMPILE, "-I", str(CSRC), "-c", str(CSRC / part), "-o", target], check=True, timeout=60)
+        return target
+
+    def _companions_of(self, source: str) -> list[str]:
+        for other in COMPANIONS.get(source, ()):
+            if other not in self._companions:
+                self._companions[other] = self._object(f"cuda/{other}")
+        return [self._companions[other] for other in COMPANIONS.get(source, ())]
 
     def build(self, source: str, mutant: Mutant | None = None) -> Path | None:
         """The library, or None if it does not compile."""
@@ -264,7 +308,9 @@ class Nursery:
         target = self.folder / "mutant.so"
         command = [*COMPILE, "-I", str(self.folder), "-I", str(CSRC), "-shared", str(self.folder / "cuda" / source)]
         built = subprocess.run(
-            [*command, "-x", "none", *self._common, "-o", str(target)], capture_output=True, timeout=60
+            [*command, "-x", "none", *self._companions_of(source), *self._common, "-o", str(target)],
+            capture_output=True,
+            timeout=60,
         )
         return target if built.returncode == 0 else None
 

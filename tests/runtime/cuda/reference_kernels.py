@@ -6,13 +6,17 @@ What a kernel rounds (bf16 rows between products), so does this; sums are rounde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from switchgear_runtime import ops_reference
+from switchgear_runtime.cuda.fp8 import FP8, Fp8Weight, dequantize_fp8
 from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
+from switchgear_runtime.cuda.products import Weight
+from switchgear_runtime.weight_format import fp8_bytes
 
 
 def by_rows(of_row: Callable[[Tensor], Tensor], x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,13 +34,19 @@ class ReferenceKernels(Kernels):
 
     # --- dense --------------------------------------------------------------------------------------------------------
 
-    def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
-        assert x_MK.dtype == weight_NK.dtype
+    def linear(self, x_MK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        if isinstance(weight_NK, Fp8Weight):
+            weight_NK = dequantize_fp8(weight_NK)
+        else:
+            assert x_MK.dtype == weight_NK.dtype
         wide = weight_NK.double()
         bias = 0.0 if bias_N is None else bias_N.double()
         return by_rows(lambda row: scale * (wide @ row.double() + bias), x_MK, x_MK.shape[0], weight_NK.shape[0])
 
-    def gated_linear(self, x_MK: Tensor, gate_up_2FK: Tensor) -> Tensor:
+    def exact_linear(self, x_MK: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        return self.linear(x_MK, sum(part.float() for part in reversed(parts)))
+
+    def gated_linear(self, x_MK: Tensor, gate_up_2FK: Weight) -> Tensor:
         return ops_reference.silu_mul(self.linear(x_MK, gate_up_2FK)).bfloat16()
 
     def embed(self, embedding_VD: Tensor, token_ids_T: Tensor, multiplier: float) -> Tensor:
@@ -192,27 +202,48 @@ class ReferenceKernels(Kernels):
         begin_S1, x_rows_N, y_rows_N = (torch.tensor(values, dtype=torch.int32) for values in (begin, x_rows, y_rows))
         return Grouping(begin_S1=begin_S1, x_rows_N=x_rows_N, y_rows_N=y_rows_N)
 
-    def expert_gated_linear(self, x_MK: Tensor, weights_S: Tensor, ffn: int, groups: Grouping) -> Tensor:
+    def expert_gated_linear(
+        self,
+        x_MK: Tensor,
+        weights_S: Tensor,
+        ffn: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
+    ) -> Tensor:
+        assert expected_rows >= 0
         y_NF = torch.empty(len(groups.x_rows_N), ffn, dtype=torch.bfloat16)
         for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
             if end > begin:
-                weight = self._at(int(weights_S[slot]), 2 * ffn, x_MK.shape[1])
+                weight = self._at(int(weights_S[slot]), 2 * ffn, x_MK.shape[1], format)
                 y_NF[begin:end] = self.gated_linear(x_MK[groups.x_rows_N[begin:end].long()], weight)
         return y_NF
 
-    def expert_linear(self, x_NK: Tensor, weights_S: Tensor, num_out: int, groups: Grouping) -> Tensor:
+    def expert_linear(
+        self,
+        x_NK: Tensor,
+        weights_S: Tensor,
+        num_out: int,
+        groups: Grouping,
+        *,
+        expected_rows: int = 0,
+        format: str = "bf16",
+    ) -> Tensor:
+        assert expected_rows >= 0
         y_NO = torch.empty(len(x_NK), num_out, dtype=torch.bfloat16)
         for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
             if end > begin:
-                weight = self._at(int(weights_S[slot]), num_out, x_NK.shape[1])
+                weight = self._at(int(weights_S[slot]), num_out, x_NK.shape[1], format)
                 y_NO[groups.y_rows_N[begin:end].long()] = self.linear(x_NK[begin:end], weight).bfloat16()
         return y_NO
 
-    def _at(self, address: int, num_out: int, num_k: int) -> Tensor:
-        import ctypes
-
-        memory = (ctypes.c_uint8 * (num_out * num_k * 2)).from_address(address)
-        return torch.frombuffer(memory, dtype=torch.bfloat16).view(num_out, num_k)
+    def _at(self, address: int, num_out: int, num_k: int, format: str) -> Weight:
+        num_bytes = fp8_bytes(num_out, num_k) if format == "fp8" else num_out * num_k * 2
+        memory = torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+        if format == "fp8":
+            return Fp8Weight(memory.view(FP8), num_out, num_k)
+        return memory.view(torch.bfloat16).view(num_out, num_k)
 
     def combine(self, rows_ND: Tensor, pair_index_TK: Tensor | None, weights_TK: Tensor) -> Tensor:
         if pair_index_TK is None:

@@ -20,6 +20,7 @@ QWEN: dict[str, Any] = {
     "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
     "norm_topk_prob": True, "max_position_embeddings": 64, "hidden_act": "silu",
 }  # fmt: skip
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -52,6 +53,13 @@ def test_the_bundled_model() -> None:
     assert (spec.eos_token_ids, spec.dtype, spec.tie_word_embeddings) == ((0,), "bfloat16", True)
     assert spec.layers[0].attention.qk_norm == "head"
     assert spec.layers[0].attention.sliding_window is None
+
+
+def test_weights_in_fp8(tmp_path: Path) -> None:
+    assert load_spec(write(tmp_path, QWEN)).quantization is None
+    assert load_spec(write(tmp_path, QWEN | {"quantization_config": FP8})).quantization == "fp8"
+    least = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    assert load_spec(write(tmp_path, MIXTRAL | {"quantization_config": least})).quantization == "fp8"
 
 
 def test_mixtral_has_its_own_defaults(tmp_path: Path) -> None:
@@ -198,7 +206,12 @@ def test_qwen_sliding_window_counts_only_when_used(tmp_path: Path) -> None:
         (QWEN | {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type", "llama3"),
         (QWEN | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor", "0.5"),
         (QWEN | {"rope_theta": -1}, "rope_theta", "-1"),
-        (QWEN | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "fp8"),
+        (QWEN | {"quantization_config": "fp8"}, "quantization_config", "fp8"),
+        (QWEN | {"quantization_config": FP8 | {"quant_method": "gptq"}}, "quantization_config.quant_method", "gptq"),
+        (QWEN | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.weight_block_size", "None"),
+        (QWEN | {"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, "weight_block_size", "[1, 128]"),
+        (QWEN | {"quantization_config": FP8 | {"fmt": "e5m2"}}, "quantization_config.fmt", "e5m2"),
+        (QWEN | {"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme", "static"),
         (QWEN | {"dtype": "float8_e4m3fn"}, "dtype", "float8_e4m3fn"),
         (QWEN | {"num_key_value_heads": 3}, "num_key_value_heads", "3"),
         (QWEN | {"head_dim": 15}, "head_dim", "15"),
