@@ -21,6 +21,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <type_traits>
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else
@@ -112,8 +114,19 @@ SG_DEVICE int64_t clock_ns() {
 }
 SG_DEVICE void rest() { __nanosleep(100); }
 
+// Blocks that have to be on a multiprocessor together, for a kernel that says so: it gets no more registers than that.
+template <typename Kernel, typename = void>
+struct Together {
+  static constexpr int BLOCKS = 1;
+};
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS) run_block(const __grid_constant__ Kernel kernel) {
+struct Together<Kernel, std::void_t<decltype(Kernel::BLOCKS_PER_SM)>> {
+  static constexpr int BLOCKS = Kernel::BLOCKS_PER_SM;
+};
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Together<Kernel>::BLOCKS)
+    run_block(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) unsigned char bytes[];
   Block block{blockIdx.x, blockIdx.y, gridDim.x, gridDim.y, bytes};
   kernel(block);
