@@ -111,7 +111,6 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("peer.cu", "r < a.num_ranks; ++r) {", "r <= a.num_ranks", "counts nothing, or is overwritten"),
     ("peer.cu", "most < 1 ? 1", "most < 2", "one"),
     ("peer_layout.h", "int64_t aligned(", "ALIGN - 2", "sizes are multiples of 8"),
-    ("attention.cu", "begin == row.first && begin < end", "<= end", "a part that begins there has a position"),
     ("sampler.cu", "if (!(value >= -infinity()))", "> -inf", "it is -inf already"),
     ("sampler.cu", "if (thread % WARP == 0)", "!= 0", "every lane has the same"),
     ("sampler.cu", "double NOTHING = ", "", "what is so small counts 0 either way"),
