@@ -143,22 +143,25 @@ class Scene:
     def draw(cls, library: Checked, seed: int, out_dtype: int) -> Scene:
         arena = Arena(library, seed)
         rng = arena.rng
-        is_long = seed % 8 == 7  # where parts become twice as large
-        kv_heads = 1 if is_long else int(rng.integers(1, 3))
-        size = int(rng.choice([8, 64] if is_long else [8, 24, 64, 72, 128, 136, 192, 200, 256]))
-        heads = kv_heads * int(rng.choice([1, 2] if size > 128 else [1, 2, 5] if size > 64 else [1, 3, 8, 16, 18]))
-        block_size, num_seqs = int(rng.choice([4, 16, 48])), int(rng.integers(1, 4))
-        limit = 8200 if is_long else int(rng.choice([90, 300, 700]))
+        is_long, is_wide = seed % 8 == 7, seed % 4 == 1  # long: where parts become twice as large
+        kv_heads = 1 if is_long or is_wide else int(rng.integers(1, 3))
+        size = int(rng.choice([136, 200, 256] if is_wide else [8, 64] if is_long else [8, 24, 64, 72, 128]))
+        heads = kv_heads * int(rng.choice([1, 2, 5] if size > 64 or is_long else [1, 3, 8, 16, 18]))
+        block_size, num_seqs = int(rng.choice([4, 16, 48])), 1 if is_long else int(rng.integers(1, 4))
+        limit = 8200 if is_long else int(rng.choice([90, 300] if is_wide else [90, 300, 700]))
         width = limit // block_size + 1
         limit = width * block_size
         tables = arena.put(rng.permutation(num_seqs * width).reshape(num_seqs, width), np.int32)
         shape = (num_seqs * width, kv_heads, block_size, size)
         k, v = (to_bf16(rng.standard_normal(shape)) for _ in range(2))
+        window = int(rng.choice([0, 0, 1, 40, 270]))
         seq_ids, positions, runs = [], [], []
         for seq in rng.permutation(num_seqs):
-            count = int(rng.integers(1, 9))
-            last = limit - 1 if rng.integers(3) == 0 else int(rng.integers(count - 1, limit))
-            if is_long and seq == 0:
+            count = int(rng.integers(2, 5)) if is_long else int(rng.integers(1, 9))
+            # The last of all, the first of all, the first that does not see position 0, or any.
+            last = int(rng.choice([limit - 1, count - 1, window + rng.integers(count), rng.integers(count - 1, limit)]))
+            last = min(max(last, count - 1), limit - 1)
+            if is_long:
                 last = 8191 + int(rng.integers(0, count))
             runs.append((len(positions), count))
             seq_ids += [seq] * count
@@ -167,7 +170,6 @@ class Scene:
             behind = np.arange(last + 1, limit)
             for cache in (k, v):
                 cache[table[behind // block_size], :, behind % block_size] = NAN  # no position yet: never read
-        window = int(rng.choice([0, 0, 1, 40, 270]))
         scene = cls(
             arena=arena,
             heads=heads,
