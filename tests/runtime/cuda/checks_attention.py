@@ -146,7 +146,8 @@ class Scene:
         is_long, is_wide = seed % 8 == 7, seed % 4 == 1  # long: where parts become twice as large
         kv_heads = 1 if is_long or is_wide else int(rng.integers(1, 3))
         size = int(rng.choice([136, 200, 256] if is_wide else [8, 64] if is_long else [8, 24, 64, 72, 128]))
-        heads = kv_heads * int(rng.choice([1, 2, 5] if size > 64 or is_long else [1, 3, 8, 16, 18]))
+        each = (1, 2, 5)[seed % 3] if size > 64 or is_long else (16, 1, 8, 18, 3)[seed % 5]
+        heads = kv_heads * each
         block_size, num_seqs = int(rng.choice([4, 16, 48])), 1 if is_long else int(rng.integers(1, 4))
         limit = 8200 if is_long else int(rng.choice([90, 300] if is_wide else [90, 300, 700]))
         width = limit // block_size + 1
@@ -184,7 +185,7 @@ class Scene:
             positions=arena.put(positions, np.int64),
             runs=runs,
             q=arena.room((len(positions), heads, size), np.uint16),
-            sinks=arena.put(rng.standard_normal(heads) * 4, np.float32) if rng.integers(2) else None,
+            sinks=arena.put(rng.standard_normal(heads) * 4, np.float32) if seed % 4 < 3 else None,
             args=structs.Attention(),
         )
         scene._ask()

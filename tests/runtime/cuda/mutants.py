@@ -177,6 +177,16 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("attention_token.h", "int STRIDE = ", "", "any padding will do"),
     ("attention_token.h", "if (thread == 0) a.done", "", "every thread writes the same"),
     ("attention_token.h", "half < 2", "< 3", "there is no such row"),
+    ("attention_token.h", "half < 2", "<= 2", "there is no such row"),
+    (
+        "attention_token.h",
+        "const bool is_whole = num_parts == 1 ||",
+        "!= item.last",
+        "whole or in parts, the same bits",
+    ),
+    ("attention_token.h", "if (thread % 4 != 0 ||", "", "whoever writes it has the same"),
+    ("attention_token.h", "if (warp * 16 >= TILE) continue;", "17", "there are few warps"),
+    ("attention_token.h", "other < TILE / 16;", "<=", "garbage of the twin is no score"),
     ("attention_token.h", "k < HEAD / 16; ++k", "<=", "writes scores, which begin later"),
 ]
 
