@@ -33,7 +33,7 @@ SG_API void sg_cuda_managed_free(void* data);
 SG_API void sg_cuda_twin_order(int backwards);  // of the twin's threads and blocks; of no effect in the other
 
 // router.cu
-struct sg_cuda_router {  // the meaning of ops.topk_router, and groups
+struct sg_cuda_router {  // the meaning of ops.topk_router, and groups; at most 1024 experts, 32 of them chosen
   const float* logits_TE;
   const float* bias_E;  // takes part in the choice, not in the weight; or null
   int64_t num_tokens, num_experts, top_k;
@@ -226,58 +226,69 @@ SG_API int sg_cuda_gemm_use(int family);  // once, before the first product
 SG_API int sg_cuda_split_rows(const float* x_TD, int64_t num_tokens, int64_t hidden, void* parts_T3D, void* stream);
 
 // rows.cu
-// x_TD = multiplier * embedding[token_ids_T].
+// x_TD = multiplier * embedding[token_ids_T]. D: a multiple of 8.
 SG_API int sg_cuda_embed(const void* embedding_VD, int dtype, const int64_t* token_ids_T, int64_t num_tokens,
                          int64_t hidden, float multiplier, float* x_TD, void* stream);
-struct sg_cuda_norm {  // of `groups` rows of `size` side by side in each token's stride
-  const float* x;
-  const float* weight;  // [size]
-  void* out;            // may be x
-  int64_t num_tokens, groups, size, x_stride, out_stride;
-  float eps;
+// out_TD = the RMS norm of x_TD, to which multiplier * branch_TD is added first where there is a branch.
+struct sg_cuda_norm {
+  float* x_TD;
+  const float* branch_TD;  // or null
+  const float* weight_D;
+  void* out_TD;
+  int64_t num_tokens, hidden;  // hidden: a multiple of 8
+  float multiplier, eps;
   int32_t out_dtype;
 };
 SG_API int sg_cuda_rms_norm(const struct sg_cuda_norm* args, void* stream);
-// out[t, f] = silu(x[t, f]) * x[t, F + f].
-SG_API int sg_cuda_silu_mul(const float* gate_up_T2F, int64_t num_rows, int64_t ffn, void* out, int out_dtype,
-                            void* stream);
-// x_TD += multiplier * (gate_T * branch_TD); gate_T null: 1. With `sigmoid`, its sigmoid.
+// x_TD += multiplier * (gate_T * branch_TD); gate_T null: 1. With `sigmoid`, its sigmoid. D: a multiple of 8.
 SG_API int sg_cuda_add_branch(float* x_TD, const float* branch_TD, const float* gate_T, int sigmoid, float multiplier,
                               int64_t num_tokens, int64_t hidden, void* stream);
 
-// attention.cu
-struct sg_cuda_kv {     // q and k of a qkv row clipped and rotated; q out, k and v into the cache [B, G, Z, C]
-  const float* qkv_TX;  // [T, (H + 2G) * C], normed
-  const int64_t* positions_T;
-  const int64_t* slots_T;  // block * Z + place; below 0: not written
+// qkv.cu
+struct sg_cuda_qkv {      // of qkv rows: q and k normed, clipped, rotated; q out; k, and v clipped, into the cache
+  const float* qkv_TX;    // [T, (H + 2G) * C]
+  const float* q_weight;  // of the RMS norm of q: [C], of each head; or [H * C], of all at once; null: none
+  const float* k_weight;
+  const int64_t* positions_T;  // below 0: there is no token, nothing is written
+  const int64_t* slots_T;      // block * Z + place; below 0: not written
   const float* cos_PC2;
   const float* sin_PC2;
-  void* k_cache;
+  void* k_cache;  // bf16 [B, G, Z, C]
   void* v_cache;
-  void* q_THC;  // of the cache's dtype
-  int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size;
+  void* q_THC;                                                         // bf16
+  int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size;  // head_size: a multiple of 8, at most 256
+  int64_t q_size, k_size;                                              // of the weights
+  float eps;
   float clip;  // 0: none
-  int32_t dtype;
 };
-SG_API int sg_cuda_rope_kv(const struct sg_cuda_kv* args, void* stream);
+SG_API int sg_cuda_rotate_qkv(const struct sg_cuda_qkv* args, void* stream);
 
-struct sg_cuda_attention {
-  const void* q_THC;  // of the cache's dtype
-  const void* k_cache;
+// attention.cu
+enum { SG_ATTENTION_ROWS = 512 };  // most (token, KV head, 16 query heads) whose parts run side by side
+struct sg_cuda_attention {         // caches and queries are bf16; a token's bits are the same in a tile and alone
+  const void* q_THC;
+  const void* k_cache;  // [B, G, Z, C]
   const void* v_cache;
   const int32_t* block_tables_QB;
   const int32_t* seq_ids_T;
-  const int64_t* positions_T;
-  const float* sinks_H;  // or null
-  void* out_THC;
-  float* work;  // [sg_cuda_attention_work(...)]; null where that is 0, or to do without: the bits are the same
-  int64_t num_tokens, num_heads, num_kv_heads, head_size, block_size, table_width;
-  int64_t max_positions;   // no position is as large
+  const int64_t* positions_T;  // of a token that is alone, below 0: there is none, nothing is written
+  const float* sinks_H;        // or null
+  const int32_t* tiles_N2;     // (first token, tokens), tokens: neighbours in their sequence, 0 to attention_tile(...)
+  const int32_t* alone_N;      // the other tokens, below 0: none; null: 0, 1, ...
+  void* out_THC;               // of out_dtype
+  float* work;                 // [attention_work(...)]; null where that is 0, or to do without: the bits are the same
+  int32_t* done;               // [SG_ATTENTION_ROWS] zeros, and zeros again behind the call; read where there is work
+  int64_t num_tiles, num_alone;
+  int64_t num_heads, num_kv_heads, head_size, block_size, table_width;  // head_size: a multiple of 8, at most 256
+  int64_t max_positions;   // no position of a token that is alone is as large
   int64_t sliding_window;  // 0: none
-  float scale;
-  int32_t dtype, out_dtype;
+  float scale;             // above 0
+  int32_t out_dtype;
 };
-SG_API int64_t sg_cuda_attention_work(int64_t num_tokens, int64_t num_heads, int64_t head_size, int64_t max_positions);
+// Most tokens of a tile; below 2: there are no tiles.
+SG_API int64_t sg_cuda_attention_tile(int64_t num_heads, int64_t num_kv_heads, int64_t head_size);
+SG_API int64_t sg_cuda_attention_work(int64_t num_alone, int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
+                                      int64_t max_positions);
 SG_API int sg_cuda_paged_attention(const struct sg_cuda_attention* args, void* stream);
 
 // sampler.cu

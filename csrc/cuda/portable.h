@@ -23,6 +23,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <type_traits>
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else

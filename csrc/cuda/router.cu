@@ -1,152 +1,213 @@
 // The model's gate: scores, groups, top-k, weights. The meaning is ops.topk_router's slow twin's: scores in double,
 // rounded to fp32 once; the k best of score plus bias, best first, ties to the lowest id; NaN counts as lowest.
 //
-// A warp per token, its lanes over experts e = lane, lane + 32, ... Shared memory: each token's scores and what they
-// are chosen by, fp32. The sum of exponentials is each lane's in order of e, then a butterfly over lanes: one order for
-// any number of tokens. A warp without a token works on what is in its shared memory, and writes nothing out.
+// A warp per token, its lanes over experts e = lane, lane + 32, ... in registers: logits are read once. What an expert
+// is chosen by becomes a key, an unsigned number in the same order, so that a warp finds the best, its id and its score
+// by three reductions of one instruction each. The sum of exponentials is each lane's in order of e, then a butterfly
+// over lanes: one order for any number of tokens. A warp without a token repeats the last one's, and writes nothing
+// out. Groups pass through shared memory: a row of choices a token, each group's score by several lanes.
 #include "cuda/abi.h"
-#include "cuda/numbers.h"
+#include "cuda/lanes.h"
 
 namespace sg::cuda {
 
 namespace {
 
-struct Best {
-  float value;
-  int32_t id;
-};
+// 0 is below every number's, and that of -infinity below every other's.
+SG_DEVICE uint32_t key_of(float value) {
+  const uint32_t bits = bits_of<uint32_t>(value);
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000;
+}
 
-SG_DEVICE Best better(Best a, Best b) { return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a; }
-
+template <int MINE>  // experts of a lane, at most
 struct TopkRouter {
-  static constexpr int THREADS = 128;
-  static constexpr int TOKENS = THREADS / WARP;
+  static constexpr int THREADS = 128, TOKENS = THREADS / WARP;
+  struct Experts {
+    double value[MINE];  // logits, then powers
+    float score[MINE];
+    uint32_t key[MINE];
+  };
+  struct Two {
+    float best, second;
+  };
   sg_cuda_router a;
 
   SG_DEVICE void operator()(Block& block) const {
     const int64_t first = block.x * TOKENS;
-    auto* scores = block.shared<float>();
-    auto* choice = block.shared<float>(TOKENS * a.num_experts * 4);
-    Own<double, THREADS> sum;
-    score(block, first, scores, sum);
-    block.warps([&](int thread) {
-      const int64_t row = thread / WARP * a.num_experts;
-      for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
-        const float value = a.bias_E != nullptr ? scores[row + e] + a.bias_E[e] : scores[row + e];
-        choice[row + e] = value != value ? -infinity() : value;
+    Own<Experts, THREADS> own;
+    score(block, first, own);
+    block.solo([&](int thread) {
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const int64_t e = thread % WARP + i * WARP;
+        float choice = own[thread].score[i];
+        if (a.bias_E != nullptr && e < a.num_experts) choice = choice + a.bias_E[e];
+        own[thread].key[i] = e < a.num_experts ? key_of(choice != choice ? -infinity() : choice) : 0;
       }
     });
-    if (a.num_groups > 1) keep_groups(block, choice);
-    select(block, first, scores, choice);
+    if (a.num_groups > 1) keep_groups(block, own);
+    select(block, first, own);
   }
 
-  SG_DEVICE void score(Block& block, int64_t first, float* scores, Own<double, THREADS>& sum) const {
+  SG_DEVICE void score(Block& block, int64_t first, Own<Experts, THREADS>& own) const {
     Own<float, THREADS> top;
+    Own<double, THREADS> sum;
     block.solo([&](int thread) {
+      const int64_t row = least(first + thread / WARP, a.num_tokens - 1) * a.num_experts;
       top[thread] = -infinity();
-      const int64_t t = first + thread / WARP;
-      if (t >= a.num_tokens) return;
-      for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
-        const float logit = a.logits_TE[t * a.num_experts + e];
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const int64_t e = thread % WARP + i * WARP;
+        const float logit = e < a.num_experts ? a.logits_TE[row + e] : -infinity();
         top[thread] = logit > top[thread] ? logit : top[thread];
+        own[thread].value[i] = logit;
       }
     });
     warp_all(block, top, [](float x, float y) { return x > y ? x : y; });
     block.solo([&](int thread) {
       sum[thread] = 0.0;
-      const int64_t t = first + thread / WARP;
-      if (t >= a.num_tokens || a.sigmoid) return;
-      for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
-        sum[thread] += exp_double(double{a.logits_TE[t * a.num_experts + e]} - top[thread]);
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const double logit = own[thread].value[i];
+        own[thread].score[i] = static_cast<float>(logit);  // kept where it is NaN
+        own[thread].value[i] = exp_double(a.sigmoid ? (logit < 0.0 ? logit : -logit) : logit - top[thread]);
+        sum[thread] += own[thread].value[i];
       }
     });
     warp_all(block, sum, [](double x, double y) { return x + y; });
-    block.warps([&](int thread) {
-      const int64_t t = first + thread / WARP;
-      if (t >= a.num_tokens) return;
-      for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
-        const double logit = a.logits_TE[t * a.num_experts + e];
-        double value = exp_double(logit - top[thread]) / sum[thread];
-        if (a.sigmoid) {
-          const double power = exp_double(logit < 0.0 ? logit : -logit);
-          value = (logit < 0.0 ? power : 1.0) / (1.0 + power);
-        }
-        if (logit != logit) value = logit;
-        scores[thread / WARP * a.num_experts + e] = static_cast<float>(value);
+    block.solo([&](int thread) {
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const double power = own[thread].value[i];
+        const float logit = own[thread].score[i];
+        if (logit != logit) continue;
+        const double value = a.sigmoid ? (logit < 0.0f ? power : 1.0) / (1.0 + power) : power / sum[thread];
+        own[thread].score[i] = static_cast<float>(value);
       }
     });
   }
 
-  // Experts of all but the best top_k_groups groups become the lowest. Lanes over groups.
-  SG_DEVICE void keep_groups(Block& block, float* choice) const {
-    auto* groups = block.shared<float>(2 * TOKENS * a.num_experts * 4);
-    const int64_t size = a.num_experts / a.num_groups;
+  // Experts of all but the best top_k_groups groups become the lowest. As many lanes have a group as there are for it.
+  SG_DEVICE void keep_groups(Block& block, Own<Experts, THREADS>& own) const {
+    auto* choices = block.shared<uint32_t>();
+    auto* groups = block.shared<float>(TOKENS * a.num_experts * 4);
+    const int size = static_cast<int>(a.num_experts / a.num_groups), num_groups = static_cast<int>(a.num_groups);
+    int lanes = 1;  // of a group
+    while (2 * lanes * num_groups <= WARP) lanes *= 2;
     block.warps([&](int thread) {
-      for (int64_t g = thread % WARP; g < a.num_groups; g += WARP) {
-        float best = -infinity(), second = -infinity();
-        for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-          const float value = choice[thread / WARP * a.num_experts + e];
-          second = value > best ? best : value > second ? value : second;
-          best = value > best ? value : best;
-        }
-        groups[thread / WARP * a.num_groups + g] = a.group_top2 && size > 1 ? best + second : best;
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const int64_t e = thread % WARP + i * WARP;
+        if (e < a.num_experts) choices[thread / WARP * a.num_experts + e] = own[thread].key[i];
       }
     });
-    block.warps([&](int thread) {
-      const float* scores = groups + thread / WARP * a.num_groups;
-      for (int64_t g = thread % WARP; g < a.num_groups; g += WARP) {
-        int64_t before = 0;  // groups that come first
-        for (int64_t other = 0; other < a.num_groups; ++other) {
-          before += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
-        }
-        if (before < a.top_k_groups) continue;
-        for (int64_t e = g * size; e < (g + 1) * size; ++e) choice[thread / WARP * a.num_experts + e] = -infinity();
-      }
-    });
-  }
-
-  // K times the best of what is left. One that was taken is NaN, which is never better.
-  SG_DEVICE void select(Block& block, int64_t first, const float* scores, float* choice) const {
-    Own<Best, THREADS> best;
-    Own<double, THREADS> total;
-    block.solo([&](int thread) { total[thread] = 0.0; });
-    for (int64_t k = 0; k < a.top_k; ++k) {
+    const int together = WARP / lanes;  // groups
+    for (int first = 0; first < num_groups; first += together) {
+      Own<Two, THREADS> two;
       block.solo([&](int thread) {
-        best[thread] = {-infinity(), INT32_MAX};
-        for (int64_t e = thread % WARP; e < a.num_experts; e += WARP) {
-          best[thread] = better(best[thread], {choice[thread / WARP * a.num_experts + e], static_cast<int32_t>(e)});
+        const int group = first + thread % WARP / lanes;
+        two[thread] = {-infinity(), -infinity()};
+        if (group >= num_groups) return;
+        for (int e = thread % lanes; e < size; e += lanes) {
+          const float value = value_of(choices[thread / WARP * a.num_experts + group * size + e]);
+          two[thread] = better(two[thread], {value, -infinity()});
         }
       });
-      warp_all(block, best, better);
+      for (int distance = 1; distance < lanes; distance *= 2) lanes_step(block, two, distance, better);
       block.warps([&](int thread) {
-        const int64_t t = first + thread / WARP;
-        if (t >= a.num_tokens) return;
-        const int64_t at = thread / WARP * a.num_experts + best[thread].id;
-        total[thread] += double{scores[at]};
-        if (thread % WARP != 0) return;
-        a.ids_TK[t * a.top_k + k] = best[thread].id;
-        a.weights_TK[t * a.top_k + k] = scores[at];
-        choice[at] = bits_of<float>(uint32_t{0x7FC00000});
+        const int group = first + thread % WARP / lanes;
+        if (group >= num_groups) return;
+        groups[thread / WARP * num_groups + group] =
+            a.group_top2 && size > 1 ? two[thread].best + two[thread].second : two[thread].best;
+      });
+    }
+    for (int first = 0; first < num_groups; first += together) {
+      block.warps([&](int thread) {
+        const int group = first + thread % WARP / lanes;
+        if (group >= num_groups) return;
+        const float* scores = groups + thread / WARP * num_groups;
+        int before = 0;  // groups that come first
+        for (int other = 0; other < num_groups; ++other) {
+          before += scores[other] > scores[group] || (scores[other] == scores[group] && other < group);
+        }
+        if (before < a.top_k_groups) return;
+        for (int e = thread % lanes; e < size; e += lanes) {
+          choices[thread / WARP * a.num_experts + group * size + e] = key_of(-infinity());
+        }
       });
     }
     block.solo([&](int thread) {
-      const int64_t t = first + thread / WARP;
-      if (t >= a.num_tokens || thread % WARP != 0) return;
-      for (int64_t k = 0; k < a.top_k; ++k) {
-        double weight = a.weights_TK[t * a.top_k + k];
-        if (a.renormalize) weight = weight / total[thread];
-        a.weights_TK[t * a.top_k + k] = static_cast<float>(weight * double{a.scale});
+      SG_UNROLL for (int i = 0; i < MINE; ++i) {
+        const int64_t e = thread % WARP + i * WARP;
+        if (e < a.num_experts) own[thread].key[i] = choices[thread / WARP * a.num_experts + e];
       }
     });
   }
+  SG_DEVICE static float value_of(uint32_t key) { return bits_of<float>(key >> 31 != 0 ? key & 0x7FFFFFFF : ~key); }
+  SG_DEVICE static Two better(const Two& one, const Two& other) {
+    const float lower = one.best > other.best ? other.best : one.best;
+    const float second = one.second > other.second ? one.second : other.second;
+    return {one.best > other.best ? one.best : other.best, lower > second ? lower : second};
+  }
+
+  // K times the best of what is left, which is key 0 then. Lane k keeps choice k.
+  SG_DEVICE void select(Block& block, int64_t first, Own<Experts, THREADS>& own) const {
+    Own<uint32_t, THREADS> best, id, score_bits, my_id;
+    Own<float, THREADS> my_score;
+    Own<double, THREADS> total;
+    block.solo([&](int thread) { total[thread] = 0.0; });
+    for (int k = 0; k < a.top_k; ++k) {
+      block.solo([&](int thread) {
+        best[thread] = 0;
+        SG_UNROLL for (int i = 0; i < MINE; ++i) {
+          best[thread] = own[thread].key[i] > best[thread] ? own[thread].key[i] : best[thread];
+        }
+      });
+      warp_max(block, best);
+      block.solo([&](int thread) {
+        id[thread] = UINT32_MAX;
+        SG_UNROLL for (int i = MINE - 1; i >= 0; --i) {
+          if (own[thread].key[i] == best[thread]) id[thread] = static_cast<uint32_t>(thread % WARP + i * WARP);
+        }
+      });
+      warp_min(block, id);
+      block.solo([&](int thread) {
+        score_bits[thread] = 0;
+        SG_UNROLL for (int i = 0; i < MINE; ++i) {
+          if (id[thread] != static_cast<uint32_t>(thread % WARP + i * WARP)) continue;
+          score_bits[thread] = bits_of<uint32_t>(own[thread].score[i]);
+          own[thread].key[i] = 0;
+        }
+      });
+      warp_max(block, score_bits);
+      block.solo([&](int thread) {
+        const float chosen = bits_of<float>(score_bits[thread]);
+        total[thread] += double{chosen};
+        if (thread % WARP != k) return;
+        my_id[thread] = id[thread];
+        my_score[thread] = chosen;
+      });
+    }
+    block.solo([&](int thread) {
+      const int64_t t = first + thread / WARP, k = thread % WARP;
+      if (t >= a.num_tokens || k >= a.top_k) return;
+      double weight = my_score[thread];
+      if (a.renormalize) weight = weight / total[thread];
+      a.ids_TK[t * a.top_k + k] = static_cast<int32_t>(my_id[thread]);
+      a.weights_TK[t * a.top_k + k] = static_cast<float>(weight * double{a.scale});
+    });
+  }
 };
+
+template <int MINE>
+int launch_router(const sg_cuda_router& a, void* stream) {
+  using Kernel = TopkRouter<MINE>;
+  const int64_t words = a.num_groups > 1 ? a.num_experts + a.num_groups : 0;
+  return launch("topk_router", Kernel{a}, ceil_div(a.num_tokens, Kernel::TOKENS), 1, Kernel::TOKENS * words * 4,
+                stream);
+}
 
 }  // namespace
 
 }  // namespace sg::cuda
 
 int sg_cuda_topk_router(const sg_cuda_router* args, void* stream) {
-  using sg::cuda::TopkRouter;
+  using namespace sg::cuda;
   const sg_cuda_router& a = *args;
   const int64_t kept = a.num_groups > 0 ? a.num_experts / a.num_groups * a.top_k_groups : 0;
   if (a.num_groups < 1 || a.num_experts % a.num_groups != 0 || a.top_k_groups < 1 || a.top_k_groups > a.num_groups) {
@@ -158,7 +219,13 @@ int sg_cuda_topk_router(const sg_cuda_router* args, void* stream) {
     return sg::fail("top_k=%lld must be 1 to the %lld experts of the kept groups", static_cast<long long>(a.top_k),
                     static_cast<long long>(kept));
   }
-  const int64_t floats = 2 * a.num_experts + a.num_groups;
-  return sg::cuda::launch("topk_router", TopkRouter{a}, sg::cuda::ceil_div(a.num_tokens, TopkRouter::TOKENS), 1,
-                          TopkRouter::TOKENS * floats * 4, stream);
+  if (a.top_k > WARP || a.num_experts > 1024) {
+    return sg::fail("top_k=%lld of num_experts=%lld: the kernel takes at most 32 of 1024",
+                    static_cast<long long>(a.top_k), static_cast<long long>(a.num_experts));
+  }
+  if (a.num_experts <= 64) return launch_router<2>(a, stream);
+  if (a.num_experts <= 128) return launch_router<4>(a, stream);
+  if (a.num_experts <= 256) return launch_router<8>(a, stream);
+  if (a.num_experts <= 512) return launch_router<16>(a, stream);
+  return launch_router<32>(a, stream);
 }

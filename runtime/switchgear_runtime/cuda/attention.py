@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switchgear_runtime.cuda.attention_packing import AttentionPacking
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.products import operand
 from switchgear_runtime.cuda.step_inputs import StepInputs
 from switchgear_runtime.model.attention import Attention
-from switchgear_runtime.model.layers import RMSNorm, Rope
+from switchgear_runtime.model.layers import Rope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -26,17 +27,26 @@ class DeviceBatch:
     slots_T: Tensor
     seq_ids_T: Tensor  # int32
     block_tables_QB: Tensor
-    max_positions: int
+    packing: AttentionPacking
 
     @classmethod
     def of(cls, inputs: StepInputs, max_positions: int) -> DeviceBatch:
+        shape = inputs.shape
+        packing = AttentionPacking(num_alone=shape.num_tokens, max_positions=max_positions)
+        if shape.num_tiles:
+            packing = AttentionPacking(
+                tiles_N2=inputs["tiles_N2"],
+                alone_N=inputs["alone_N"],
+                num_alone=shape.num_alone,
+                max_positions=max_positions,
+            )
         return cls(
             token_ids_T=inputs["token_ids_T"],
             positions_T=inputs["positions_T"],
             slots_T=inputs["slots_T"],
             seq_ids_T=inputs["seq_ids_T"],
             block_tables_QB=inputs["block_tables_QB"],
-            max_positions=max_positions,
+            packing=packing,
         )
 
 
@@ -65,21 +75,22 @@ class DeviceAttention:
         self._scale = attention.scale
         self._qkv, self._out = attention.qkv.weight, attention.out.weight
         self._qkv_bias, self._out_bias = on_device(self._qkv.bias_N, device), on_device(self._out.bias_N, device)
-        self._q_norm, self._k_norm = (_norm(norm, device) for norm in (attention.q_norm, attention.k_norm))
+        norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        self._eps = norms[0].eps if norms else 0.0
+        assert all(norm.eps == self._eps for norm in norms), "one epsilon a model"
+        self._q_weight, self._k_weight = (
+            None if norm is None else norm.weight_D.to(device) for norm in (attention.q_norm, attention.k_norm)
+        )
         self._cos_PC2, self._sin_PC2 = tables.of(attention.rope)
         self._k_cache, self._v_cache = k_cache, v_cache
+        spec = attention.spec
+        self.tile_tokens = kernels.size("attention_tile", spec.num_heads, spec.num_kv_heads, spec.head_dim)
 
     def attend(self, h_TD: Tensor, batch: DeviceBatch) -> Tensor:
         """[T, H * C] bf16, of the branch's bf16 input; writes K and V."""
         kernels, spec = self._kernels, self._spec
-        head_size = spec.head_dim
-        qkv_TX = kernels.linear(h_TD, operand(self._qkv), self._qkv_bias)
-        if self._q_norm is not None:
-            self._q_norm.apply_(kernels, qkv_TX, 0, spec.num_heads * head_size)
-        if self._k_norm is not None:
-            self._k_norm.apply_(kernels, qkv_TX, spec.num_heads * head_size, spec.num_kv_heads * head_size)
-        q_THC = kernels.rope_kv(
-            qkv_TX,
+        q_THC = kernels.rotate_qkv(
+            kernels.linear(h_TD, operand(self._qkv), self._qkv_bias),
             self._k_cache,
             self._v_cache,
             num_heads=spec.num_heads,
@@ -87,6 +98,9 @@ class DeviceAttention:
             slots_T=batch.slots_T,
             cos_PC2=self._cos_PC2,
             sin_PC2=self._sin_PC2,
+            q_weight=self._q_weight,
+            k_weight=self._k_weight,
+            eps=self._eps,
             clip=spec.clip_qkv or 0.0,
         )
         return kernels.paged_attention(
@@ -96,7 +110,7 @@ class DeviceAttention:
             block_tables_QB=batch.block_tables_QB,
             seq_ids_T=batch.seq_ids_T,
             positions_T=batch.positions_T,
-            max_positions=batch.max_positions,
+            packing=batch.packing,
             scale=self._scale,
             sliding_window=spec.sliding_window or 0,
         )
@@ -104,21 +118,6 @@ class DeviceAttention:
     def project(self, attended_TX: Tensor) -> Tensor:
         """[T, D] fp32."""
         return self._kernels.linear(attended_TX, operand(self._out), self._out_bias)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _HeadNorm:
-    """Of each head, or of all at once: its size says which."""
-
-    weight: Tensor
-    eps: float
-
-    def apply_(self, kernels: Kernels, qkv_TX: Tensor, begin: int, num_columns: int) -> None:
-        kernels.rms_norm_part_(qkv_TX, begin, num_columns // self.weight.shape[0], self.weight, self.eps)
-
-
-def _norm(norm: RMSNorm | None, device: torch.device) -> _HeadNorm | None:
-    return None if norm is None else _HeadNorm(norm.weight_D.to(device), norm.eps)
 
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -25,6 +25,7 @@ from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
+from switchgear_runtime.cuda.attention_packing import Tiles
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.kernels import Kernels
@@ -38,15 +39,13 @@ from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
 from switchgear_runtime.cuda.step_outputs import NUM_COPIES, StepOutputs
-from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.cuda.supported import check_supported
 from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
 from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import TENANTS_MAX, StepTenants
 from switchgear_runtime.sequence import Sequence as TokenSequence
-
-_SCORINGS = ("softmax", "sigmoid")
 
 
 class DeviceDecoder:
@@ -64,6 +63,7 @@ class DeviceDecoder:
             _DeviceLayer(kernels, layer, tables, k_cache, v_cache)
             for layer, k_cache, v_cache in zip(decoder.layers, kv_cache.k, kv_cache.v, strict=True)
         ]
+        self._tile_tokens = min(layer.attention.tile_tokens for layer in self._layers)
         self._moes = [layer.moe for layer in self._layers if layer.moe is not None]
         self._final_norm = _DeviceNorm.of(decoder.norm, kernels.device)
         self._lm_head = decoder.lm_head.weight
@@ -181,14 +181,16 @@ class DeviceDecoder:
         assert outputs is not None
         versions_T = None if versions_S is None else versions_S[flat.seq_ids_T]
         is_small = forced_ids_LTK is None and self._is_small(num_tokens_max)
+        tiles = Tiles.of(flat.seq_ids_T, flat.positions_T, self._tile_tokens)
+        max_positions = max(flat.positions_T, default=0) + 1
         with torch.inference_mode(), self._kernels.on_stream():
             if is_small:
-                bucket = self._small.bucket(num_tokens_max, max(flat.positions_T, default=0) + 1)
+                bucket = self._small.bucket(num_tokens_max, max_positions, has_tiles=len(tiles.tiles_N2) > 0)
                 inputs = self._small.inputs(bucket)
             else:
-                inputs = StepInputs(InputShape.of(flat), self._kernels.device)
+                inputs = StepInputs(InputShape.of(flat, tiles), self._kernels.device)
             tenant_rows_T = tenants.rows_Q[flat.seq_ids_T] if flat.seq_ids_T else tenants.rows_Q[:0]
-            inputs.fill(flat, sampled, tenant_rows_T, outputs.padding_row, versions_T)
+            inputs.fill(flat, sampled, tenant_rows_T, outputs.padding_row, versions_T, tiles)
             if is_small:
                 enqueued = self._small.launch(bucket)
             else:
@@ -196,7 +198,7 @@ class DeviceDecoder:
                 step = self._step(groups.large, inputs, has_versions=versions_T is not None)
                 if forced_ids_LTK is not None:
                     step.forced_ids_LTK = torch.from_numpy(forced_ids_LTK).to(self._kernels.device)
-                enqueued = self._enqueue(inputs, step, max(flat.positions_T, default=0) + 1)
+                enqueued = self._enqueue(inputs, step, max_positions)
             logits_SV = torch.empty(len(host_rows), self.vocab_size, pin_memory=self._kernels.device.type == "cuda")
             for row, logits_V in zip(host_rows, logits_SV, strict=True):
                 self._kernels.copy_(logits_V, enqueued.logits_SV[row])
@@ -246,7 +248,11 @@ class DeviceDecoder:
         return self._enqueue(inputs, step, bucket.max_positions, self._small.memory)
 
     def _enqueue(
-        self, inputs: StepInputs, step: DeviceStep, max_positions: int, memory: StepMemory | None = None
+        self,
+        inputs: StepInputs,
+        step: DeviceStep,
+        max_positions: int,
+        memory: StepMemory | None = None,
     ) -> Enqueued:
         kernels, outputs, decoder = self._kernels, self._outputs, self._decoder
         assert outputs is not None
@@ -254,9 +260,10 @@ class DeviceDecoder:
         batch = DeviceBatch.of(inputs, max_positions)
         kernels.take_tokens(inputs["from_T"], outputs.drawn_S, batch.token_ids_T)
         x_TD = kernels.embed(decoder.embedding_VD, batch.token_ids_T, decoder.embedding_multiplier)
-        for layer in self._layers:
+        h_TD = self._layers[0].branches[0].take(x_TD, torch.bfloat16)  # of each layer in turn
+        for layer, after in zip(self._layers, [*self._layers[1:], None], strict=True):
             with memory.scope() if memory is not None else nullcontext():
-                layer.forward_(x_TD, batch, step)
+                layer.forward_(x_TD, h_TD, batch, step, None if after is None else after.branches[0])
         logits_SV = self._logits(x_TD, inputs["rows_S"])
         kernels.sample(
             logits_SV,
@@ -281,21 +288,6 @@ class DeviceDecoder:
         self._small.forget()
 
 
-def check_supported(decoder: Decoder) -> None:
-    """ConfigError names what there is no kernel for."""
-    lacking = set()
-    for layer in decoder.layers:
-        norms = (layer.attention_branch.norm, layer.ffn_branch.norm, decoder.norm)
-        if not all(isinstance(norm, RMSNorm) for norm in norms):
-            lacking.add("LayerNorm")
-        if layer.attention.spec.sinks:
-            lacking.add("attention sinks")
-        if isinstance(layer.ffn, MoELayer) and layer.ffn.router.spec.scoring not in _SCORINGS:
-            lacking.add(f"router scoring {layer.ffn.router.spec.scoring!r}")
-    if lacking:
-        raise ConfigError(f"the device engine has no kernel for {', '.join(sorted(lacking))}; use device='cpu'")
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _DeviceNorm:
     weight_D: Tensor
@@ -306,8 +298,8 @@ class _DeviceNorm:
         assert isinstance(norm, RMSNorm)
         return cls(norm.weight_D.to(device), norm.eps)
 
-    def __call__(self, kernels: Kernels, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-        return kernels.rms_norm(x_TD, self.weight_D, self.eps, dtype=dtype)
+    def __call__(self, kernels: Kernels, x_TD: Tensor, dtype: torch.dtype, out_TD: Tensor | None = None) -> Tensor:
+        return kernels.rms_norm(x_TD, self.weight_D, self.eps, dtype=dtype, out_TD=out_TD)
 
 
 class _DeviceBranch:
@@ -319,16 +311,31 @@ class _DeviceBranch:
         self.is_post = branch.placement == "post"
         self.multiplier = branch.multiplier
 
-    def take(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    def take(self, x_TD: Tensor, dtype: torch.dtype, out_TD: Tensor | None = None) -> Tensor:
         """The branch's input: bf16 for products alone, fp32 where a router reads it."""
         if not self.is_post:
-            return self._norm(self._kernels, x_TD, dtype)
-        return self._kernels.rounded(x_TD) if dtype == torch.bfloat16 else x_TD
+            return self._norm(self._kernels, x_TD, dtype, out_TD)
+        return self._kernels.rounded(x_TD, out_TD) if dtype == torch.bfloat16 else x_TD
 
-    def add(self, x_TD: Tensor, y_TD: Tensor) -> None:
+    def add(
+        self,
+        x_TD: Tensor,
+        y_TD: Tensor,
+        after: _DeviceBranch | None,
+        dtype: torch.dtype = torch.bfloat16,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
+        """y into x, in place; then what `after`, if there is one, takes."""
+        kernels = self._kernels
         if self.is_post:
-            y_TD = self._norm(self._kernels, y_TD, torch.float32)
-        self._kernels.add_branch(x_TD, y_TD, self.multiplier)
+            y_TD = self._norm(kernels, y_TD, torch.float32)
+        if after is not None and not after.is_post:
+            norm = after._norm
+            return kernels.add_rms_norm(
+                x_TD, y_TD, self.multiplier, norm.weight_D, norm.eps, dtype=dtype, out_TD=out_TD
+            )
+        kernels.add_branch(x_TD, y_TD, self.multiplier)
+        return x_TD if after is None else after.take(x_TD, dtype, out_TD)
 
 
 class _DeviceMLP:
@@ -348,9 +355,8 @@ class _DeviceLayer:
         self, kernels: Kernels, layer: DecoderLayer, tables: RotaryTables, k_cache: Tensor, v_cache: Tensor
     ) -> None:
         self._kernels = kernels
-        self._attention_branch = _DeviceBranch(kernels, layer.attention_branch)
-        self._ffn_branch = _DeviceBranch(kernels, layer.ffn_branch)
-        self._attention = DeviceAttention(kernels, layer.attention, tables, k_cache, v_cache)
+        self.branches = tuple(_DeviceBranch(kernels, branch) for branch in (layer.attention_branch, layer.ffn_branch))
+        self.attention = DeviceAttention(kernels, layer.attention, tables, k_cache, v_cache)
         self.moe: DeviceMoE | None = None
         self._mlp: _DeviceMLP | None = None
         self._shared_gate: tuple[Tensor, ...] | None = None
@@ -365,30 +371,28 @@ class _DeviceLayer:
             assert isinstance(layer.ffn, DenseMLP)
             self._mlp = _DeviceMLP(kernels, layer.ffn)
 
-    def forward_(self, x_TD: Tensor, batch: DeviceBatch, step: DeviceStep) -> None:
-        """A rank without tokens takes part in the exchanges of the MoE layer alone."""
+    def forward_(
+        self, x_TD: Tensor, h_TD: Tensor, batch: DeviceBatch, step: DeviceStep, after: _DeviceBranch | None
+    ) -> None:
+        """`h_TD`: what attention takes (bf16); in the end, what the branch `after` takes. A rank without tokens takes
+        part in the exchanges of the MoE layer alone."""
+        attention_branch, ffn_branch = self.branches
+        ffn_h_TD = x_TD  # of no tokens
         if x_TD.shape[0]:
-            self._attend_(x_TD, batch)
-        if self.moe is not None:
-            self._mix_(x_TD, step)
-        elif x_TD.shape[0]:
+            y_TD = self.attention.project(self.attention.attend(h_TD, batch))
+            dtype = torch.bfloat16 if self.moe is None else torch.float32
+            ffn_h_TD = attention_branch.add(x_TD, y_TD, ffn_branch, dtype)
+        y_TD = self._mix(ffn_h_TD, step)
+        if x_TD.shape[0]:
+            ffn_branch.add(x_TD, y_TD, after, out_TD=h_TD)
+
+    def _mix(self, h_TD: Tensor, step: DeviceStep) -> Tensor:
+        kernels = self._kernels
+        if self.moe is None:
             assert self._mlp is not None
-            branch = self._ffn_branch
-            branch.add(x_TD, self._mlp(branch.take(x_TD, torch.bfloat16)))
-
-    def _attend_(self, x_TD: Tensor, batch: DeviceBatch) -> None:
-        branch, attention = self._attention_branch, self._attention
-        attended_TX = attention.attend(branch.take(x_TD, torch.bfloat16), batch)
-        branch.add(x_TD, attention.project(attended_TX))
-
-    def _mix_(self, x_TD: Tensor, step: DeviceStep) -> None:
-        assert self.moe is not None
-        branch, kernels = self._ffn_branch, self._kernels
-        h_TD = branch.take(x_TD, torch.float32)
+            return self._mlp(h_TD)
         y_TD = self.moe.forward(h_TD, step)
-        if x_TD.shape[0] == 0:
-            return
-        if self._mlp is not None:  # the shared expert, last, so that the order of the sum is one
+        if self._mlp is not None and h_TD.shape[0]:  # the shared expert, last, so that the order of the sum is one
             gate_T = None if self._shared_gate is None else kernels.exact_linear(h_TD, self._shared_gate)
             kernels.add_branch(y_TD, self._mlp(kernels.rounded(h_TD)), 1.0, gate_T)
-        branch.add(x_TD, y_TD)
+        return y_TD

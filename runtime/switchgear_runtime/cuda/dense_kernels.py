@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.cuda import structs
-from switchgear_runtime.cuda.library import BF16, FP32, WGMMA, Kind, device_library
+from switchgear_runtime.cuda.attention_packing import AttentionPacking
+from switchgear_runtime.cuda.library import ATTENTION_ROWS, BF16, FP32, WGMMA, Kind, device_library
 from switchgear_runtime.cuda.products import DTYPES, ProductKernels, address
 from switchgear_runtime.cuda.step_memory import StepMemory
 
@@ -41,6 +42,7 @@ class DenseKernels(ProductKernels):
             self._stream = torch.cuda.Stream(device, priority=STEP_PRIORITY)  # type: ignore[no-untyped-call]
         # What kernels found wrong: 1 + an expert over its plan; 1 + a pair that belongs to no slot here.
         self.faults = torch.zeros(2, dtype=torch.int32, device=device)
+        self._attention_done = torch.zeros(ATTENTION_ROWS, dtype=torch.int32, device=device)
 
     def version(self) -> str:
         """Of the kernels' numbers: ranks that differ could compute different bits."""
@@ -98,44 +100,63 @@ class DenseKernels(ProductKernels):
         )
         return x_TD
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        out_TD = self.empty(*x_TD.shape, dtype=dtype)
-        self._norm(x_TD.data_ptr(), weight_D, out_TD.data_ptr(), x_TD.shape[0], 1, x_TD.shape[1], eps, dtype)
-        return out_TD
+    def rms_norm(
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
+        """Into `out_TD` if it is given."""
+        return self._norm(x_TD, None, 0.0, weight_D, eps, dtype, out_TD)
 
-    def rms_norm_part_(self, x_TX: Tensor, begin: int, groups: int, weight: Tensor, eps: float) -> None:
-        """In place, of `groups` heads (or one row of all) side by side from column `begin` on."""
-        at = x_TX.data_ptr() + begin * x_TX.element_size()
-        self._norm(at, weight, at, x_TX.shape[0], groups, x_TX.shape[1], eps, torch.float32)
+    def add_rms_norm(
+        self,
+        x_TD: Tensor,
+        branch_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
+        """x += multiplier * branch, and the norm of that."""
+        return self._norm(x_TD, branch_TD, multiplier, weight_D, eps, dtype, out_TD)
 
     def _norm(
         self,
-        x: int,
-        weight: Tensor,
-        out: int,
-        num_tokens: int,
-        groups: int,
-        stride: int,
+        x_TD: Tensor,
+        branch_TD: Tensor | None,
+        multiplier: float,
+        weight_D: Tensor,
         eps: float,
         dtype: torch.dtype,
-    ) -> None:
+        out_TD: Tensor | None,
+    ) -> Tensor:
+        if out_TD is None:
+            out_TD = self.empty(*x_TD.shape, dtype=dtype)
         args = structs.Norm(
-            x=x,
-            weight=weight.data_ptr(),
-            out=out,
-            num_tokens=num_tokens,
-            groups=groups,
-            size=weight.shape[0],
-            x_stride=stride,
-            out_stride=stride,
+            x_TD=x_TD.data_ptr(),
+            branch_TD=address(branch_TD),
+            weight_D=weight_D.data_ptr(),
+            out_TD=out_TD.data_ptr(),
+            num_tokens=x_TD.shape[0],
+            hidden=x_TD.shape[1],
+            multiplier=multiplier,
             eps=eps,
-            out_dtype=DTYPES[dtype],
+            out_dtype=DTYPES[out_TD.dtype],
         )
         self.call("rms_norm", args)
+        return out_TD
 
-    def rounded(self, x_TD: Tensor) -> Tensor:
+    def rounded(self, x_TD: Tensor, out_TD: Tensor | None = None) -> Tensor:
         """fp32 to bf16."""
-        return self._rows("pack_rows", x_TD, None, self.empty(*x_TD.shape, dtype=torch.bfloat16), FP32, BF16)
+        if out_TD is None:
+            out_TD = self.empty(*x_TD.shape, dtype=torch.bfloat16)
+        return self._rows("pack_rows", x_TD, None, out_TD, FP32, BF16)
 
     def select_rows(self, x_TD: Tensor, rows_S: Tensor) -> Tensor:
         """[S, D] fp32, by int32."""
@@ -156,7 +177,7 @@ class DenseKernels(ProductKernels):
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def rope_kv(
+    def rotate_qkv(
         self,
         qkv_TX: Tensor,
         k_cache: Tensor,
@@ -167,13 +188,19 @@ class DenseKernels(ProductKernels):
         slots_T: Tensor,
         cos_PC2: Tensor,
         sin_PC2: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
         clip: float,
     ) -> Tensor:
-        """q_THC of the cache's dtype: q and k clipped (0: not) and rotated; k and v go into the cache [B, G, Z, C]."""
+        """q_THC bf16: q and k normed (where there is a weight: of a head, or of all), clipped (0: not) and rotated; k,
+        and v clipped, go into the cache [B, G, Z, C]."""
         _, num_kv_heads, block_size, head_size = k_cache.shape
-        q_THC = self.empty(qkv_TX.shape[0], num_heads, head_size, dtype=k_cache.dtype)
-        args = structs.Kv(
+        q_THC = self.empty(qkv_TX.shape[0], num_heads, head_size, dtype=torch.bfloat16)
+        args = structs.Qkv(
             qkv_TX=qkv_TX.data_ptr(),
+            q_weight=address(q_weight),
+            k_weight=address(k_weight),
             positions_T=positions_T.data_ptr(),
             slots_T=slots_T.data_ptr(),
             cos_PC2=cos_PC2.data_ptr(),
@@ -186,10 +213,12 @@ class DenseKernels(ProductKernels):
             num_kv_heads=num_kv_heads,
             head_size=head_size,
             block_size=block_size,
+            q_size=0 if q_weight is None else q_weight.shape[0],
+            k_size=0 if k_weight is None else k_weight.shape[0],
+            eps=eps,
             clip=clip,
-            dtype=DTYPES[k_cache.dtype],
         )
-        self.call("rope_kv", args)
+        self.call("rotate_qkv", args)
         return q_THC
 
     def paged_attention(
@@ -201,16 +230,16 @@ class DenseKernels(ProductKernels):
         block_tables_QB: Tensor,
         seq_ids_T: Tensor,
         positions_T: Tensor,
-        max_positions: int,
+        packing: AttentionPacking,
         scale: float,
         sliding_window: int,
     ) -> Tensor:
-        """[T, H * C] bf16. No position is as large as `max_positions`."""
+        """[T, H * C] bf16. The packing changes no bit."""
         num_tokens, num_heads, head_size = q_THC.shape
         _, num_kv_heads, block_size, _ = k_cache.shape
         out_TX = self.empty(num_tokens, num_heads * head_size, dtype=torch.bfloat16)
-        num_floats = self._library.sg_cuda_attention_work(num_tokens, num_heads, head_size, max_positions)
-        work = self.empty(num_floats)
+        sizes = (packing.num_alone, num_heads, num_kv_heads, head_size, packing.max_positions)
+        work = self.empty(self.size("attention_work", *sizes))
         args = structs.Attention(
             q_THC=q_THC.data_ptr(),
             k_cache=k_cache.data_ptr(),
@@ -218,18 +247,21 @@ class DenseKernels(ProductKernels):
             block_tables_QB=block_tables_QB.data_ptr(),
             seq_ids_T=seq_ids_T.data_ptr(),
             positions_T=positions_T.data_ptr(),
+            tiles_N2=address(packing.tiles_N2),
+            alone_N=address(packing.alone_N),
             out_THC=out_TX.data_ptr(),
             work=work.data_ptr(),
-            num_tokens=num_tokens,
+            done=self._attention_done.data_ptr(),
+            num_tiles=0 if packing.tiles_N2 is None else packing.tiles_N2.shape[0],
+            num_alone=packing.num_alone,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_size=head_size,
             block_size=block_size,
             table_width=block_tables_QB.shape[1],
-            max_positions=max_positions,
+            max_positions=packing.max_positions,
             sliding_window=sliding_window,
             scale=scale,
-            dtype=DTYPES[q_THC.dtype],
             out_dtype=BF16,
         )
         self.call("paged_attention", args)

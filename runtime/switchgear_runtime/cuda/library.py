@@ -21,6 +21,7 @@ FILES: dict[Kind, str] = {"cuda": "libswitchgear_cuda.so", "twin": "libswitchgea
 FP32, BF16, FP8, INT8 = 0, 1, 2, 3  # dtypes, and payloads
 MMA, WGMMA = 1, 2  # families of bf16 products
 STORE, ADD, SILU_MUL = 0, 1, 2  # epilogues of a product
+ATTENTION_ROWS = 512  # of the counters that attention takes
 _FOLDER = Path(__file__).parent.parent / "_native"
 
 # Of functions that return a status: their arguments. A stream comes last.
@@ -50,9 +51,8 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "split_rows": (c_void_p, c_int64, c_int64, c_void_p),
     "embed": (c_void_p, c_int, c_void_p, c_int64, c_int64, c_float, c_void_p),
     "rms_norm": (POINTER(structs.Norm),),
-    "silu_mul": (c_void_p, c_int64, c_int64, c_void_p, c_int),
     "add_branch": (c_void_p, c_void_p, c_void_p, c_int, c_float, c_int64, c_int64),
-    "rope_kv": (POINTER(structs.Kv),),
+    "rotate_qkv": (POINTER(structs.Qkv),),
     "paged_attention": (POINTER(structs.Attention),),
     "sample_rows": (POINTER(structs.Sample),),
     "synchronize": (),
@@ -63,7 +63,8 @@ _SIZES: dict[str, tuple[Any, ...]] = {  # of functions that return a number of b
     "peer_bytes": (POINTER(structs.Peer),),
     "peer_rows_at": (POINTER(structs.Peer),),
     "weight_bytes": (c_int64, c_int64, c_int),
-    "attention_work": (c_int64, c_int64, c_int64, c_int64),
+    "attention_tile": (c_int64, c_int64, c_int64),
+    "attention_work": (c_int64, c_int64, c_int64, c_int64, c_int64),
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from switchgear_runtime.cuda.attention_packing import num_tiles_max
 from switchgear_runtime.cuda.graph import Graph
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
@@ -25,10 +26,12 @@ FINE, COARSE = 8, 16  # steps of the sizes up to 32, and from there on
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What a graph has room for. `max_positions`: no position is as large."""
+    """What a graph has room for. `max_positions`: no position is as large. `num_tiles`: 0 where no tokens attend
+    together, as in decode, which then has no launch for them."""
 
     num_tokens: int
     max_positions: int
+    num_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,13 +77,14 @@ class SmallSteps:
         self._known: dict[Bucket, _Captured] = {}
         self.num_captures = self.num_replays = 0
 
-    def bucket(self, num_tokens: int, num_positions: int) -> Bucket:
-        """`num_tokens`: of the rank that has most, so that all ranks have the same; `num_positions`: of this one."""
+    def bucket(self, num_tokens: int, num_positions: int, *, has_tiles: bool) -> Bucket:
+        """`num_tokens`: of the rank that has most, so that all ranks have the same; the others: of this one."""
         positions = POSITIONS_MIN
         while positions < num_positions:
             positions *= 2
         capacity = -(-self._max_model_len // self._block_size) * self._block_size
-        return Bucket(min(self.max_tokens, _rounded_up(num_tokens)), min(positions, capacity))
+        room = min(self.max_tokens, _rounded_up(num_tokens))
+        return Bucket(room, min(positions, capacity), num_tiles_max(room) if has_tiles else 0)
 
     def inputs(self, bucket: Bucket) -> StepInputs:
         """To fill for the next `launch` of this bucket."""
@@ -91,6 +95,8 @@ class SmallSteps:
                 num_seqs=min(bucket.num_tokens, self._max_num_seqs),
                 table_width=-(-bucket.max_positions // self._block_size),
                 num_rows=min(bucket.num_tokens, self._max_num_seqs),
+                num_tiles=bucket.num_tiles,
+                num_alone=bucket.num_tokens if bucket.num_tiles else 0,
             )
             first = StepInputs(shape, self._kernels.device)
             second = StepInputs(shape, self._kernels.device, first.on_device)

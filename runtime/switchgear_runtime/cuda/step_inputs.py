@@ -20,11 +20,13 @@ from torch import Tensor
 
 from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.block_tables import fill, width_of
+from switchgear_runtime.cuda.attention_packing import Tiles
 from switchgear_runtime.sampler import signed_seed, top_k_or_all
 from switchgear_runtime.sequence import Sequence as TokenSequence
 
 ALIGNMENT = 64
 NO_SLOT = -1  # key and value are not kept
+NO_TOKEN = -1  # in alone_N
 KNOWN = -1  # in from_T
 
 
@@ -36,12 +38,21 @@ class InputShape:
     num_seqs: int
     table_width: int
     num_rows: int
+    num_tiles: int = 0  # of attention; without any, no token is named as alone, since all are
+    num_alone: int = 0
 
     @classmethod
-    def of(cls, flat: FlatBatch) -> InputShape:
+    def of(cls, flat: FlatBatch, tiles: Tiles) -> InputShape:
         """Exactly as much."""
-        tables = flat.block_tables_S
-        return cls(len(flat.token_ids_T), len(tables), width_of(tables), len(flat.sampling_rows))
+        tables, num_tiles = flat.block_tables_S, len(tiles.tiles_N2)
+        return cls(
+            len(flat.token_ids_T),
+            len(tables),
+            width_of(tables),
+            len(flat.sampling_rows),
+            num_tiles,
+            len(tiles.alone_N) if num_tiles else 0,
+        )
 
     def arrays(self) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
         tokens, rows = (self.num_tokens,), (self.num_rows,)
@@ -56,6 +67,8 @@ class InputShape:
             "tenant_rows_T": (np.int32, tokens),
             "versions_T": (np.int32, tokens),
             "block_tables_QB": (np.int32, (self.num_seqs, self.table_width)),
+            "tiles_N2": (np.int32, (self.num_tiles, 2)),
+            "alone_N": (np.int32, (self.num_alone,)),
             "rows_S": (np.int32, rows),  # tokens whose successor is drawn
             "top_k_S": (np.int32, rows),
             "temperature_S": (np.float32, rows),
@@ -98,6 +111,7 @@ class StepInputs:
         tenant_rows_T: NDArray[np.int32],
         no_tenant: int,
         versions_T: NDArray[np.int32] | None,
+        tiles: Tiles,
     ) -> None:
         """`sampled`: those of flat.sampling_rows. A token id below 0 is that of row -1 - id of the step before.
         `no_tenant`: where padding is counted."""
@@ -112,6 +126,10 @@ class StepInputs:
         _put(arrays["versions_T"], () if versions_T is None else versions_T, 0)
         fill(arrays["block_tables_QB"], flat.block_tables_S)
         arrays["num_tokens_now"][0] = num_tokens
+        if self.shape.num_tiles:
+            padding = np.arange(num_tokens, self.shape.num_tokens)  # attends alone, too: its rows must be numbers
+            _put(arrays["tiles_N2"], tiles.tiles_N2, 0)
+            _put(arrays["alone_N"], np.concatenate([tiles.alone_N, padding]), NO_TOKEN)
         _put(arrays["rows_S"], flat.sampling_rows, 0)
         sampling = [sequence.sampling for sequence in sampled]
         _put(arrays["seeds_S"], [signed_seed(params.seed) for params in sampling], 0)

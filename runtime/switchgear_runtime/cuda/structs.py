@@ -96,23 +96,23 @@ class Gemm(ctypes.Structure):
 
 class Norm(ctypes.Structure):
     __slots__ = ()
-    _fields_ = _fields("p: x weight out; q: num_tokens groups size x_stride out_stride; f: eps; i: out_dtype")
+    _fields_ = _fields("p: x_TD branch_TD weight_D out_TD; q: num_tokens hidden; f: multiplier eps; i: out_dtype")
 
 
-class Kv(ctypes.Structure):
+class Qkv(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: qkv_TX positions_T slots_T cos_PC2 sin_PC2 k_cache v_cache q_THC;"
-        "q: num_tokens num_heads num_kv_heads head_size block_size; f: clip; i: dtype"
+        "p: qkv_TX q_weight k_weight positions_T slots_T cos_PC2 sin_PC2 k_cache v_cache q_THC;"
+        "q: num_tokens num_heads num_kv_heads head_size block_size q_size k_size; f: eps clip"
     )
 
 
 class Attention(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "p: q_THC k_cache v_cache block_tables_QB seq_ids_T positions_T sinks_H out_THC work;"
-        "q: num_tokens num_heads num_kv_heads head_size block_size table_width max_positions sliding_window;"
-        "f: scale; i: dtype out_dtype"
+        "p: q_THC k_cache v_cache block_tables_QB seq_ids_T positions_T sinks_H tiles_N2 alone_N out_THC work done;"
+        "q: num_tiles num_alone num_heads num_kv_heads head_size block_size table_width max_positions sliding_window;"
+        "f: scale; i: out_dtype"
     )
 
 
@@ -135,7 +135,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {  # by their name in abi.h
     "sg_cuda_peer": Peer,
     "sg_cuda_gemm": Gemm,
     "sg_cuda_norm": Norm,
-    "sg_cuda_kv": Kv,
+    "sg_cuda_qkv": Qkv,
     "sg_cuda_attention": Attention,
     "sg_cuda_sample": Sample,
 }

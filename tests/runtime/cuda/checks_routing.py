@@ -61,7 +61,7 @@ def check_router(library: Checked, seed: int) -> None:
     num_groups = int(rng.choice([1, 2, 5, 8, 40]))
     num_experts, num_tokens = group_size * num_groups, int(rng.integers(0, 11))
     top_k_groups = int(rng.integers(1, num_groups + 1))
-    top_k = int(rng.integers(1, min(group_size * top_k_groups, 12) + 1))
+    top_k = int(rng.integers(1, min(group_size * top_k_groups, 32 if seed % 4 == 0 else 12) + 1))
     sigmoid = bool(rng.integers(2))
     logits_TE = rng.standard_normal((num_tokens, num_experts)) * rng.choice([0.5, 4.0, 30.0 if sigmoid else 3000.0])
     if seed % 2:
@@ -97,6 +97,8 @@ def check_router(library: Checked, seed: int) -> None:
         {"top_k_groups": num_groups + 1},
         {"top_k": 0},
         {"top_k": group_size * top_k_groups + 1},
+        {"num_experts": 64, "num_groups": 1, "top_k_groups": 1, "top_k": 33},
+        {"num_experts": 1025, "num_groups": 1, "top_k_groups": 1},
     ):
         with pytest.raises(DeviceError):
             library.sg_cuda_topk_router(ctypes.byref(structs.Router(**{**sizes, **wrong})), None)

@@ -17,11 +17,19 @@ from switchgear_runtime.moe.expert_map import ExpertMap
 NUM_STEPS = 6
 ROWS_NEAR_MIN = 0.8  # of all: a router may choose otherwise where two experts are nearly as good
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("qwen2_moe", {"moe_intermediate_size": 24, "intermediate_size": 40, "shared_expert_intermediate_size": 32}),
-    ("mixtral", {"intermediate_size": 32, "sliding_window": 20}),
-    ("olmoe", {"clip_qkv": 0.7, "attention_bias": True, "num_experts_per_tok": 5}),
-    ("flex_olmo", {}),
-    ("granitemoe", {"intermediate_size": 32, "attention_bias": True}),
+    (
+        "qwen2_moe",
+        {
+            "hidden_size": 64,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 40,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    ("mixtral", {"head_dim": 24, "intermediate_size": 32, "sliding_window": 20}),
+    ("olmoe", {"hidden_size": 64, "clip_qkv": 0.7, "attention_bias": True, "num_experts_per_tok": 5}),
+    ("flex_olmo", {"hidden_size": 64}),
+    ("granitemoe", {"hidden_size": 96, "intermediate_size": 32, "attention_bias": True}),
     ("qwen3_moe", {"mlp_only_layers": [1], "num_hidden_layers": 3, "num_experts": 7, "tie_word_embeddings": True}),
 ]
 

@@ -1,7 +1,7 @@
 """Mutants of the device kernels: each with one operator or number changed, built as a twin, and run against the checks.
 
 A check that no mutant fails sees every index. `python tests/runtime/cuda/mutants.py` runs all of them (minutes) and
-prints those that nobody noticed; `--sample N --seed S` some. What cannot be noticed is in EQUIVALENT, with the reason.
+prints those that nobody noticed; `--sample N --seed S` some. What cannot be noticed is in equal_mutants.py, with the reason.
 Imports no torch: each mutant runs in a fork of this process.
 """
 
@@ -24,11 +24,13 @@ from pathlib import Path
 import checks_attention
 import checks_peer
 import checks_products
+import checks_qkv
 import checks_routing
 import checks_rows
 import checks_sampler
 import checks_steps
 from arena import Arena, Checked
+from equal_mutants import EQUIVALENT
 
 from switchgear_runtime.cuda.library import load
 
@@ -61,13 +63,22 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     ],
     "gemm_wgmma.cu": [(checks_products.check_gemm_wgmma, 24), (checks_products.check_rows_wgmma, 1)],
     "gemm_fp8.cu": [(checks_products.check_gemm_fp8, 36), (checks_products.check_rows_fp8, 1)],
-    "rows.cu": [(checks_rows.check_row_ops, 12)],
+    "rows.cu": [(checks_rows.check_row_ops, 12), (checks_rows.check_rms_norm, 24)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
     "sampler.cu": [(checks_sampler.check_sampler, 60)],
-    "attention.cu": [(checks_attention.check_rope_kv, 12), (checks_attention.check_attention, 25)],
+    "qkv.cu": [(checks_qkv.check_qkv, 24)],
+    "attention.cu": [
+        (checks_attention.check_attention, 20),
+        (checks_attention.check_attention_sizes, 4),
+        (checks_attention.check_many_alone, 1),
+    ],
 }
 HEADERS = {  # and the sources that show a mutant of them
+    "attention.h": ("attention.cu",),
+    "attention_tile.h": ("attention.cu",),
+    "attention_token.h": ("attention.cu",),
+    "eights.h": ("rows.cu",),
     "bucket.h": ("dispatch.cu",),
     "gemm.h": ("gemm_mma.cu",),
     "gemm_kernel.h": ("gemm_mma.cu",),
@@ -100,126 +111,6 @@ OPERATORS = {
     "||": "&&",
     "+=": "-=",
 }
-# Mutants that compute the same: (file, a part of the line, what it becomes or "", why).
-EQUIVALENT: list[tuple[str, str, str, str]] = [
-    ("bucket.h", "int64_t TABLE_BYTES_MAX = ", "", "a chunk of another size, the same places"),
-    ("bucket.h", "chunk / WARP * num_bins * 4 > TABLE", "", "a chunk of another size, the same places"),
-    ("bucket.h", "if (mine.size <= 0) return;", "<", "a block without items counts none"),
-    ("bucket.h", "if (mine.size <= 0 && block.x > 0)", "", "a block without items places none"),
-    ("bucket.h", "b < 2 * bins; b += THREADS", "", "zeros where there are zeros, or nothing yet"),
-    ("bucket.h", "return (2 * TALLIES * num_bins", "(3 *", "more shared memory than needed"),
-    ("bucket.h", "return (2 * TALLIES * num_bins", "* 5", "more shared memory than needed"),
-    ("bucket.h", "r < Chunk<Items>::ROUNDS", "<=", "a round beyond the chunk"),
-    ("bucket.h", "warp < warps; warp += STEP", "<=", "a step without warps"),
-    ("bucket.h", "c < num_chunks; c += STEP", "<=", "a step without chunks"),
-    ("gemm_mma.cu", "int M = OUTS / WARPS_O", "PARTS * WARPS_T", "more columns than there are tokens"),
-    ("gemm_mma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
-    ("gemm_mma.cu", "if constexpr (PARTS == 1", "", "other widths, the same bits"),
-    ("gemm_wgmma.cu", "int64_t SHARED_MAX", "", "as much as there is"),
-    ("gemm_wgmma.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
-    ("gemm_wgmma.cu", "constexpr int FEWER", "", "other widths, the same bits"),
-    ("gemm_wgmma.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
-    ("gemm_fp8.cu", "int64_t SHARED_MAX", "", "as much as there is"),
-    ("gemm_fp8.cu", "wait_async<Shape::AHEAD - 1>", "- 2", "waits for more than it needs"),
-    ("gemm_fp8.cu", "if constexpr (WIDTH % 2", "", "other widths, the same bits"),
-    ("gemm_fp8.cu", "if constexpr (N < 8)", "", "the same loop, unrolled or not"),
-    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "num_rows < WIDTH", "a wider product, the same bits"),
-    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "<= WIDTH / 3", "a wider product, the same bits"),
-    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "/ 2 + WARPS_T", "a wider product, the same bits"),
-    ("gemm_mma.cu", "if (num_rows <= WIDTH / 2", "WARPS_T + 8", "a wider product, the same bits"),
-    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "num_rows < WIDTH", "a wider product, the same bits"),
-    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "<= WIDTH / 3", "a wider product, the same bits"),
-    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "/ 2 + WARPS_T", "a wider product, the same bits"),
-    ("gemm_fp8.cu", "if (num_rows <= WIDTH / 2", "WARPS_T + 8", "a wider product, the same bits"),
-    ("gemm_wgmma.cu", "if (num_rows <= FEWER", "num_rows < FEWER", "a wider product, the same bits"),
-    ("gemm_tiles.h", "int32_t BAND = ", "", "another order"),
-    ("gemm_tiles.h", "return ceil_div(slots * 16", "", "more shared memory than needed"),
-    ("gemm_tiles.h", "++s) sum[thread] += num_high(s);", "s <= last", "more tiles, with fewer rows each"),
-    ("gemm_tiles.h", "if (thread >= WARP) return;", "> WARP", "thread 32 writes what thread 0 does"),
-    ("gemm_tiles.h", "s < num_slots_; s += WARP", "s <= num_slots_", "a round that counts none"),
-    ("gemm_tiles.h", "const int32_t share = ", "", "shares may be larger"),
-    ("gemm_tiles.h", "num_wide_((num_results", "+ 1) / width_", "a tile without outputs"),
-    ("gemm_tiles.h", "width_(is_gated", "/ 3", "tiles that overlap"),
-    ("gemm.h", "facts.has_wgmma = ", "", "of a GPU"),
-    ("gemm.h", "facts.shared_kib = ", "", "of a GPU"),
-    ("gemm.h", "if (cudaGetDevice", "", "of a GPU"),
-    ("gemm.h", "thread_local DeviceFacts", "", "of a GPU"),
-    ("gemm.h", "const int64_t partial = ", ">", "more blocks than needed"),
-    ("gemm.h", "const int64_t tiles = ", "a.max_rows *", "more blocks than needed"),
-    ("bucket.h", "const int64_t share = ", "THREADS + 1) / THREADS", "shares may be larger"),
-    ("bucket.h", "const int64_t share = ", "THREADS - 1) * THREADS", "shares may be larger"),
-    ("bucket.h", "launch(name, ", "* 5", "more shared memory than needed"),
-    ("router.cu", "a.num_groups > 1", "a.num_groups >= 1", "one group is kept"),
-    ("router.cu", "if (thread % WARP != 0) return;", "", "every lane writes the same"),
-    ("router.cu", "const int64_t floats", "3 * a.num_experts", "more shared memory than needed"),
-    ("router.cu", "TopkRouter::TOKENS * floats", "* 5", "more shared memory than needed"),
-    ("numbers.h", "size < 0x3C800000", "<=", "both ways give 2^-6"),
-    ("numbers.h", "if (code > 0x7E)", ">=", "the same code"),
-    ("numbers.h", "if (x < -87.0f)", "<=", "a bound of no meaning"),
-    ("numbers.h", "if (x > 88.0f)", ">=", "a bound of no meaning"),
-    ("payload.cu", "if (thread % WARP == 0) scales", "!= 0", "every lane has the same"),
-    ("dispatch.cu", "int64_t low = 0, high", "+ 1", "no pair is behind the last one's end"),
-    ("dispatch.cu", "num_pairs <= INT32_MAX", "<", "one pair less"),
-    ("dispatch.cu", "const int64_t middle = ", "+ 2", "a step of another length"),
-    ("payload.cu", "for (int64_t k = 0; k < a.top_k", "<=", "the twin has a number below 0 behind its shared memory"),
-    ("payload.cu", "in[i][thread] = load_vector(reinterpret_cast", "<=", "a vector that nobody uses"),
-    ("payload.cu", "scale[i][thread] = load_pack", "<=", "a scale that nobody uses"),
-    ("payload.cu", "return launch_rows(name, ", "", "more blocks than needed"),
-    ("payload.cu", "const int64_t parts = ", "* 5", "more shared memory than needed"),
-    ("payload.cu", "const int64_t columns = ", "", "more blocks than needed"),
-    ("combine.cu", "const int64_t parts = ", "THREADS + VECTOR", "more blocks than needed"),
-    ("combine.cu", "return combine_at_once", "if (a.top_k <", "in other groups, the same bits"),
-    ("combine.cu", "k < rounded_k; k += AT_ONCE", "<=", "a round without rows"),
-    ("vector.h", "rows < BLOCKS_MAX", ">", "more blocks than needed"),
-    ("vector.h", "constexpr int64_t BLOCKS_MAX", "", "a block takes several rows where there are fewer blocks"),
-    ("vector.h", "constexpr int BYTES = ", "< 17", "of 16 bytes, both ways give 16"),
-    ("vector.h", "struct alignas(", "", "of registers"),
-    ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
-    ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
-    ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
-    ("peer.cu", "r < a.num_ranks; ++r) {", "r <= a.num_ranks", "counts nothing, or is overwritten"),
-    ("peer.cu", "most < 1 ? 1", "most < 2", "one"),
-    ("peer_layout.h", "int64_t aligned(", "ALIGN - 2", "sizes are multiples of 8"),
-    (
-        "attention.cu",
-        "i < heads * at.size; i += THREADS) {",
-        "<=",
-        "writes beside what is merged, where nothing is needed",
-    ),
-    ("attention.cu", "begin == row.first && begin < end", "<= end", "a part that begins there has a position"),
-    ("sampler.cu", "if (!(value >= -infinity()))", "> -inf", "it is -inf already"),
-    ("sampler.cu", "if (thread % WARP == 0)", "!= 0", "every lane has the same"),
-    ("sampler.cu", "double NOTHING = ", "", "what is so small counts 0 either way"),
-    ("sampler.cu", "return below < NOTHING", "<=", "one part in 2^40"),
-    (
-        "sampler.cu",
-        "for (; s.sum + digits[digit] < s.bound",
-        "<=",
-        "one part in 2^40; of a count, the next key then counts 0 times",
-    ),
-    ("sampler.cu", "int64_t HISTOGRAM_BYTES = ", "* 9", "more shared memory than needed"),
-    ("sampler.cu", "if (top_k > 0 && top_k < a.vocab_size)", "", "finds that all are kept"),
-    ("sampler.cu", "s.bound = (target < s.total", "", "where rounding leads to the total itself"),
-    ("sampler.cu", "if (top_p < 1.0)", "<=", "finds that all are kept"),
-    ("sampler.cu", "s.bound = s.bound < 1 ?", "< 2", "one part in 2^40"),
-    ("sampler.cu", "(s.bound - s.sum + one - 1) / one", "- 2", "one part in 2^40"),
-    ("sampler.cu", "if (min_p > 0.0)", ">=", "finds that all are kept"),
-    ("sampler.cu", ">= min_p", "> min_p", "a weight that is min_p to the last bit"),
-    ("sampler.cu", "const int64_t share = ", "", "shares may be larger"),
-    ("sampler.cu", "place >= counts[thread]", "place > counts", "the next thread's token, which that one takes"),
-    ("attention.cu", "int64_t PADDING = ", "", "any padding will do"),
-    ("attention.cu", "const int64_t heads = a.num_heads / a.num_kv_heads, row", "* a.num_kv", "more shared memory"),
-    ("attention.cu", "return heads * (3 *", "(4 *", "more shared memory"),
-    ("attention.cu", "return heads * (3 *", "+ 6)", "more shared memory"),
-    ("attention.cu", "return heads * (3 *", "* 5", "more shared memory"),
-    ("attention.cu", "return heads * (3 *", "+ 3 *", "more shared memory"),
-    ("attention.cu", "tile < end; tile", "tile <= end", "a tile without positions changes nothing"),
-    ("attention.cu", "round < at.heads", "<=", "a round without heads"),
-    ("attention.cu", "h < at.heads && tile", "<=", "what a head beyond the last gets is left"),
-    ("attention.cu", "if (c == 0) {", "!=", "every channel's thread has the same"),
-    ("attention.cu", "num_parts * (head_size + 2);", "+ 3", "more work memory"),
-    ("rows.cu", "if (thread % WARP == 0) sums", "!=", "every lane has the same"),
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime import ops_reference
+from switchgear_runtime.cuda.attention_packing import AttentionPacking
 from switchgear_runtime.cuda.fp8 import FP8, Fp8Weight, dequantize_fp8
 from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
 from switchgear_runtime.cuda.products import Weight
@@ -24,6 +25,13 @@ def by_rows(of_row: Callable[[Tensor], Tensor], x: Tensor, *shape: int, dtype: t
     for index, row in enumerate(x):
         out[index] = of_row(row)
     return out
+
+
+def packing_tokens(packing: AttentionPacking) -> list[int]:
+    """All that a packing names."""
+    tiles = [] if packing.tiles_N2 is None else packing.tiles_N2.tolist()
+    alone = range(packing.num_alone) if packing.alone_N is None else packing.alone_N.tolist()
+    return [*(t for t in alone if t >= 0), *(first + i for first, count in tiles for i in range(count))]
 
 
 class ReferenceKernels(Kernels):
@@ -52,17 +60,35 @@ class ReferenceKernels(Kernels):
     def embed(self, embedding_VD: Tensor, token_ids_T: Tensor, multiplier: float) -> Tensor:
         return embedding_VD[token_ids_T].float() * multiplier
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rms_norm(
+        self,
+        x_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
         of_row = lambda row: ops_reference.rms_norm(row[None], weight_D, eps)[0]  # noqa: E731
-        return by_rows(of_row, x_TD, *x_TD.shape, dtype=dtype)
+        normed = by_rows(of_row, x_TD, *x_TD.shape, dtype=dtype)
+        return normed if out_TD is None else out_TD.copy_(normed)
 
-    def rms_norm_part_(self, x_TX: Tensor, begin: int, groups: int, weight: Tensor, eps: float) -> None:
-        part = x_TX[:, begin : begin + groups * weight.shape[0]]
-        normed = self.rms_norm(part.reshape(-1, weight.shape[0]), weight, eps)
-        part.copy_(normed.view(part.shape))
+    def add_rms_norm(
+        self,
+        x_TD: Tensor,
+        branch_TD: Tensor,
+        multiplier: float,
+        weight_D: Tensor,
+        eps: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
+        self.add_branch(x_TD, branch_TD, multiplier)
+        return self.rms_norm(x_TD, weight_D, eps, dtype=dtype, out_TD=out_TD)
 
-    def rounded(self, x_TD: Tensor) -> Tensor:
-        return x_TD.bfloat16()
+    def rounded(self, x_TD: Tensor, out_TD: Tensor | None = None) -> Tensor:
+        return x_TD.bfloat16() if out_TD is None else out_TD.copy_(x_TD)
 
     def add_branch(self, x_TD: Tensor, branch_TD: Tensor, multiplier: float, gate_T: Tensor | None = None) -> None:
         gate = 1.0 if gate_T is None else gate_T.double().sigmoid().view(-1, 1)
@@ -70,7 +96,7 @@ class ReferenceKernels(Kernels):
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def rope_kv(
+    def rotate_qkv(
         self,
         qkv_TX: Tensor,
         k_cache: Tensor,
@@ -81,12 +107,19 @@ class ReferenceKernels(Kernels):
         slots_T: Tensor,
         cos_PC2: Tensor,
         sin_PC2: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
         clip: float,
     ) -> Tensor:
         _, num_kv_heads, block_size, head_size = k_cache.shape
-        qkv = qkv_TX if clip == 0.0 else qkv_TX.clamp(-clip, clip)
-        heads = qkv.reshape(len(qkv), -1, head_size)
+        heads = qkv_TX.reshape(len(qkv_TX), -1, head_size)
         q, k, v = (part.clone() for part in heads.split([num_heads, num_kv_heads, num_kv_heads], 1))
+        for part, weight in ((q, q_weight), (k, k_weight)):
+            if weight is not None:
+                part.copy_(self.rms_norm(part.reshape(-1, len(weight)), weight, eps).view(part.shape))
+        for part in (q, k, v) if clip else ():
+            part.clamp_(-clip, clip)
         for part in (q, k):
             ops_reference.rope_(part, positions_T, cos_PC2, sin_PC2)
         for t, slot in enumerate(slots_T.tolist()):
@@ -104,11 +137,11 @@ class ReferenceKernels(Kernels):
         block_tables_QB: Tensor,
         seq_ids_T: Tensor,
         positions_T: Tensor,
-        max_positions: int,
+        packing: AttentionPacking,
         scale: float,
         sliding_window: int,
     ) -> Tensor:
-        assert max_positions > int(positions_T.max())
+        assert sorted(packing_tokens(packing)) == list(range(len(q_THC)))
         k_fp32, v_fp32 = k_cache.float(), v_cache.float()  # whose rows ops_reference finds where they are
         out_THC = ops_reference.paged_attention(
             q_THC.float(), k_fp32, v_fp32, block_tables_QB, seq_ids_T, positions_T, scale, sliding_window

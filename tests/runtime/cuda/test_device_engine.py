@@ -128,6 +128,10 @@ def test_prompt_logprobs_and_preemption(lab: Lab, device: str) -> None:
     assert all(stats.num_preemptions > 0 for stats in run.stats.values())
 
 
+def _narrow(root: Path) -> Path:
+    return make_checkpoint(root, "qwen3_moe", 7, dtype="bfloat16", head_dim=10)
+
+
 def _odd(root: Path) -> Path:
     return make_checkpoint(root, "qwen3_moe", 7, dtype="bfloat16", hidden_size=44)
 
@@ -137,6 +141,7 @@ def _odd(root: Path) -> Path:
     [
         (lambda root: make_checkpoint(root, "phimoe", 7, dtype="bfloat16"), ConfigError, "LayerNorm"),
         (lambda root: make_checkpoint(root, "qwen3_moe", 7), ConfigError, "bfloat16"),
+        (_narrow, ConfigError, "heads of 10 "),
         (_odd, CheckpointError, "44 inputs; the device engine takes multiples of 8"),
     ],
 )

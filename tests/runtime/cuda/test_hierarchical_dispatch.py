@@ -202,5 +202,5 @@ def test_results_that_do_not_come_back_are_an_error() -> None:
     ):
         handle = group.create_handle(torch.zeros(1, 1, dtype=torch.int32), 1)
         received = group.dispatch(torch.zeros(1, HIDDEN), handle, timeout_s=1.0)
-        with pytest.raises(TransportError, match="returned"):
+        with pytest.raises(TransportError, match="came back"):
             group.combine(received.x_MD, torch.ones(1, 1), handle, timeout_s=1.0)
