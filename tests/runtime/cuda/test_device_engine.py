@@ -54,9 +54,14 @@ def lab(device: str, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.mark.parametrize(("arch", "overrides"), VARIANTS, ids=str)
 def test_near_the_cpu_engine(root: Path, device: str, arch: str, overrides: dict[str, Any]) -> None:
+    """Of several runs together: where one token's router chooses otherwise, the rest of its sequence differs, too, and
+    one run has only some ten rows."""
     model_dir = make_checkpoint(root, arch, 7, dtype="bfloat16", **overrides)
-    seed = random.SystemRandom().randrange(1 << 30)
-    check_near(run_all(model_dir, 1, seed, device=device), run_all(model_dir, 1, seed, device="cpu"), f"seed {seed}")
+    seeds = [random.SystemRandom().randrange(1 << 30) for _ in range(4)]
+    ours, theirs = (
+        [rank for seed in seeds for rank in run_all(model_dir, 1, seed, device=kind)] for kind in (device, "cpu")
+    )
+    check_near(ours, theirs, f"seeds {seeds}")
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
