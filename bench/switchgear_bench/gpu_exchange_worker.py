@@ -19,6 +19,7 @@ from switchgear_runtime.cuda.backend import kernels_of
 from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.group_choice import GenerationGroups
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.generation import GenerationDescriptor
 
 TIMEOUT_S = 30.0
@@ -45,6 +46,7 @@ def _run(kernels: Kernels, settings: dict[str, Any]) -> None:
     groups = GenerationGroups.of(
         kernels,
         transport,
+        RowPayload(kernels, "auto", shape.hidden),
         before=None,
         peer_faults_R1=faults_R1,
         max_tokens=max(settings["small"]),
@@ -108,7 +110,7 @@ class _RoundTrip:
 
 def _echo(received: Received) -> Tensor:
     """Each pair's row, where its result is expected."""
-    groups, x_MD = received.groups, received.x_MD
+    groups, x_MD = received.groups, received.x_MX
     y_ND = torch.zeros(groups.x_rows_N.shape[0], x_MD.shape[1], dtype=x_MD.dtype, device=x_MD.device)
     num_pairs = int(groups.begin_S1[-1])
     y_ND[groups.y_rows_N[:num_pairs].long()] = x_MD[groups.x_rows_N[:num_pairs].long()]

@@ -20,6 +20,7 @@ from torch import Tensor
 from switchgear_bench.gpu_clock import NUM_REPEATS, Bounds, Clock, Run
 from switchgear_bench.gpu_layer import DEEPSEEK, TINY, UNIFORM, Routing, Shape
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.library import FP8
 
 NUM_RANKS = 8
 _SCALED = 128  # values of a scale
@@ -143,7 +144,7 @@ def pack_fp8(kernels: Kernels, shape: Shape, routing: Routing) -> Subject:
     fresh = kernels.plan_dispatch(routing.ids_TK, plan.num_ranks, plan.per_rank, plan.slot_of_E)
 
     def ours() -> Tensor:
-        return kernels.spread_rows_fp8(routing.h_TD, fresh, plan.num_rows)
+        return kernels.spread_rows(routing.h_TD, fresh, plan.num_rows, kind=FP8)
 
     def baseline() -> tuple[Tensor, Tensor]:
         codes_TD, scales_TX = quantized(routing.h_TD)
@@ -170,12 +171,12 @@ def unpack_fp8(kernels: Kernels, shape: Shape, routing: Routing) -> Subject:
     """Of as many rows as there are pairs."""
     plan = _Plan.of(kernels, shape, routing)
     fresh = kernels.plan_dispatch(routing.ids_TK, plan.num_ranks, plan.per_rank, plan.slot_of_E)
-    packed = kernels.spread_rows_fp8(routing.h_TD, fresh, plan.num_rows)
+    packed = kernels.spread_rows(routing.h_TD, fresh, plan.num_rows, kind=FP8)
     codes_TD, scales_TX = quantized(routing.h_TD)
     codes_MD, scales_MX = codes_TD[plan.tokens_M].view(torch.float8_e4m3fn), scales_TX[plan.tokens_M]
 
     def ours() -> Tensor:
-        return kernels.unpack_rows_fp8(packed, shape.hidden)
+        return kernels.unpack_rows(packed, shape.hidden, kind=FP8)
 
     def baseline() -> Tensor:
         wide = codes_MD.float().view(plan.num_rows, -1, min(_SCALED, shape.hidden)) * scales_MX[..., None]

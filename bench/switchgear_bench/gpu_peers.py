@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from switchgear_bench.gpu_layer import Layer, Routing
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.products import bf16_parts
 
 
 class Contender(Protocol):
@@ -35,6 +36,7 @@ class OurLayer:
     def __init__(self, kernels: Kernels, layer: Layer) -> None:
         self._kernels = kernels
         self._layer = layer
+        self._router_parts = bf16_parts(layer.router_ED)
         self._w13_S, self._w2_S = (
             torch.tensor([w.data_ptr() for w in weights], dtype=torch.int64).to(kernels.device)
             for weights in (layer.w13_EXD, layer.w2_EDF)
@@ -46,7 +48,7 @@ class OurLayer:
     def routed(self, routing: Routing) -> Tensor:
         """By the unrounded input, as the engine: what the experts take is rounded here."""
         kernels = self._kernels
-        logits_TE = kernels.linear(routing.h_TD, self._layer.router_ED)
+        logits_TE = kernels.exact_linear(routing.h_TD, self._router_parts)
         top_k = self._layer.shape.top_k
         weights_TK, ids_TK = kernels.topk_router(logits_TE, top_k, sigmoid=False, renormalize=True)
         return self._experts(kernels.rounded(routing.h_TD), ids_TK, weights_TK)

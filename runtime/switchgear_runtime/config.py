@@ -104,6 +104,12 @@ class EngineConfig:
         "An experiment: folder in which each rank writes the experts of every token, as `switchgear record --tokens` "
         "does. Steps then run op by op, slower.",
     )
+    dispatch_dtype: str = setting(
+        "auto",
+        "On a device: how rows travel to their experts, also those that stay on their rank; auto: bfloat16; fp8 or int8: "
+        "half the bytes, with a scale per 128 values. Results come back as bfloat16.",
+        choices=("auto", "fp8", "int8"),
+    )
     small_step_tokens: int = setting(
         256,
         "On a device: steps in which no rank has more tokens run without the host, in exchanges through peer memory and "
@@ -176,6 +182,11 @@ class EngineConfig:
             raise ConfigError(f"dtype='float32' with device={self.device!r}: its products take bfloat16; use that")
 
     def _check_dispatch(self) -> None:
+        if self.dispatch_dtype != "auto" and (self.device == "cpu" or self.dispatch in LIBRARY_DISPATCHES):
+            raise ConfigError(
+                f"dispatch_dtype={self.dispatch_dtype!r} is for devices and our own dispatch, not for device={self.device!r} "
+                f"with dispatch={self.dispatch!r}; use dispatch_dtype='auto'"
+            )
         devices = ("cuda",) if self.dispatch in LIBRARY_DISPATCHES else ("cuda", "twin")
         if self.dispatch != "auto" and self.device not in devices:
             raise ConfigError(

@@ -35,6 +35,7 @@ from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
 from switchgear_runtime.cuda.products import bf16_parts, operand
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
@@ -65,6 +66,7 @@ class DeviceDecoder:
         ]
         self._tile_tokens = min(layer.attention.tile_tokens for layer in self._layers)
         self._moes = [layer.moe for layer in self._layers if layer.moe is not None]
+        self._payload = RowPayload(kernels, config.dispatch_dtype, decoder.embedding_VD.shape[1])
         self._final_norm = _DeviceNorm.of(decoder.norm, kernels.device)
         self._lm_head = decoder.lm_head.weight
         self._lm_head_bias = on_device(self._lm_head.bias_N, kernels.device)
@@ -128,6 +130,7 @@ class DeviceDecoder:
         self._groups = GenerationGroups.of(
             self._kernels,
             transport,
+            self._payload,
             before=self._groups,
             peer_faults_R1=self._outputs.peer_faults_R1,
             max_tokens=self._small.max_tokens,
@@ -235,6 +238,7 @@ class DeviceDecoder:
             routed_NLE=self._outputs.routed_NLE,
             rows_LE=self._outputs.rows_LE,
             versions_T=inputs["versions_T"] if has_versions else None,
+            payload=self._payload,
         )
 
     def _enqueue_small(self, inputs: StepInputs, bucket: Bucket) -> Enqueued:

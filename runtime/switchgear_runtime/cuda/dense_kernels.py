@@ -313,7 +313,7 @@ class DenseKernels(ProductKernels):
             index_M=address(index_M),
             num_now=address(num_now),
             max_rows=out.shape[0],
-            hidden=out.shape[1],
+            hidden=(out if name == "unpack_rows" else x).shape[1],
             x_kind=from_kind,
             out_kind=to_kind,
         )

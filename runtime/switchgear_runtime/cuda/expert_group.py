@@ -23,8 +23,8 @@ Handle = TypeVar("Handle")
 class Received:
     """What came for the experts of this rank. Lives until its combine has returned."""
 
-    x_MD: Tensor  # bf16
-    groups: Grouping  # by slot: rows of x_MD, and the row of y_ND where combine expects the result of each
+    x_MX: Tensor  # as RowPayload writes them
+    groups: Grouping  # by slot: rows of x_MX, and the row of y_ND where combine expects the result of each
 
 
 class ExpertGroup(Protocol[Handle]):
@@ -36,7 +36,7 @@ class ExpertGroup(Protocol[Handle]):
         ...
 
     def dispatch(self, h_TD: Tensor, handle: Handle, *, timeout_s: float) -> Received:
-        """`h_TD`: fp32, rounded to bf16 on the way, also where it stays here."""
+        """`h_TD`: fp32, written as payload (row_payload.py) on the way, also where it stays here."""
         ...
 
     def combine(self, y_ND: Tensor, weights_TK: Tensor, handle: Handle, *, timeout_s: float) -> Tensor:

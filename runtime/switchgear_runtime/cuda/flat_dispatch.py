@@ -16,7 +16,8 @@ from torch import Tensor
 from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import DispatchPlan, Kernels
-from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, as_rows, group_pairs, returned_parts, row_bytes
+from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, group_pairs, result_bytes, returned_parts
+from switchgear_runtime.cuda.row_payload import RowPayload
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +33,11 @@ class FlatHandle:
 class FlatDispatch:
     """Over any DeviceExchange."""
 
-    def __init__(self, kernels: Kernels, exchange: DeviceExchange, *, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, kernels: Kernels, exchange: DeviceExchange, payload: RowPayload, *, rank: int, num_ranks: int
+    ) -> None:
         self._kernels = kernels
+        self._payload = payload
         self._exchange = exchange
         self._rank = rank
         self._num_ranks = num_ranks
@@ -44,16 +48,21 @@ class FlatDispatch:
     def dispatch(self, h_TD: Tensor, handle: FlatHandle, *, timeout_s: float) -> Received:
         plan = handle.plan
         rows_begin, handle.pairs_begin_R1 = torch.stack([plan.rows_begin_R1, plan.pairs_begin_R1]).tolist()
-        rows_MD = self._kernels.spread_rows(h_TD, plan, rows_begin[-1])
+        payload = self._payload
         send = (
-            Parts(as_bytes(rows_MD), [row_bytes(h_TD) * begin for begin in rows_begin]),
+            Parts(
+                as_bytes(payload.spread(h_TD, plan, rows_begin[-1])),
+                [payload.row_bytes * begin for begin in rows_begin],
+            ),
             Parts(as_bytes(plan.pairs_N2), [PAIR_BYTES * begin for begin in handle.pairs_begin_R1]),
         )
         rows, pairs = self._exchange.exchange(send, timeout_s=timeout_s)
-        hidden, slots = h_TD.shape[1], handle.slots_per_rank
-        groups = group_pairs(self._kernels, rows, pairs, hidden=hidden, first_slot=self._rank * slots, num_slots=slots)
-        handle.back = [row_bytes(h_TD) * (begin // PAIR_BYTES) for begin in pairs.offsets]
-        return Received(x_MD=as_rows(rows.data, hidden), groups=groups)
+        slots = handle.slots_per_rank
+        groups = group_pairs(
+            self._kernels, rows, pairs, length=payload.row_bytes, first_slot=self._rank * slots, num_slots=slots
+        )
+        handle.back = [result_bytes(h_TD) * (begin // PAIR_BYTES) for begin in pairs.offsets]
+        return Received(x_MX=payload.rows_of(rows.data), groups=groups)
 
     def combine(self, y_ND: Tensor, weights_TK: Tensor, handle: FlatHandle, *, timeout_s: float) -> Tensor:
         (back,) = self._exchange.exchange([Parts(as_bytes(y_ND), handle.back)], timeout_s=timeout_s)

@@ -28,6 +28,7 @@ from switchgear_runtime.cuda.local_group import LocalGroup
 from switchgear_runtime.cuda.nccl_ep_dispatch import NcclEp
 from switchgear_runtime.cuda.pair_dispatch import PairDispatch, PairLibrary
 from switchgear_runtime.cuda.peer_group import PeerGroup
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.errors import ConfigError
 
 _HIDDEN_MULTIPLES = {"deepep": deepep_dispatch.HIDDEN_MULTIPLE, "nccl-ep": nccl_ep_dispatch.HIDDEN_MULTIPLE}
@@ -47,6 +48,7 @@ class GenerationGroups:
         cls,
         kernels: Kernels,
         transport: Transport,
+        payload: RowPayload,
         *,
         before: GenerationGroups | None,
         peer_faults_R1: Tensor,
@@ -62,13 +64,13 @@ class GenerationGroups:
         if before is not None and isinstance(before.small, PeerGroup):
             before.small.free()
         if transport.world_size == 1:
-            alone = LocalGroup(kernels)
+            alone = LocalGroup(kernels, payload)
             return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
         if dispatch in LIBRARY_DISPATCHES:
             max_pairs = max_batched_tokens * top_k
             group = library_group(kernels, transport, dispatch, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
             return cls(rank=transport.rank, large=group, small=None)
-        large = large_group(kernels, transport)
+        large = large_group(kernels, transport, payload)
         memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
         small = None
         if memory is not None:
@@ -76,6 +78,7 @@ class GenerationGroups:
                 kernels,
                 transport,
                 memory,
+                payload,
                 faults_R1=peer_faults_R1,
                 max_tokens=max_tokens,
                 top_k=top_k,
@@ -109,21 +112,22 @@ def check_rows(dispatch: str, hidden: int) -> None:
         )
 
 
-def large_group(kernels: Kernels, transport: Transport) -> ExpertGroup[Any]:
+def large_group(kernels: Kernels, transport: Transport, payload: RowPayload) -> ExpertGroup[Any]:
     """Of several ranks: by domain, where the transport knows of any."""
     if isinstance(transport, DomainTransport):
-        return _hierarchical(kernels, transport)
-    return FlatDispatch(kernels, device_exchange(transport), rank=transport.rank, num_ranks=transport.world_size)
+        return _hierarchical(kernels, transport, payload)
+    exchange = device_exchange(transport)
+    return FlatDispatch(kernels, exchange, payload, rank=transport.rank, num_ranks=transport.world_size)
 
 
-def _hierarchical(kernels: Kernels, transport: DomainTransport) -> HierarchicalDispatch:
+def _hierarchical(kernels: Kernels, transport: DomainTransport, payload: RowPayload) -> HierarchicalDispatch:
     domains, rank = transport.domains, transport.rank
     outer = device_exchange(transport.world)
     if transport.inner is not None:
         inner = device_exchange(transport.inner)
     else:
         inner = PartitionExchange(outer, domains.members[domains.at(rank)[0]], domains.num_ranks)
-    return HierarchicalDispatch(kernels, outer, inner, domains, rank)
+    return HierarchicalDispatch(kernels, outer, inner, payload, domains, rank)
 
 
 def library_group(

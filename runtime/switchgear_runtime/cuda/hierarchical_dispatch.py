@@ -25,7 +25,8 @@ from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
 from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import DispatchPlan, Kernels
-from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, as_rows, group_pairs, returned_parts, row_bytes
+from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, group_pairs, result_bytes, returned_parts
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.errors import TransportError
 
 _ID_BYTES = 4
@@ -38,6 +39,7 @@ class HierarchicalHandle:
     slot_ids_TK: Tensor  # renumbered
     slots_per_rank: int
     plan: DispatchPlan  # the ranks of its kernel are domains
+    result_bytes: int = 0
     pairs_begin_G1: list[int] = field(default_factory=list)  # sent
     back_inside: list[int] = field(default_factory=list)  # offsets of this rank's results, by place
     forwarded_begin_P1: list[int] = field(default_factory=list)  # pairs that this gateway passed on, by place
@@ -49,9 +51,16 @@ class HierarchicalDispatch:
     """`outer`: of all ranks; `inner`: of this rank's domain, by places."""
 
     def __init__(
-        self, kernels: Kernels, outer: DeviceExchange, inner: DeviceExchange, domains: Domains, rank: int
+        self,
+        kernels: Kernels,
+        outer: DeviceExchange,
+        inner: DeviceExchange,
+        payload: RowPayload,
+        domains: Domains,
+        rank: int,
     ) -> None:
         self._kernels = kernels
+        self._payload = payload
         self._outer = outer
         self._inner = inner
         self._lanes = _Lanes(domains, rank)
@@ -79,27 +88,28 @@ class HierarchicalDispatch:
 
     def dispatch(self, h_TD: Tensor, handle: HierarchicalHandle, *, timeout_s: float) -> Received:
         rows, ids = self._to_gateways(h_TD, handle, timeout_s)
-        begins, slot_ids_MK = self._arrived(rows, ids, h_TD.shape[1], handle)
-        return self._forward(as_rows(rows.data, h_TD.shape[1]), slot_ids_MK, begins, handle, timeout_s)
+        begins, slot_ids_MK = self._arrived(rows, ids, handle)
+        return self._forward(self._payload.rows_of(rows.data), slot_ids_MK, begins, handle, timeout_s)
 
     def _to_gateways(self, h_TD: Tensor, handle: HierarchicalHandle, timeout_s: float) -> list[Parts]:
         """The rows for each domain, and their K slots."""
         plan = handle.plan
         rows_begin, handle.pairs_begin_G1 = torch.stack([plan.rows_begin_R1, plan.pairs_begin_R1]).tolist()
+        handle.result_bytes = result_bytes(h_TD)
         tokens_M = plan.row_tokens_M[: rows_begin[-1]]
-        rows_MD = self._kernels.gather_rows(h_TD, tokens_M)
+        rows_MX = self._payload.spread(h_TD, plan, rows_begin[-1])
         slot_ids_MK = handle.slot_ids_TK.index_select(0, tokens_M)
         id_bytes = _ID_BYTES * slot_ids_MK.shape[1]
         send = (
-            self._lanes.to_gateways(as_bytes(rows_MD), [row_bytes(h_TD) * begin for begin in rows_begin]),
+            self._lanes.to_gateways(as_bytes(rows_MX), [self._payload.row_bytes * begin for begin in rows_begin]),
             self._lanes.to_gateways(as_bytes(slot_ids_MK), [id_bytes * begin for begin in rows_begin]),
         )
         return self._outer.exchange(send, timeout_s=timeout_s)
 
-    def _arrived(self, rows: Parts, ids: Parts, hidden: int, handle: HierarchicalHandle) -> tuple[list[int], Tensor]:
+    def _arrived(self, rows: Parts, ids: Parts, handle: HierarchicalHandle) -> tuple[list[int], Tensor]:
         """Where the rows of each rank begin, and their slots as this domain counts them, from its first on. Others' are
         below 0 or beyond its ranks, which the plan leaves out."""
-        length, id_bytes = 2 * hidden, _ID_BYTES * handle.slot_ids_TK.shape[1]
+        length, id_bytes = self._payload.row_bytes, _ID_BYTES * handle.slot_ids_TK.shape[1]
         begins = [at // length for at in rows.offsets]
         expected = ([length * begin for begin in begins], [id_bytes * begin for begin in begins])
         if (list(rows.offsets), list(ids.offsets)) != expected:
@@ -113,13 +123,13 @@ class HierarchicalDispatch:
 
     def _forward(
         self,
-        arrived_MD: Tensor,
+        arrived_MX: Tensor,
         slot_ids_MK: Tensor,
         begins: Sequence[int],
         handle: HierarchicalHandle,
         timeout_s: float,
     ) -> Received:
-        kernels, slots, hidden = self._kernels, handle.slots_per_rank, arrived_MD.shape[1]
+        kernels, slots, length = self._kernels, handle.slots_per_rank, self._payload.row_bytes
         plan = kernels.plan_dispatch(slot_ids_MK, self._num_places, slots)
         is_here_N = (plan.pair_index_TK >= 0).view(-1)
         before_N1 = torch.nn.functional.pad(is_here_N.cumsum(0), (1, 0))
@@ -128,18 +138,18 @@ class HierarchicalDispatch:
         num_begins = self._num_places + 1
         rows_begin, handle.forwarded_begin_P1 = told[:num_begins], told[num_begins : 2 * num_begins]
         pairs_before = told[2 * num_begins :]
-        handle.back = [row_bytes(arrived_MD) * before for before in pairs_before]
+        handle.back = [handle.result_bytes * before for before in pairs_before]
         handle.forwarded_N = _compacted(plan.pair_index_TK.view(-1), is_here_N, before_N1, pairs_before[-1])
-        rows_MD = kernels.gather_rows(arrived_MD, plan.row_tokens_M[: rows_begin[-1]])
+        rows_MX = self._payload.passed_on(arrived_MX, plan.row_tokens_M[: rows_begin[-1]])
         pairs_N2 = plan.pairs_N2[: pairs_before[-1]]
         send = (
-            Parts(as_bytes(rows_MD), [row_bytes(arrived_MD) * begin for begin in rows_begin]),
+            Parts(as_bytes(rows_MX), [length * begin for begin in rows_begin]),
             Parts(as_bytes(pairs_N2), [PAIR_BYTES * begin for begin in handle.forwarded_begin_P1]),
         )
         rows, pairs = self._inner.exchange(send, timeout_s=timeout_s)
-        groups = group_pairs(kernels, rows, pairs, hidden=hidden, first_slot=self._place * slots, num_slots=slots)
-        handle.back_inside = [row_bytes(arrived_MD) * (begin // PAIR_BYTES) for begin in pairs.offsets]
-        return Received(x_MD=as_rows(rows.data, hidden), groups=groups)
+        groups = group_pairs(kernels, rows, pairs, length=length, first_slot=self._place * slots, num_slots=slots)
+        handle.back_inside = [handle.result_bytes * (begin // PAIR_BYTES) for begin in pairs.offsets]
+        return Received(x_MX=self._payload.rows_of(rows.data), groups=groups)
 
     # --- back ---------------------------------------------------------------------------------------------------------
 

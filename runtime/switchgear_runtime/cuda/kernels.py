@@ -13,7 +13,7 @@ from torch import Tensor
 
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.dense_kernels import DenseKernels
-from switchgear_runtime.cuda.library import BF16, FP8, SILU_MUL, STORE
+from switchgear_runtime.cuda.library import BF16, SILU_MUL, STORE
 from switchgear_runtime.cuda.products import DTYPES, address
 
 
@@ -149,27 +149,20 @@ class Kernels(DenseKernels):
         self.call("dispatch_plan", args)
         return plan
 
-    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
-        """[M, D] bf16: the tokens' rows, rounded as payload, or as they are; the first `num_now` ([1], int32; None: all) are made."""
-        rows_MD = self.empty(row_tokens_M.shape[0], x_TD.shape[1], dtype=torch.bfloat16)
-        return self._rows("pack_rows", x_TD, row_tokens_M, rows_MD, DTYPES[x_TD.dtype], BF16, num_now)
+    def pack_rows(self, x_TD: Tensor, kind: int) -> Tensor:
+        """[T, D] bf16 of rows of fp32 or bf16, or [T, X] uint8 of payload `kind` (FP8, INT8)."""
+        num_tokens, hidden = x_TD.shape
+        return self._rows("pack_rows", x_TD, None, self._payload(num_tokens, hidden, kind), DTYPES[x_TD.dtype], kind)
 
-    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
-        """[num_rows, D] bf16, the same as `gather_rows` of the plan's rows: each token is read and rounded once."""
-        return self._spread(x_TD, plan, self.empty(num_rows, x_TD.shape[1], dtype=torch.bfloat16), BF16)
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, kind: int = BF16) -> Tensor:
+        """The same of some rows."""
+        out = self._payload(row_tokens_M.shape[0], x_TD.shape[1], kind)
+        return self._rows("pack_rows", x_TD, row_tokens_M, out, DTYPES[x_TD.dtype], kind)
 
-    def spread_rows_fp8(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
-        """The same as payload rows of fp8, uint8."""
-        row_bytes = self._library.sg_cuda_payload_bytes(x_TD.shape[1], FP8)
-        return self._spread(x_TD, plan, self.empty(num_rows, row_bytes, dtype=torch.uint8), FP8)
-
-    def unpack_rows_fp8(self, payload_MX: Tensor, hidden: int) -> Tensor:
-        """[M, hidden] bf16 of payload rows of fp8."""
-        out_MD = self.empty(payload_MX.shape[0], hidden, dtype=torch.bfloat16)
-        return self._rows("unpack_rows", payload_MX, None, out_MD, FP8, BF16)
-
-    def _spread(self, x_TD: Tensor, plan: DispatchPlan, out: Tensor, out_kind: int) -> Tensor:
+    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int, *, kind: int = BF16) -> Tensor:
+        """[num_rows, ...], the same as `gather_rows` of the plan's rows: each token is read and rounded once."""
         num_tokens, top_k = plan.rows_TK.shape
+        out = self._payload(num_rows, x_TD.shape[1], kind)
         args = structs.Rows(
             x=x_TD.data_ptr(),
             out=out.data_ptr(),
@@ -178,10 +171,30 @@ class Kernels(DenseKernels):
             hidden=x_TD.shape[1],
             top_k=top_k,
             x_kind=DTYPES[x_TD.dtype],
-            out_kind=out_kind,
+            out_kind=kind,
         )
         self.call("pack_rows", args)
         return out
+
+    def unpack_rows(
+        self,
+        payload_MX: Tensor,
+        hidden: int,
+        *,
+        kind: int,
+        index_M: Tensor | None = None,
+        num_now: Tensor | None = None,
+    ) -> Tensor:
+        """[M, hidden] bf16 of payload rows, or of those at `index_M`; the first `num_now` ([1], int32; None: all) are
+        made."""
+        num_rows = payload_MX.shape[0] if index_M is None else index_M.shape[0]
+        out_MD = self.empty(num_rows, hidden, dtype=torch.bfloat16)
+        return self._rows("unpack_rows", payload_MX, index_M, out_MD, kind, BF16, num_now)
+
+    def _payload(self, num_rows: int, hidden: int, kind: int) -> Tensor:
+        if kind == BF16:
+            return self.empty(num_rows, hidden, dtype=torch.bfloat16)
+        return self.empty(num_rows, self.size("payload_bytes", hidden, kind), dtype=torch.uint8)
 
     def group(
         self, pairs_N2: Tensor, rows_begin_R1: Tensor, pairs_begin_R1: Tensor, first_slot: int, num_slots: int
@@ -270,9 +283,12 @@ class Kernels(DenseKernels):
         *,
         expected_rows: int = 0,
         format: str = "bf16",
+        num_k: int = 0,
+        is_grouped: bool = False,
     ) -> Tensor:
-        """[N, F] bf16 in the grouped order. `weights_S`: addresses of each slot's [2F, K], of `format`."""
-        y_NF = self.empty(groups.x_rows_N.shape[0], ffn, dtype=torch.bfloat16)
+        """[N, F] bf16 in the grouped order, in which x may be already. `weights_S`: addresses of each slot's [2F, K], of
+        `format`. `num_k`: of payload rows of fp8."""
+        y_NF = self.empty(groups.y_rows_N.shape[0], ffn, dtype=torch.bfloat16)
         self.grouped_gemm(
             x_MK,
             weights_S,
@@ -280,9 +296,10 @@ class Kernels(DenseKernels):
             SILU_MUL,
             num_out=2 * ffn,
             begin_S1=groups.begin_S1,
-            x_rows=groups.x_rows_N,
+            x_rows=None if is_grouped else groups.x_rows_N,
             expected_rows=expected_rows,
             format=format,
+            num_k=num_k,
         )
         return y_NF
 

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import Grouping, Kernels
+from switchgear_runtime.cuda.row_payload import RowPayload
 
 
 class LocalGroup:
     """Only enqueues, so that a step of it can be captured."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, payload: RowPayload) -> None:
         self._kernels = kernels
+        self._payload = payload
 
     def create_handle(self, slot_ids_TK: Tensor, slots_per_rank: int) -> Grouping:
         return self._kernels.group_local(slot_ids_TK, None, slots_per_rank)
 
     def dispatch(self, h_TD: Tensor, handle: Grouping, *, timeout_s: float) -> Received:  # noqa: ARG002
-        return Received(x_MD=self._kernels.rounded(h_TD), groups=handle)
+        return Received(x_MX=self._payload.written(h_TD), groups=handle)
 
     def combine(
         self,

@@ -19,6 +19,7 @@ from switchgear_runtime.cuda.expert_group import ExpertGroup, Received
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.placement import LayerTables
 from switchgear_runtime.cuda.products import bf16_parts
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.moe.experts import ExpertSlots
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.native_quotas import NativeQuotas
@@ -30,6 +31,7 @@ class DeviceStep:
     """What all layers of a step share."""
 
     group: ExpertGroup[Any]
+    payload: RowPayload  # the group's
     timeout_s: float
     tenant_rows_T: Tensor  # int32: where a token's sequence is counted
     routed_NLE: Tensor  # int64 counters on the device
@@ -126,7 +128,10 @@ class DeviceMoE:
         assert self._slots_held is not None
         kernels, slots, groups = self._kernels, self._slots_held, received.groups
         more: dict[str, Any] = {"expected_rows": expected_rows, "format": slots.format}
-        act_NF = kernels.expert_gated_linear(received.x_MD, tables.w13_S, slots.ffn, groups, **more)
+        x_MX, is_grouped = step.payload.read(received.x_MX, groups, slots.format)
+        act_NF = kernels.expert_gated_linear(
+            x_MX, tables.w13_S, slots.ffn, groups, num_k=slots.hidden, is_grouped=is_grouped, **more
+        )
         y_ND = kernels.expert_linear(act_NF, tables.w2_S, slots.hidden, groups, **more)
         kernels.count_rows(groups.begin_S1, tables.experts_S, step.rows_LE[self._layer.index])
         return y_ND

@@ -95,7 +95,7 @@ class PairDispatch:
             x_rows_N=arrived.rows_N,
             y_rows_N=torch.arange(begins[-1], dtype=torch.int32, device=kernels.device),
         )
-        return Received(x_MD=arrived.x_MD, groups=groups)
+        return Received(x_MX=arrived.x_MD, groups=groups)
 
     def combine(self, y_ND: Tensor, weights_TK: Tensor, handle: PairHandle, *, timeout_s: float) -> Tensor:
         rows_ND = self._library.give_back(y_ND, handle.sent)

@@ -22,6 +22,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import DispatchPlan, Kernels
+from switchgear_runtime.cuda.row_payload import RowPayload
 
 LATE_DISPATCH, LATE_RESULTS, TOO_MUCH = 1, 2, 4  # in fault_R1, as csrc/cuda/peer.cu has them
 
@@ -43,19 +44,22 @@ class PeerGroup:
         self,
         kernels: Kernels,
         region: PeerRegion,
+        payload: RowPayload,
         args: structs.Peer,
         keep: Sequence[Tensor],
         abort: Tensor,
     ) -> None:
         self._kernels = kernels
         self._region = region
+        self._payload = payload
         self._args = args
         self._keep = keep  # what `args` has addresses of
         self._abort = abort
         self._rank, self._num_ranks, self._top_k = args.rank, args.num_ranks, args.top_k
         self.max_tokens = self.num_tokens = args.max_tokens
-        shape = (args.num_ranks * args.max_tokens, args.hidden)
-        self._rows_MD = _view(region.own + kernels.size("peer_rows_at", args), shape, kernels.device)
+        num_bytes = args.num_ranks * args.max_tokens * payload.row_bytes
+        data = _view(region.own + kernels.size("peer_rows_at", args), num_bytes, kernels.device)
+        self._rows_MX = payload.rows_of(data)
 
     @classmethod
     def meet(
@@ -63,6 +67,7 @@ class PeerGroup:
         kernels: Kernels,
         control: Transport,
         memory: PeerMemory,
+        payload: RowPayload,
         *,
         faults_R1: Tensor,
         max_tokens: int,
@@ -82,7 +87,7 @@ class PeerGroup:
             max_tokens=max_tokens,
             top_k=top_k,
             hidden=hidden,
-            row_bytes=2 * hidden,
+            row_bytes=payload.row_bytes,
             sequence=sequence.data_ptr(),
             done_R=done_R.data_ptr(),
             fault_R1=faults_R1.data_ptr(),
@@ -94,7 +99,7 @@ class PeerGroup:
             return None
         regions_R = torch.tensor(region.addresses, dtype=torch.int64).to(device)
         args.regions_R = regions_R.data_ptr()
-        return cls(kernels, region, args, (sequence, done_R, faults_R1, regions_R), abort)
+        return cls(kernels, region, payload, args, (sequence, done_R, faults_R1, regions_R), abort)
 
     # --- a layer ------------------------------------------------------------------------------------------------------
 
@@ -109,9 +114,11 @@ class PeerGroup:
         num_pairs = num_ranks * self.num_tokens * self._top_k
         from_begin_R1 = kernels.empty(num_ranks + 1, dtype=torch.int32)
         pairs_N2 = kernels.empty(num_pairs, 2, dtype=torch.int32)
+        rows: dict[str, int] = {"x_TD": h_TD.data_ptr(), "row_tokens_M": plan.row_tokens_M.data_ptr()}
+        if not self._payload.is_rounded:  # then dispatch does it on the way
+            rows = {"rows_M": self._payload.spread(h_TD, plan, len(plan.row_tokens_M)).data_ptr()}
         args = self._with(
-            x_TD=h_TD.data_ptr(),
-            row_tokens_M=plan.row_tokens_M.data_ptr(),
+            **rows,
             rows_begin_R1=plan.rows_begin_R1.data_ptr(),
             pairs_N2=plan.pairs_N2.data_ptr(),
             pairs_begin_R1=plan.pairs_begin_R1.data_ptr(),
@@ -123,7 +130,7 @@ class PeerGroup:
         kernels.call("peer_arrive", args)
         slots = handle.slots_per_rank
         groups = kernels.group(pairs_N2, from_begin_R1, handle.pairs_to_R1, self._rank * slots, slots)
-        return Received(x_MD=self._rows_MD, groups=groups)
+        return Received(x_MX=self._rows_MX, groups=groups)
 
     def combine(self, y_ND: Tensor, weights_TK: Tensor, handle: PeerHandle, *, timeout_s: float) -> Tensor:  # noqa: ARG002
         num_tokens = weights_TK.shape[0]
@@ -158,18 +165,16 @@ class PeerGroup:
 
     def free(self) -> None:
         """As PeerRegion's."""
-        self._rows_MD = torch.empty(0)
+        self._rows_MX = torch.empty(0)
         self._region.free()
 
 
-def _view(address: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """bf16 at an address that is not torch's. It does not keep the memory."""
-    num_bytes = 2 * shape[0] * shape[1]
+def _view(address: int, num_bytes: int, device: torch.device) -> Tensor:
+    """uint8 at an address that is not torch's. It does not keep the memory."""
     if device.type != "cuda":
-        raw = (ctypes.c_uint8 * num_bytes).from_address(address)
-        return torch.frombuffer(raw, dtype=torch.bfloat16).view(shape)
+        return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
     import cupy
 
     memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, num_bytes, None), 0)
     raw_bytes = cupy.ndarray((num_bytes,), dtype=cupy.uint8, memptr=memory)
-    return torch.utils.dlpack.from_dlpack(raw_bytes).view(torch.bfloat16).view(shape)
+    return torch.utils.dlpack.from_dlpack(raw_bytes)

@@ -1,7 +1,7 @@
 """Products of rows with weights on tensors: `ProductKernels`, thin names over the gemm of csrc/cuda/abi.h.
 
-Weights are bf16, or fp8 with scales (fp8.py), and what they multiply is bf16; beside fp8 weights also fp8, rows as
-`fp8_rows` packs them (uint8: values, then a scale per 128). Where a row's fp32 values decide (a router's,
+Weights are bf16, or fp8 with scales (fp8.py), and what they multiply is bf16; beside fp8 weights also fp8, payload
+rows (uint8: values, then a scale per 128). Where a row's fp32 values decide (a router's,
 a shared expert's gate), the row is split into three bf16 parts, whose sum it is exactly (but for what lies below 2^-133,
 and a row that is not finite has NaN for a part), and each is multiplied: every product of two values is exact then, and what
 rounds is sums alone, as in a product of fp32. A weight that is not bf16 is split as well.
@@ -41,21 +41,6 @@ class ProductKernels(ABC):
 
     @abstractmethod
     def size(self, name: str, *args: Any) -> int: ...
-
-    def fp8_rows(self, x_MK: Tensor) -> Tensor:
-        """[M, bytes] uint8, of bf16 or fp32 rows."""
-        num_rows, num_k = x_MK.shape
-        rows = self.empty(num_rows, self.size("payload_bytes", num_k, FP8), dtype=torch.uint8)
-        args = structs.Rows(
-            x=x_MK.data_ptr(),
-            out=rows.data_ptr(),
-            max_rows=num_rows,
-            hidden=num_k,
-            x_kind=DTYPES[x_MK.dtype],
-            out_kind=FP8,
-        )
-        self.call("pack_rows", args)
-        return rows
 
     def linear(self, x_MK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
         """[M, N] fp32: scale * (x @ weight.T + bias)."""
@@ -102,7 +87,7 @@ class ProductKernels(ABC):
     ) -> None:
         """Rows of each slot by its weights, which are of `format` and whose addresses `weights_S` has. y has room for as
         many rows as there can be; `expected_rows`: how many there will be, about (0: all), which speed alone depends on.
-        `num_k`: of `fp8_rows`, whose width is another."""
+        `num_k`: of payload rows of fp8, whose width is another."""
         args = structs.Gemm(
             x=x.data_ptr(),
             w_S=weights_S.data_ptr(),

@@ -29,16 +29,16 @@ def as_rows(data: Tensor, hidden: int) -> Tensor:
     return data.view(torch.bfloat16).view(-1, hidden)
 
 
-def row_bytes(x_MD: Tensor) -> int:
-    """Of a row as it is sent."""
+def result_bytes(x_MD: Tensor) -> int:
+    """Of a result as it is sent back, which is as long as the row it is of."""
     return _BF16_BYTES * x_MD.shape[1]
 
 
 def group_pairs(
-    kernels: Kernels, rows: Parts, pairs: Parts, *, hidden: int, first_slot: int, num_slots: int
+    kernels: Kernels, rows: Parts, pairs: Parts, *, length: int, first_slot: int, num_slots: int
 ) -> Grouping:
-    """By slot of this rank, what came from each rank. TransportError for lengths that are no whole rows or pairs."""
-    length = _BF16_BYTES * hidden
+    """By slot of this rank, what came from each rank. TransportError for lengths that are no whole rows or pairs.
+    `length`: bytes of a row."""
     peers = sorted({*_not_whole(rows.offsets, length), *_not_whole(pairs.offsets, PAIR_BYTES)})
     if peers:
         text = f"{rows.offsets} bytes of rows and {pairs.offsets} of pairs came, which are no whole ones"

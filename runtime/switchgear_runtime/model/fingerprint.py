@@ -26,6 +26,7 @@ def fingerprint_of(
         **identity,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": config.quantization,
+        "dispatch_dtype": config.dispatch_dtype,
         "block_size": config.block_size,
         "checkpoint": checkpoint.identity(),
         "model": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],

@@ -14,11 +14,11 @@ Tell = Callable[[str], None]
 def moe_layers(transport: Transport, _: Tell, *, seed: int, num_layers: int) -> dict[str, Any]:
     """Random layers, each with the bits of a lone rank; returns how rows went."""
     import torch
-    from layer_run import LayerRun, kernels
+    from layer_run import LayerRun, kernels, payload
 
     from switchgear_runtime.cuda.group_choice import large_group
 
-    group: Any = large_group(kernels(), transport)
+    group: Any = large_group(kernels(), transport, payload())
     for layer in range(num_layers):
         run = LayerRun(seed + layer, transport.world_size)
         y_TD, expected_TD = run.forward(group, transport.rank), run.alone(transport.rank)

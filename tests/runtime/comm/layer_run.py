@@ -20,6 +20,7 @@ from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.row_payload import RowPayload
 
 HIDDEN, FFN = 48, 24
 NOWHERE = -1  # an expert, or a slot, of a pair that counts for nothing
@@ -28,6 +29,10 @@ TIMEOUT_S = 60.0
 
 def kernels() -> Kernels:
     return Kernels("twin", torch.device("cpu"))
+
+
+def payload(dtype: str = "auto") -> RowPayload:
+    return RowPayload(kernels(), dtype, HIDDEN)
 
 
 class LayerRun:
@@ -71,7 +76,7 @@ class LayerRun:
 
     def alone(self, rank: int) -> torch.Tensor:
         """The same on one rank that has every expert."""
-        flat = FlatDispatch(kernels(), _Nowhere(), rank=0, num_ranks=1)
+        flat = FlatDispatch(kernels(), _Nowhere(), payload(), rank=0, num_ranks=1)
         ids_TK = torch.from_numpy(self.ids_R[rank].astype(np.int32)).view(-1, self.top_k)
         return self._through(flat, rank, np.arange(self.num_experts), ids_TK, self.num_experts)
 
@@ -89,7 +94,7 @@ class LayerRun:
         )
         handle = group.create_handle(slots_TK, slots_per_rank)
         received = group.dispatch(self.h_R[rank], handle, timeout_s=TIMEOUT_S)
-        act_NF = twin.expert_gated_linear(received.x_MD, addresses(self.w13_E), FFN, received.groups)
+        act_NF = twin.expert_gated_linear(received.x_MX, addresses(self.w13_E), FFN, received.groups)
         y_ND = twin.expert_linear(act_NF, addresses(self.w2_E), HIDDEN, received.groups)
         return group.combine(y_ND, self.weights_R[rank], handle, timeout_s=TIMEOUT_S)
 

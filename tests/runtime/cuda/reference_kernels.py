@@ -16,6 +16,7 @@ from switchgear_runtime import ops_reference
 from switchgear_runtime.cuda.attention_packing import AttentionPacking
 from switchgear_runtime.cuda.fp8 import FP8, Fp8Weight, dequantize_fp8
 from switchgear_runtime.cuda.kernels import DispatchPlan, Grouping, Kernels
+from switchgear_runtime.cuda.library import BF16
 from switchgear_runtime.cuda.products import Weight
 from switchgear_runtime.weight_format import fp8_bytes
 
@@ -209,12 +210,15 @@ class ReferenceKernels(Kernels):
             rows_TK=rows_TK,
         )
 
-    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, num_now: Tensor | None = None) -> Tensor:
-        assert num_now is None or int(num_now) == len(row_tokens_M)
-        return x_TD[row_tokens_M.long()].bfloat16()
+    def pack_rows(self, x_TD: Tensor, kind: int) -> Tensor:
+        assert kind == BF16, "payload rows have checks of their own"
+        return x_TD.bfloat16()
 
-    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int) -> Tensor:
-        return self.gather_rows(x_TD, plan.row_tokens_M[:num_rows])
+    def gather_rows(self, x_TD: Tensor, row_tokens_M: Tensor, *, kind: int = BF16) -> Tensor:
+        return self.pack_rows(x_TD[row_tokens_M.long()], kind)
+
+    def spread_rows(self, x_TD: Tensor, plan: DispatchPlan, num_rows: int, *, kind: int = BF16) -> Tensor:
+        return self.gather_rows(x_TD, plan.row_tokens_M[:num_rows], kind=kind)
 
     def group_local(self, topk_ids_TK: Tensor, slot_of_E: Tensor | None, num_slots: int) -> Grouping:
         plan = self.plan_dispatch(topk_ids_TK, 1, num_slots, slot_of_E)
@@ -244,8 +248,12 @@ class ReferenceKernels(Kernels):
         *,
         expected_rows: int = 0,
         format: str = "bf16",
+        num_k: int = 0,
+        is_grouped: bool = False,
     ) -> Tensor:
         assert expected_rows >= 0
+        assert num_k in (0, x_MK.shape[1])
+        assert not is_grouped
         y_NF = torch.empty(len(groups.x_rows_N), ffn, dtype=torch.bfloat16)
         for slot, (begin, end) in enumerate(zip(groups.begin_S1[:-1], groups.begin_S1[1:], strict=True)):
             if end > begin:

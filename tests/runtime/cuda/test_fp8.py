@@ -22,7 +22,7 @@ from tiny_cluster import Alone, make_tiny_checkpoint, run_cluster
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda import backend
 from switchgear_runtime.cuda.fp8 import Fp8Weight, dequantize_fp8, join_fp8, quantize_fp8, split_fp8
-from switchgear_runtime.cuda.library import STORE, device_library
+from switchgear_runtime.cuda.library import FP8, STORE, device_library
 from switchgear_runtime.errors import CheckpointError, ConfigError
 from switchgear_runtime.model.footprint import slot_bytes
 from switchgear_runtime.model.spec import load_spec
@@ -88,7 +88,7 @@ def test_products(device: str) -> None:
         kernels.add_linear(to_MN, x_MK, weight, 0.5)
         torch.testing.assert_close(to_MN.double(), 1 + 0.5 * wide_MN, rtol=1e-4, atol=1e-3)
         assert torch.equal(kernels.linear(x_MK[4:5], weight)[0], kernels.linear(x_MK, weight)[4])
-        rows = kernels.fp8_rows(x_MK)
+        rows = kernels.pack_rows(x_MK, FP8)
         codes_MK = rows[:, :272].contiguous().view(torch.float8_e4m3fn).float()
         scales = rows[:, 272:284].contiguous().view(torch.float32).repeat_interleave(BLOCK, 1)[:, :272]
         assert float((codes_MK * scales - x_MK.float()).abs().max()) < 0.2

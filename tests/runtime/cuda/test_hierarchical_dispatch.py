@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_nccl import FakeNccl, HostGpu
-from layer_run import FFN, HIDDEN, TIMEOUT_S, Counting, LayerRun, kernels, random_domains
+from layer_run import FFN, HIDDEN, TIMEOUT_S, Counting, LayerRun, kernels, payload, random_domains
 from tiny_checkpoints import run_ranks
 
 from switchgear_runtime.comm.device_exchange import DeviceExchange, HostStaged, OneRank, Parts
@@ -42,7 +42,7 @@ def hierarchical(
         exchange = NcclTransport(transport, HostGpu(nccl, rank), nccl.of(rank), timeout_s=TIMEOUT_S)
     outer = Counting(exchange)
     inner = Counting(PartitionExchange(exchange, domains.members[domains.at(rank)[0]], domains.num_ranks))
-    return HierarchicalDispatch(kernels(), outer, inner, domains, rank), outer, inner
+    return HierarchicalDispatch(kernels(), outer, inner, payload(), domains, rank), outer, inner
 
 
 @pytest.mark.parametrize(("num_ranks", "by_nccl"), [*((num, False) for num in range(1, 9)), (4, True), (7, True)])
@@ -54,7 +54,7 @@ def test_bits_do_not_depend_on_domains(num_ranks: int, by_nccl: bool) -> None:
     domains = random_domains(np.random.default_rng(seed), num_ranks)
 
     def run(rank: int, transport: Transport) -> None:
-        flat = FlatDispatch(kernels(), HostStaged(transport), rank=rank, num_ranks=num_ranks)
+        flat = FlatDispatch(kernels(), HostStaged(transport), payload(), rank=rank, num_ranks=num_ranks)
         by_domain, _, _ = hierarchical(transport, domains, nccl)
         for layer in layers:
             expected = layer.alone(rank)
@@ -76,7 +76,7 @@ def test_a_row_crosses_once_to_a_domain_and_once_inside(names: str) -> None:
         by_domain, outer, inner = hierarchical(transport, domains)
         assert torch.equal(layer.forward(by_domain, rank), layer.alone(rank)), f"seed {seed}"
         flat = Counting(HostStaged(transport))
-        layer.forward(FlatDispatch(kernels(), flat, rank=rank, num_ranks=num_ranks), rank)
+        layer.forward(FlatDispatch(kernels(), flat, payload(), rank=rank, num_ranks=num_ranks), rank)
         strangers = [peer for peer in range(num_ranks) if domains.at(peer)[0] != domains.at(rank)[0]]
         sent = [sum(part[peer] for peer in strangers) for part in flat.calls[0]]
         return outer.calls, inner.calls, sent[0], sum(flat.calls[1][0][peer] for peer in strangers)
@@ -132,7 +132,9 @@ def test_what_is_saved_when_every_token_goes_everywhere() -> None:
         by_domain, outer, _ = hierarchical(transport, domains)
         y_TD = layer.forward(by_domain, rank)
         flat = Counting(HostStaged(transport))
-        assert torch.equal(layer.forward(FlatDispatch(kernels(), flat, rank=rank, num_ranks=num_ranks), rank), y_TD)
+        assert torch.equal(
+            layer.forward(FlatDispatch(kernels(), flat, payload(), rank=rank, num_ranks=num_ranks), rank), y_TD
+        )
         strangers = range(4, 8) if rank < 4 else range(4)
         return tuple(sum(calls[0][0][peer] for peer in strangers) for calls in (flat.calls, outer.calls))  # type: ignore[return-value]
 
@@ -171,7 +173,7 @@ def test_the_way_is_chosen_by_the_domains(names: str, dispatch: str, expected: t
             transport = open_transport(
                 "loopback", descriptor, rank, mailbox_bytes=1, timeout_s=TIMEOUT_S, hub=hub, dispatch=dispatch
             )
-            return type(large_group(kernels(), transport))
+            return type(large_group(kernels(), transport, payload()))
 
         with ThreadPoolExecutor(4) as pool:
             assert set(pool.map(run, range(4))) == {expected}, places
@@ -183,7 +185,7 @@ def test_rows_and_slots_that_do_not_go_together_are_an_error(lengths: tuple[int,
         def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:  # noqa: ARG002
             return [Parts(torch.zeros(num, dtype=torch.uint8), [0, num]) for num in lengths]
 
-    group = HierarchicalDispatch(kernels(), Wrong(), OneRank(), Domains.of("a"), 0)
+    group = HierarchicalDispatch(kernels(), Wrong(), OneRank(), payload(), Domains.of("a"), 0)
     handle = group.create_handle(torch.zeros(1, 1, dtype=torch.int32), 1)
     with pytest.raises(TransportError, match="do not go together"):
         group.dispatch(torch.zeros(1, HIDDEN), handle, timeout_s=1.0)
@@ -197,10 +199,10 @@ def test_results_that_do_not_come_back_are_an_error() -> None:
             return super().exchange(send, timeout_s=timeout_s)
 
     for group in (
-        FlatDispatch(kernels(), Silent(), rank=0, num_ranks=1),
-        HierarchicalDispatch(kernels(), Silent(), OneRank(), Domains.of("a"), 0),
+        FlatDispatch(kernels(), Silent(), payload(), rank=0, num_ranks=1),
+        HierarchicalDispatch(kernels(), Silent(), OneRank(), payload(), Domains.of("a"), 0),
     ):
         handle = group.create_handle(torch.zeros(1, 1, dtype=torch.int32), 1)
         received = group.dispatch(torch.zeros(1, HIDDEN), handle, timeout_s=1.0)
         with pytest.raises(TransportError, match="came back"):
-            group.combine(received.x_MD, torch.ones(1, 1), handle, timeout_s=1.0)
+            group.combine(received.x_MX, torch.ones(1, 1), handle, timeout_s=1.0)

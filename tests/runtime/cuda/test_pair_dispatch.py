@@ -31,6 +31,7 @@ from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.local_group import LocalGroup
 from switchgear_runtime.cuda.nccl_ep_dispatch import NcclEp
 from switchgear_runtime.cuda.pair_dispatch import PairDispatch
+from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.errors import ConfigError, TransportError, TransportTimeout
 
 MAX_PAIRS = 20 * 8 + 3
@@ -93,7 +94,7 @@ def test_pairs_without_a_slot_go_nowhere(monkeypatch: pytest.MonkeyPatch, dispat
         handle = group.create_handle(torch.tensor([[1, -1], [-1, 0]], dtype=torch.int32), 1)
         h_TD = torch.full((2, HIDDEN), 1.0 + rank)
         received = group.dispatch(h_TD, handle, timeout_s=TIMEOUT_S)
-        y_ND = received.x_MD[received.groups.x_rows_N.long()]
+        y_ND = received.x_MX[received.groups.x_rows_N.long()]
         return group.combine(y_ND, torch.tensor([[0.5, 9.0], [9.0, 0.25]]), handle, timeout_s=TIMEOUT_S)
 
     for rank, y_TD in enumerate(run_ranks(2, run)):
@@ -199,6 +200,7 @@ def test_a_generation_gets_the_library_where_there_are_ranks(
         groups = GenerationGroups.of(
             kernels(),
             control,
+            RowPayload(kernels(), "auto", 512),
             before=None,
             peer_faults_R1=torch.zeros(num_ranks + 1, dtype=torch.int32),
             max_tokens=8,
