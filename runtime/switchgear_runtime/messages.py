@@ -190,7 +190,8 @@ class StepFrame(msgspec.Struct, tag="step", frozen=True, kw_only=True):
 
     `expert_load`, at most about once a second: tokens since the last report, flattened [num_layers * num_experts],
     counted at the router of this (source) rank. `expert_rows`: likewise, rows computed by this rank's own experts.
-    `epoch`: of the map that the step computed with; the step of a flip sends a frame even if it has nothing to say.
+    `step`, `epoch`: of the turn in which the frame was sent and of its map; the step of a flip sends a frame even if it has
+    nothing to say. Where steps are finished a turn later (devices), the tokens are of the step before.
     `tenant_load`: `expert_load` by tenant, as ExpertLoad.taken_by_tenant gives it.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import DispatchPlan, Kernels
-from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, group_pairs, result_bytes, returned_parts
+from switchgear_runtime.cuda.row_parts import PAIR_BYTES, Senders, as_bytes, group_pairs, result_bytes, returned_parts
 from switchgear_runtime.cuda.row_payload import RowPayload
 
 
@@ -41,6 +41,7 @@ class FlatDispatch:
         self._exchange = exchange
         self._rank = rank
         self._num_ranks = num_ranks
+        self._senders = Senders(rank, range(num_ranks))
 
     def create_handle(self, slot_ids_TK: Tensor, slots_per_rank: int) -> FlatHandle:
         return FlatHandle(self._kernels.plan_dispatch(slot_ids_TK, self._num_ranks, slots_per_rank), slots_per_rank)
@@ -59,14 +60,20 @@ class FlatDispatch:
         rows, pairs = self._exchange.exchange(send, timeout_s=timeout_s)
         slots = handle.slots_per_rank
         groups = group_pairs(
-            self._kernels, rows, pairs, length=payload.row_bytes, first_slot=self._rank * slots, num_slots=slots
+            self._kernels,
+            rows,
+            pairs,
+            self._senders,
+            length=payload.row_bytes,
+            first_slot=self._rank * slots,
+            num_slots=slots,
         )
         handle.back = [result_bytes(h_TD) * (begin // PAIR_BYTES) for begin in pairs.offsets]
         return Received(x_MX=payload.rows_of(rows.data), groups=groups)
 
     def combine(self, y_ND: Tensor, weights_TK: Tensor, handle: FlatHandle, *, timeout_s: float) -> Tensor:
         (back,) = self._exchange.exchange([Parts(as_bytes(y_ND), handle.back)], timeout_s=timeout_s)
-        rows_ND = returned_parts(back, handle.pairs_begin_R1, y_ND.shape[1])
+        rows_ND = returned_parts(back, handle.pairs_begin_R1, y_ND.shape[1], self._senders)
         return self._kernels.combine(rows_ND, handle.plan.pair_index_TK, weights_TK)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ from switchgear_runtime.comm.device_exchange import DeviceExchange, Parts
 from switchgear_runtime.comm.domains import Domains
 from switchgear_runtime.cuda.expert_group import Received
 from switchgear_runtime.cuda.kernels import DispatchPlan, Kernels
-from switchgear_runtime.cuda.row_parts import PAIR_BYTES, as_bytes, group_pairs, result_bytes, returned_parts
+from switchgear_runtime.cuda.row_parts import PAIR_BYTES, Senders, as_bytes, group_pairs, result_bytes, returned_parts
 from switchgear_runtime.cuda.row_payload import RowPayload
-from switchgear_runtime.errors import TransportError
 
 _ID_BYTES = 4
 
@@ -67,6 +66,9 @@ class HierarchicalDispatch:
         self._num_domains, self._size_max = len(domains.members), domains.size_max
         self._domain, self._place = domains.at(rank)
         self._num_places = len(domains.members[self._domain])
+        self._everyone = Senders(rank, range(domains.num_ranks))
+        self._neighbours = Senders(rank, domains.members[self._domain])
+        self._gateways = Senders(rank, self._lanes.gateways)
         places = [domain * self._size_max + place for domain, place in map(domains.at, range(domains.num_ranks))]
         self._places_R = torch.tensor(places, dtype=torch.int32, device=kernels.device)
         self._is_numbered = places == list(range(domains.num_ranks))
@@ -110,14 +112,11 @@ class HierarchicalDispatch:
         """Where the rows of each rank begin, and their slots as this domain counts them, from its first on. Others' are
         below 0 or beyond its ranks, which the plan leaves out."""
         length, id_bytes = self._payload.row_bytes, _ID_BYTES * handle.slot_ids_TK.shape[1]
-        begins = [at // length for at in rows.offsets]
-        expected = ([length * begin for begin in begins], [id_bytes * begin for begin in begins])
-        if (list(rows.offsets), list(ids.offsets)) != expected:
-            raise TransportError(
-                f"ranks sent {list(rows.offsets)} bytes of rows and {list(ids.offsets)} of their slots, which do not go "
-                "together",
-                rank=-1,
-            )
+        counts = [(end - begin) // length for begin, end in pairwise(rows.offsets)]
+        check = self._everyone.check
+        check(rows.offsets, lambda rank, found: found == length * counts[rank], "rows came, which are no whole ones")
+        check(ids.offsets, lambda rank, found: found == id_bytes * counts[rank], f"slots came, for {counts} rows")
+        begins = list(accumulate(counts, initial=0))
         first_slot = self._domain * self._size_max * handle.slots_per_rank
         return begins, ids.data.view(torch.int32).view(-1, handle.slot_ids_TK.shape[1]) - first_slot
 
@@ -147,7 +146,9 @@ class HierarchicalDispatch:
             Parts(as_bytes(pairs_N2), [PAIR_BYTES * begin for begin in handle.forwarded_begin_P1]),
         )
         rows, pairs = self._inner.exchange(send, timeout_s=timeout_s)
-        groups = group_pairs(kernels, rows, pairs, length=length, first_slot=self._place * slots, num_slots=slots)
+        groups = group_pairs(
+            kernels, rows, pairs, self._neighbours, length=length, first_slot=self._place * slots, num_slots=slots
+        )
         handle.back_inside = [handle.result_bytes * (begin // PAIR_BYTES) for begin in pairs.offsets]
         return Received(x_MX=self._payload.rows_of(rows.data), groups=groups)
 
@@ -157,10 +158,10 @@ class HierarchicalDispatch:
         kernels, hidden = self._kernels, y_ND.shape[1]
         assert handle.forwarded_N is not None, "combine before dispatch"
         (inside,) = self._inner.exchange([Parts(as_bytes(y_ND), handle.back_inside)], timeout_s=timeout_s)
-        results_ND = returned_parts(inside, handle.forwarded_begin_P1, hidden)
+        results_ND = returned_parts(inside, handle.forwarded_begin_P1, hidden, self._neighbours)
         by_source_ND = kernels.gather_rows(results_ND, handle.forwarded_N)
         (back,) = self._outer.exchange([Parts(as_bytes(by_source_ND), handle.back)], timeout_s=timeout_s)
-        rows_ND = returned_parts(self._lanes.from_gateways(back), handle.pairs_begin_G1, hidden)
+        rows_ND = returned_parts(self._lanes.from_gateways(back), handle.pairs_begin_G1, hidden, self._gateways)
         return kernels.combine(rows_ND, handle.plan.pair_index_TK, weights_TK)
 
     def close(self) -> None:
@@ -171,14 +172,14 @@ class _Lanes:
     """This rank's gateways, one in each domain: what is for domains as what is for ranks."""
 
     def __init__(self, domains: Domains, rank: int) -> None:
-        self._gateways = [domains.gateway(rank, domain) for domain in range(len(domains.members))]
-        self._order = sorted(range(len(self._gateways)), key=self._gateways.__getitem__)  # domains by gateway
+        self.gateways = [domains.gateway(rank, domain) for domain in range(len(domains.members))]
+        self._order = sorted(range(len(self.gateways)), key=self.gateways.__getitem__)  # domains by gateway
         self._num_ranks = domains.num_ranks
 
     def to_gateways(self, data: Tensor, begins_G1: Sequence[int]) -> Parts:
         """`data`: by domain."""
         lengths = [0] * self._num_ranks
-        for domain, gateway in enumerate(self._gateways):
+        for domain, gateway in enumerate(self.gateways):
             lengths[gateway] = begins_G1[domain + 1] - begins_G1[domain]
         if self._order != list(range(len(self._order))):
             data = torch.cat([data[begins_G1[domain] : begins_G1[domain + 1]] for domain in self._order])
@@ -187,7 +188,7 @@ class _Lanes:
     def from_gateways(self, parts: Parts) -> Parts:
         """By domain. Nothing came from other ranks: none was asked."""
         offsets = parts.offsets
-        pieces = [(offsets[gateway], offsets[gateway + 1]) for gateway in self._gateways]
+        pieces = [(offsets[gateway], offsets[gateway + 1]) for gateway in self.gateways]
         begins = list(accumulate((end - begin for begin, end in pieces), initial=0))
         if self._order == list(range(len(self._order))) and begins[-1] == offsets[-1]:
             return Parts(parts.data, begins)

@@ -24,8 +24,9 @@ from switchgear_runtime.comm.mapped_slabs import MappedSlabs
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotStamp, Source, slot_addresses
 from switchgear_runtime.cuda.placement import DevicePlacements
-from switchgear_runtime.cuda.side_copies import Pace, SideCopies
+from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.errors import TransportError
+from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.moe.expert_map import ExpertMap
 
 Int64 = NDArray[np.int64]

@@ -5,7 +5,8 @@ Letters: D hidden, N pairs, M rows, R ranks (or places in a domain).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -34,32 +35,36 @@ def result_bytes(x_MD: Tensor) -> int:
     return _BF16_BYTES * x_MD.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Senders:
+    """Whose parts an exchange gives, to name them when parts are not as long as they must be: world ranks."""
+
+    own: int
+    ranks: Sequence[int]  # by part
+
+    def check(self, offsets: Sequence[int], is_right: Callable[[int, int], bool], text: str) -> None:
+        """`is_right(part, its bytes)`; TransportError otherwise."""
+        lengths = [end - begin for begin, end in pairwise(offsets)]
+        wrong = [self.ranks[part] for part, length in enumerate(lengths) if not is_right(part, length)]
+        if wrong:
+            raise TransportError(f"{list(offsets)} bytes of {text}", rank=self.own, peers=sorted(wrong))
+
+
 def group_pairs(
-    kernels: Kernels, rows: Parts, pairs: Parts, *, length: int, first_slot: int, num_slots: int
+    kernels: Kernels, rows: Parts, pairs: Parts, senders: Senders, *, length: int, first_slot: int, num_slots: int
 ) -> Grouping:
     """By slot of this rank, what came from each rank. TransportError for lengths that are no whole rows or pairs.
     `length`: bytes of a row."""
-    peers = sorted({*_not_whole(rows.offsets, length), *_not_whole(pairs.offsets, PAIR_BYTES)})
-    if peers:
-        text = f"{rows.offsets} bytes of rows and {pairs.offsets} of pairs came, which are no whole ones"
-        raise TransportError(text, rank=first_slot // num_slots, peers=peers)
+    senders.check(rows.offsets, lambda _, found: found % length == 0, "rows came, which are no whole ones")
+    senders.check(pairs.offsets, lambda _, found: found % PAIR_BYTES == 0, "pairs came, which are no whole ones")
     begins = np.array([[at // length for at in rows.offsets], [at // PAIR_BYTES for at in pairs.offsets]], np.int32)
     rows_begin_R1, pairs_begin_R1 = torch.from_numpy(begins).to(kernels.device)
     pairs_N2 = pairs.data.view(torch.int32).view(-1, 2)
     return kernels.group(pairs_N2, rows_begin_R1, pairs_begin_R1, first_slot, num_slots)
 
 
-def _not_whole(offsets: Sequence[int], length: int) -> list[int]:
-    """The senders of parts that are no multiple of `length`."""
-    return [peer for peer, (begin, end) in enumerate(pairwise(offsets)) if (end - begin) % length]
-
-
-def returned_parts(back: Parts, pairs_begin_R1: Sequence[int], hidden: int) -> Tensor:
+def returned_parts(back: Parts, pairs_begin_R1: Sequence[int], hidden: int, senders: Senders) -> Tensor:
     """[N, D] of what came back: a row for each pair that was sent. TransportError otherwise."""
-    expected = [_BF16_BYTES * hidden * begin for begin in pairs_begin_R1]
-    if list(back.offsets) != expected:
-        sizes = zip(pairwise(back.offsets), pairwise(expected), strict=True)
-        peers = [peer for peer, ((a, b), (c, d)) in enumerate(sizes) if b - a != d - c]
-        text = f"{list(back.offsets)} bytes of rows came back, expected {expected}"
-        raise TransportError(text, rank=-1, peers=peers)
+    expected = [_BF16_BYTES * hidden * (end - begin) for begin, end in pairwise(pairs_begin_R1)]
+    senders.check(back.offsets, lambda part, found: found == expected[part], f"rows came back, expected {expected}")
     return as_rows(back.data, hidden)

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.errors import TransportTimeout
+from switchgear_runtime.model.blob_file import Pace
 
 PIECE_BYTES = 4 << 20  # tens of microseconds over NVLink: a step that wants the link waits no longer
 NUM_BUFFERS = 2  # pinned: one is filled while the other's piece crosses
 LOWEST_PRIORITY = 0  # CUDA's: a step's stream that asks for more goes first
 _POLL_S = 0.00005
-
-Pace = Callable[[int], None]
 
 
 class SideCopies:

@@ -9,14 +9,13 @@ Letters: D hidden, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from switchgear_runtime.errors import CheckpointError
+from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.names import ExpertNames
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.swap_files import SwapFiles
@@ -31,7 +30,7 @@ def read_expert_file(
     swap: ExpertSwap,
     spec: DecoderSpec,
     names: ExpertNames,
-    pace: Callable[[int], None] | None = None,
+    pace: Pace | None = None,
     files: SwapFiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate and up rows [2F, D] and down [D, F], in the file's dtype. Every defect is a CheckpointError naming the path.

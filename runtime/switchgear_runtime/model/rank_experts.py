@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.expert_file import read_expert_file
 from switchgear_runtime.model.swap_files import SwapFiles
@@ -13,8 +14,6 @@ from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.moe.layer import MoELayer
 from switchgear_runtime.moe.layer_placement import ExpertTensors
 from switchgear_runtime.moe.model_versions import ExpertSwap
-
-Pace = Callable[[int], None]
 
 
 class RankExperts:

@@ -12,18 +12,16 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from switchgear_runtime.errors import CheckpointError
+from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.cache_folder import CacheFolder, CacheUnusable
 from switchgear_runtime.moe.model_versions import ExpertSwap
 
 PIECE_BYTES = 1 << 20
 FOLDER = "experts"
 SUFFIX = ".safetensors"
-
-Pace = Callable[[int], None]
 
 log = logging.getLogger(__name__)
 

@@ -111,7 +111,7 @@ def at(array: np.ndarray | None) -> int | None:
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Bits of bf16, uint16: to nearest, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 

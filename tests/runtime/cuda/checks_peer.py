@@ -138,7 +138,9 @@ class PeerRanks:
     def compute(self, rank: int, rng: np.random.Generator) -> None:
         """Any results for the pairs that came."""
         num_pairs = int(self.got[rank]["pairs_to_R1"][-1])
-        self.results[rank] = self.arena.put(to_bf16(rng.standard_normal((num_pairs, self.hidden))), np.uint16)
+        self.results[rank] = self.arena.put(
+            to_bf16(rng.standard_normal((num_pairs, self.hidden), np.float32)), np.uint16
+        )
         self.args[rank].y_ND = at(self.results[rank])
 
     def verify_arrived(self, rank: int, *, absent: int = -1) -> None:
@@ -168,10 +170,10 @@ class PeerRanks:
         back_ND = np.concatenate(back)
         index_TK, weights_TK = sent["pair_index_TK"], sent["weights_TK"]
         expected = np.zeros((len(index_TK), self.hidden), np.float32)
-        for t, k in np.ndindex(index_TK.shape):
-            if index_TK[t, k] >= 0:
-                product = weights_TK[t, k].astype(np.float64) * back_ND[index_TK[t, k]]
-                expected[t] = (product + expected[t]).astype(np.float32)
+        for k in range(self.top_k):
+            has_T = index_TK[:, k] >= 0
+            products_TD = weights_TK[has_T, k, None].astype(np.float64) * back_ND[index_TK[has_T, k]]
+            expected[has_T] = (products_TD + expected[has_T]).astype(np.float32)
         assert self.got[rank]["out_TD"][: len(index_TK)].tobytes() == expected.tobytes()
 
 

@@ -24,6 +24,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.flat_dispatch import FlatDispatch
 from switchgear_runtime.cuda.group_choice import large_group
 from switchgear_runtime.cuda.hierarchical_dispatch import HierarchicalDispatch
+from switchgear_runtime.cuda.row_parts import Senders
 from switchgear_runtime.errors import TransportError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.system import RealSystem
@@ -187,8 +188,17 @@ def test_rows_and_slots_that_do_not_go_together_are_an_error(lengths: tuple[int,
 
     group = HierarchicalDispatch(kernels(), Wrong(), OneRank(), payload(), Domains.of("a"), 0)
     handle = group.create_handle(torch.zeros(1, 1, dtype=torch.int32), 1)
-    with pytest.raises(TransportError, match="do not go together"):
+    with pytest.raises(TransportError, match=r"rows came, which are no whole|slots came, for \[[02]\] rows") as caught:
         group.dispatch(torch.zeros(1, HIDDEN), handle, timeout_s=1.0)
+    assert (caught.value.rank, tuple(caught.value.peers)) == (0, (0,))
+
+
+def test_ranks_of_another_domain_are_blamed_by_their_own_numbers() -> None:
+    senders = Senders(4, (1, 4, 6))
+    senders.check([0, 4, 4, 12], lambda part, length: length == (4, 0, 8)[part], "rows")
+    with pytest.raises(TransportError, match=r"\[0, 4, 4, 13\] bytes of rows") as caught:
+        senders.check([0, 4, 4, 13], lambda part, length: length == (4, 1, 8)[part], "rows")
+    assert (caught.value.rank, tuple(caught.value.peers)) == (4, (4, 6))
 
 
 def test_results_that_do_not_come_back_are_an_error() -> None:
