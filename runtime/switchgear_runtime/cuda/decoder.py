@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,24 @@ from torch import Tensor
 from switchgear_runtime.batch import FlatBatch
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.cuda.attention import DeviceAttention, DeviceBatch, RotaryTables, on_device
+from switchgear_runtime.cuda.attention import DeviceBatch, RotaryTables, on_device
 from switchgear_runtime.cuda.attention_packing import Tiles
+from switchgear_runtime.cuda.decoder_layer import DeviceLayer, DeviceNorm
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.local_group import LocalGroup
-from switchgear_runtime.cuda.moe import DeviceMoE, DeviceStep
+from switchgear_runtime.cuda.moe import DeviceStep
 from switchgear_runtime.cuda.pending_step import PendingStep, StepMark
 from switchgear_runtime.cuda.placement import DevicePlacements, PlacementTables
-from switchgear_runtime.cuda.products import bf16_parts, operand
 from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.cuda.small_steps import Bucket, Enqueued, SmallSteps
 from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
 from switchgear_runtime.cuda.step_outputs import NUM_COPIES, StepOutputs
 from switchgear_runtime.cuda.supported import check_supported
-from switchgear_runtime.model.decoder import Branch, Decoder, DecoderLayer
-from switchgear_runtime.model.layers import DenseMLP, RMSNorm, SharedExpert
-from switchgear_runtime.moe.layer import MoELayer
+from switchgear_runtime.model.decoder import Decoder
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import TENANTS_MAX, StepTenants
 from switchgear_runtime.sequence import Sequence as TokenSequence
@@ -61,13 +58,13 @@ class DeviceDecoder:
         self._decoder = decoder
         tables = RotaryTables(kernels.device)
         self._layers = [
-            _DeviceLayer(kernels, layer, tables, k_cache, v_cache)
+            DeviceLayer(kernels, layer, tables, k_cache, v_cache)
             for layer, k_cache, v_cache in zip(decoder.layers, kv_cache.k, kv_cache.v, strict=True)
         ]
         self._tile_tokens = min(layer.attention.tile_tokens for layer in self._layers)
         self._moes = [layer.moe for layer in self._layers if layer.moe is not None]
         self._payload = RowPayload(kernels, config.dispatch_dtype, decoder.embedding_VD.shape[1])
-        self._final_norm = _DeviceNorm.of(decoder.norm, kernels.device)
+        self._final_norm = DeviceNorm.of(decoder.norm, kernels.device)
         self._lm_head = decoder.lm_head.weight
         self._lm_head_bias = on_device(self._lm_head.bias_N, kernels.device)
         self._config = config
@@ -290,113 +287,3 @@ class DeviceDecoder:
         if self._groups is not None:  # a graph that runs must not be taken away
             StepMark(self._kernels.device).wait("a change of tables", self._groups.rank, self._config.step_timeout_s)
         self._small.forget()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _DeviceNorm:
-    weight_D: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, norm: object, device: torch.device) -> _DeviceNorm:
-        assert isinstance(norm, RMSNorm)
-        return cls(norm.weight_D.to(device), norm.eps)
-
-    def __call__(self, kernels: Kernels, x_TD: Tensor, dtype: torch.dtype, out_TD: Tensor | None = None) -> Tensor:
-        return kernels.rms_norm(x_TD, self.weight_D, self.eps, dtype=dtype, out_TD=out_TD)
-
-
-class _DeviceBranch:
-    """How attention or the ffn hangs on the residual stream, as model/decoder.py's Branch."""
-
-    def __init__(self, kernels: Kernels, branch: Branch) -> None:
-        self._kernels = kernels
-        self._norm = _DeviceNorm.of(branch.norm, kernels.device)
-        self.is_post = branch.placement == "post"
-        self.multiplier = branch.multiplier
-
-    def take(self, x_TD: Tensor, dtype: torch.dtype, out_TD: Tensor | None = None) -> Tensor:
-        """The branch's input: bf16 for products alone, fp32 where a router reads it."""
-        if not self.is_post:
-            return self._norm(self._kernels, x_TD, dtype, out_TD)
-        return self._kernels.rounded(x_TD, out_TD) if dtype == torch.bfloat16 else x_TD
-
-    def add(
-        self,
-        x_TD: Tensor,
-        y_TD: Tensor,
-        after: _DeviceBranch | None,
-        dtype: torch.dtype = torch.bfloat16,
-        out_TD: Tensor | None = None,
-    ) -> Tensor:
-        """y into x, in place; then what `after`, if there is one, takes."""
-        kernels = self._kernels
-        if self.is_post:
-            y_TD = self._norm(kernels, y_TD, torch.float32)
-        if after is not None and not after.is_post:
-            norm = after._norm
-            return kernels.add_rms_norm(
-                x_TD, y_TD, self.multiplier, norm.weight_D, norm.eps, dtype=dtype, out_TD=out_TD
-            )
-        kernels.add_branch(x_TD, y_TD, self.multiplier)
-        return x_TD if after is None else after.take(x_TD, dtype, out_TD)
-
-
-class _DeviceMLP:
-    def __init__(self, kernels: Kernels, mlp: DenseMLP) -> None:
-        self._kernels = kernels
-        self._gate_up, self._down = operand(mlp.gate_up), operand(mlp.down)
-
-    def __call__(self, h_TD: Tensor) -> Tensor:
-        """[T, D] fp32 of bf16 rows."""
-        return self._kernels.linear(self._kernels.gated_linear(h_TD, self._gate_up), self._down)
-
-
-class _DeviceLayer:
-    """Attention, then the ffn, each added to x in place."""
-
-    def __init__(
-        self, kernels: Kernels, layer: DecoderLayer, tables: RotaryTables, k_cache: Tensor, v_cache: Tensor
-    ) -> None:
-        self._kernels = kernels
-        self.branches = tuple(_DeviceBranch(kernels, branch) for branch in (layer.attention_branch, layer.ffn_branch))
-        self.attention = DeviceAttention(kernels, layer.attention, tables, k_cache, v_cache)
-        self.moe: DeviceMoE | None = None
-        self._mlp: _DeviceMLP | None = None
-        self._shared_gate: tuple[Tensor, ...] | None = None
-        if isinstance(layer.ffn, MoELayer):
-            self.moe = DeviceMoE(kernels, layer.ffn)
-            shared = layer.ffn.shared
-            if shared is not None:
-                assert isinstance(shared, SharedExpert)
-                self._mlp = _DeviceMLP(kernels, shared.mlp)
-                self._shared_gate = None if shared.gate is None else bf16_parts(shared.gate.weight.data)
-        else:
-            assert isinstance(layer.ffn, DenseMLP)
-            self._mlp = _DeviceMLP(kernels, layer.ffn)
-
-    def forward_(
-        self, x_TD: Tensor, h_TD: Tensor, batch: DeviceBatch, step: DeviceStep, after: _DeviceBranch | None
-    ) -> None:
-        """`h_TD`: what attention takes (bf16); in the end, what the branch `after` takes. A rank without tokens takes
-        part in the exchanges of the MoE layer alone."""
-        attention_branch, ffn_branch = self.branches
-        ffn_h_TD = x_TD  # of no tokens
-        if x_TD.shape[0]:
-            y_TD = self.attention.project(self.attention.attend(h_TD, batch))
-            dtype = torch.bfloat16 if self.moe is None else torch.float32
-            ffn_h_TD = attention_branch.add(x_TD, y_TD, ffn_branch, dtype)
-        y_TD = self._mix(ffn_h_TD, step)
-        if x_TD.shape[0]:
-            ffn_branch.add(x_TD, y_TD, after, out_TD=h_TD)
-
-    def _mix(self, h_TD: Tensor, step: DeviceStep) -> Tensor:
-        kernels = self._kernels
-        if self.moe is None:
-            assert self._mlp is not None
-            return self._mlp(h_TD)
-        y_TD = self.moe.forward(h_TD, step)
-        if self._mlp is not None and h_TD.shape[0]:  # the shared expert, last, so that the order of the sum is one
-            gate_T = None if self._shared_gate is None else kernels.exact_linear(h_TD, self._shared_gate)
-            kernels.add_branch(y_TD, self._mlp(kernels.rounded(h_TD)), 1.0, gate_T)
-        return y_TD

@@ -30,6 +30,8 @@ SEED = random.SystemRandom().randrange(1 << 20)
 NUM_TOKENS = 60
 EXPERT_BYTES = 3 * 16 * 32 * 2
 LARGE = {"small_step_tokens": 20, "async_scheduling": False}  # prompts make large steps, which lend
+HOT_TOKENS = (7, 7, 11, 19, 41, 83)  # of one alone, the few experts may by chance be spread evenly
+NUM_PROMPTS = 6 + len(HOT_TOKENS)
 Answers = dict[int, tuple[list[int], list[str]]]
 
 
@@ -60,7 +62,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin_requests(cluster: Cluster) -> LogprobCollector:
     draw = random.Random(SEED)
     prompts = [[draw.randrange(1, 96) for _ in range(draw.randrange(5, 40))] for _ in range(6)]
-    prompts += [[7] * 60, [7] * 50]  # one set of experts, hotter than the rest
+    prompts += [[token] * 60 for token in HOT_TOKENS]  # a set of experts each, hotter than the rest
     collector = LogprobCollector()
     params = SamplingParams(temperature=0.8, seed=SEED, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
     cluster.core.submit(prompts, params, sink=collector)
@@ -68,8 +70,8 @@ def begin_requests(cluster: Cluster) -> LogprobCollector:
 
 
 async def answers_of(collector: LogprobCollector) -> Answers:
-    await collector.all_finished(8, 90)
-    return {index: (collector.token_ids[index], collector.logprobs[index]) for index in range(8)}
+    await collector.all_finished(NUM_PROMPTS, 90)
+    return {index: (collector.token_ids[index], collector.logprobs[index]) for index in range(NUM_PROMPTS)}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_killed_in_the_middle_of_a_pull(model_dir: Path, alone: Answers) -> None
         assert isinstance(cluster, DeviceCluster)
         for _ in range(3):
             collector = begin_requests(cluster)
-            await collector.until(lambda: len(collector.token_ids) == 8)  # noqa: B023 -- awaited here
+            await collector.until(lambda: len(collector.token_ids) == NUM_PROMPTS)  # noqa: B023 -- awaited here
             before, num_staged = cluster.in_force, len(cluster.staged)
             cluster.stage(source="peer", bytes_per_s=EXPERT_BYTES)  # one expert a second
             await asyncio.sleep(0.1 + draw.random())
