@@ -139,7 +139,7 @@ struct sg_cuda_peer {
   void* const* regions_R;  // a table on the device: every rank's region as this device sees it; zeros at first
   int64_t num_ranks, rank, max_tokens, top_k, hidden;  // max_tokens: of a rank in a layer; hidden: a multiple of 8
   int64_t row_bytes;                                   // of a dispatched row, a multiple of 16
-  int32_t* sequence;                                   // [1] number of the layer, from 1 on; combine adds one
+  int32_t* sequence;                                   // [1] number of the layer; 1 at first; combine goes on by one
   int32_t* done_R;                                     // [R] zeros, and zeros again after each call
   int32_t*
       fault_R1;  // [R + 1] of a rank that 1 did not dispatch in time, 2 did not give back, 4 sent more than agreed;
@@ -153,13 +153,13 @@ struct sg_cuda_peer {
   const int32_t* pairs_N2;        // dispatch: by destination
   const int32_t* pairs_begin_R1;  // dispatch
   int32_t* from_begin_R1;         // arrive: where among the region's rows those of each rank begin (max_tokens apart)
-  int32_t* pairs_to_N2;           // arrive: what came, one rank's after the other's [R * max_tokens * K, 2]
+  int32_t* pairs_to_N2;           // arrive: what came, one rank's after the other's [R * num_tokens * K, 2]
   int32_t* pairs_to_R1;           // arrive: prefix sums of these; give_back takes them
   const void* y_ND;               // give_back: bf16, a row for each pair that came
   const int32_t* pair_index_TK;   // combine: as in sg_cuda_combine
   const float* weights_TK;        // combine
   float* out_TD;                  // combine
-  int64_t num_tokens;             // combine
+  int64_t num_tokens;             // arrive: most of any rank in this layer; combine: of this rank
 };
 SG_API int64_t sg_cuda_peer_bytes(const struct sg_cuda_peer* args);    // of a region
 SG_API int64_t sg_cuda_peer_rows_at(const struct sg_cuda_peer* args);  // from its begin to the rows that came
@@ -264,8 +264,8 @@ struct sg_cuda_qkv {      // of qkv rows: q and k normed, clipped, rotated; q ou
 SG_API int sg_cuda_rotate_qkv(const struct sg_cuda_qkv* args, void* stream);
 
 // attention.cu
-enum { SG_ATTENTION_ROWS = 512 };  // most (token, KV head, 16 query heads) whose parts run side by side
-struct sg_cuda_attention {         // caches and queries are bf16; a token's bits are the same in a tile and alone
+enum { SG_ATTENTION_ROWS = 2048 };  // most (token, KV head, 16 query heads) whose parts run side by side
+struct sg_cuda_attention {          // caches and queries are bf16; a token's bits are the same in a tile and alone
   const void* q_THC;
   const void* k_cache;  // [B, G, Z, C]
   const void* v_cache;

@@ -12,6 +12,8 @@ namespace sg::cuda {
 
 namespace {
 
+constexpr int64_t WORK_MAX = 64 << 20;  // floats
+
 int64_t row_tiles(int64_t num_heads, int64_t num_kv_heads) { return ceil_div(num_heads / num_kv_heads, 16); }
 
 int64_t num_parts(int64_t max_positions) { return std::min<int64_t>(PARTS_MAX, ceil_div(max_positions, PART_MIN)); }
@@ -57,8 +59,8 @@ int64_t sg_cuda_attention_work(int64_t num_alone, int64_t num_heads, int64_t num
                                int64_t max_positions) {
   const int64_t parts = sg::cuda::num_parts(max_positions);
   const int64_t rows = num_alone * num_kv_heads * sg::cuda::row_tiles(num_heads, num_kv_heads);
-  if (parts <= 1 || rows > SG_ATTENTION_ROWS) return 0;
-  return num_alone * num_heads * parts * (head_size + 4);
+  const int64_t floats = num_alone * num_heads * parts * (head_size + 4);
+  return parts <= 1 || rows > SG_ATTENTION_ROWS || floats > sg::cuda::WORK_MAX ? 0 : floats;
 }
 
 int sg_cuda_paged_attention(const sg_cuda_attention* args, void* stream) {

@@ -26,23 +26,55 @@ constexpr int64_t BLOCKS = 32;  // of a destination
 constexpr int64_t LINE_BYTES = sizeof(Line);
 enum { LATE_DISPATCH = 1, LATE_RESULTS = 2, TOO_MUCH = 4 };  // in fault_R1
 
-SG_DEVICE void copy_lines(void* to, const void* from, int64_t num_lines, int thread, int num_threads) {
-  for (int64_t i = thread; i < num_lines; i += num_threads)
-    static_cast<Line*>(to)[i] = static_cast<const Line*>(from)[i];
+constexpr int AT_ONCE = 4;  // of a thread: loads that are on their way together
+
+// Elements first, first + stride, ... below count. All loads of a turn come before its stores, which might alias them.
+template <typename Load, typename Store>
+SG_DEVICE void move(int64_t count, int64_t first, int64_t stride, Load load, Store store) {
+  for (int64_t begin = first; begin < count; begin += AT_ONCE * stride) {
+    decltype(load(begin)) values[AT_ONCE];
+    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+      if (begin + i * stride < count) values[i] = load(begin + i * stride);
+    }
+    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+      if (begin + i * stride < count) store(begin + i * stride, values[i]);
+    }
+  }
 }
 
-// fp32 to bf16, eight values at a time: hidden is a multiple of eight.
-SG_DEVICE void round_row(void* to, const float* from, int64_t hidden, int thread, int num_threads) {
-  for (int64_t i = thread; i < hidden / 8; i += num_threads) {
-    Line halves[2], packed;
-    for (int h = 0; h < 2; ++h) halves[h] = reinterpret_cast<const Line*>(from)[2 * i + h];
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t low = of_float<bf16>(bits_of<float>(halves[w / 2].words[w % 2 * 2])).bits;
-      const uint32_t high = of_float<bf16>(bits_of<float>(halves[w / 2].words[w % 2 * 2 + 1])).bits;
-      packed.words[w] = low | high << 16;
-    }
-    static_cast<Line*>(to)[i] = packed;
+SG_DEVICE void copy_lines(void* to, const void* from, int64_t num_bytes, int64_t first, int64_t stride) {
+  const auto* lines = static_cast<const Line*>(from);
+  move(
+      num_bytes / LINE_BYTES, first, stride, [&](int64_t i) { return lines[i]; },
+      [&](int64_t i, const Line& line) { static_cast<Line*>(to)[i] = line; });
+}
+
+struct Eight {
+  Line halves[2];  // fp32
+};
+
+SG_DEVICE Line rounded(const Eight& values) {
+  Line packed;
+  SG_UNROLL for (int w = 0; w < 4; ++w) {
+    const uint32_t* words = values.halves[w / 2].words + w % 2 * 2;
+    const uint32_t low = of_float<bf16>(bits_of<float>(words[0])).bits;
+    const uint32_t high = of_float<bf16>(bits_of<float>(words[1])).bits;
+    packed.words[w] = low | high << 16;
   }
+  return packed;
+}
+
+// Rows of tokens, fp32 to bf16, eight values at a time: hidden is a multiple of eight.
+SG_DEVICE void round_rows(void* to, const float* x_TD, const int32_t* tokens_M, int64_t num_rows, int64_t hidden,
+                          int64_t first, int64_t stride) {
+  const int64_t eights = hidden / 8;
+  move(
+      num_rows * eights, first, stride,
+      [&](int64_t i) {
+        const uint32_t row = static_cast<uint32_t>(i) / static_cast<uint32_t>(eights);
+        return reinterpret_cast<const Eight*>(x_TD + tokens_M[row] * hidden)[i - row * eights];
+      },
+      [&](int64_t i, const Eight& values) { static_cast<Line*>(to)[i] = rounded(values); });
 }
 
 SG_DEVICE bool has_given_up(const sg_cuda_peer& a) { return get_word(&a.fault_R1[a.num_ranks]) != 0; }
@@ -96,20 +128,16 @@ struct PeerDispatch {
     const int32_t sequence = *a.sequence;
     auto* region = static_cast<unsigned char*>(a.regions_R[to]);
     block.each([&](int thread) {
+      const int64_t first = block.x * THREADS + thread, stride = block.num_x * THREADS;
       unsigned char* rows = layout.rows(region, a.rank);
-      for (int64_t row = block.x; row < num_rows; row += block.num_x) {
-        unsigned char* at = rows + row * a.row_bytes;
-        if (a.x_TD != nullptr) {
-          round_row(at, a.x_TD + a.row_tokens_M[first_row + row] * a.hidden, a.hidden, thread, THREADS);
-        } else {
-          const auto* from = static_cast<const unsigned char*>(a.rows_M) + (first_row + row) * a.row_bytes;
-          copy_lines(at, from, a.row_bytes / LINE_BYTES, thread, THREADS);
-        }
+      if (a.x_TD != nullptr) {
+        round_rows(rows, a.x_TD, a.row_tokens_M + first_row, num_rows, a.hidden, first, stride);
+      } else {
+        const auto* from = static_cast<const unsigned char*>(a.rows_M) + first_row * a.row_bytes;
+        copy_lines(rows, from, num_rows * a.row_bytes, first, stride);
       }
       int32_t* pairs = layout.pairs(region, a.rank);
-      for (int64_t i = block.x * THREADS + thread; i < 2 * num_pairs; i += block.num_x * THREADS) {
-        pairs[i] = a.pairs_N2[2 * first_pair + i];
-      }
+      for (int64_t i = first; i < 2 * num_pairs; i += stride) pairs[i] = a.pairs_N2[2 * first_pair + i];
     });
     block.solo([&](int thread) {
       if (thread != 0 || !is_last_block(&a.done_R[to], block.num_x)) return;
@@ -125,7 +153,7 @@ struct PeerDispatch {
   }
 };
 
-// One block: a thread per source waits, then all copy the pairs, one rank's after the other's.
+// One block: a thread per source waits, then a group of threads per source copies its pairs.
 struct PeerArrive {
   static constexpr int THREADS = 512;
   sg_cuda_peer a;
@@ -140,8 +168,8 @@ struct PeerArrive {
         const PeerHeader* header = layout.dispatched(region, r);
         const bool is_there = await(a, header, sequence, r, LATE_DISPATCH);
         const int32_t rows = header->num_rows, pairs = header->num_pairs, back = header->back_begin;
-        const bool is_right = is_there && rows >= 0 && rows <= a.max_tokens && pairs >= 0 && back >= 0 &&
-                              pairs <= layout.max_pairs() - back;
+        const bool is_right = is_there && rows >= 0 && rows <= a.num_tokens && pairs >= 0 && back >= 0 &&
+                              pairs <= a.num_tokens * a.top_k - back;
         if (is_there && !is_right) blame(a, r, TOO_MUCH);
         counts[r] = is_right ? pairs : 0;
         a.from_begin_R1[r] = static_cast<int32_t>(r * a.max_tokens);
@@ -158,10 +186,13 @@ struct PeerArrive {
       a.from_begin_R1[a.num_ranks] = static_cast<int32_t>(a.num_ranks * a.max_tokens);
     });
     block.solo([&](int thread) {
-      for (int64_t r = 0; r < a.num_ranks; ++r) {
+      const int64_t size = THREADS / a.num_ranks > 0 ? THREADS / a.num_ranks : 1, groups = THREADS / size;
+      for (int64_t r = thread / size; r < a.num_ranks && thread < groups * size; r += groups) {
         const int32_t* pairs = layout.pairs(region, r);
         int32_t* to = a.pairs_to_N2 + 2 * a.pairs_to_R1[r];
-        for (int64_t i = thread; i < 2 * counts[r]; i += THREADS) to[i] = pairs[i];
+        move(
+            2 * counts[r], thread % size, size, [&](int64_t i) { return pairs[i]; },
+            [&](int64_t i, int32_t word) { to[i] = word; });
       }
     });
   }
@@ -183,9 +214,7 @@ struct PeerGiveBack {
       if (!gives) return;
       unsigned char* rows = layout.returned(region) + back * bytes;
       const auto* from = static_cast<const unsigned char*>(a.y_ND) + first * bytes;
-      for (int64_t i = block.x; i < num_pairs; i += block.num_x) {
-        copy_lines(rows + i * bytes, from + i * bytes, bytes / LINE_BYTES, thread, THREADS);
-      }
+      copy_lines(rows, from, num_pairs * bytes, block.x * THREADS + thread, block.num_x * THREADS);
     });
     block.solo([&](int thread) {
       if (thread != 0 || !is_last_block(&a.done_R[to], block.num_x)) return;
@@ -199,22 +228,22 @@ SG_CONSTANT Line NEGATIVE_ZEROS = {{0x80008000, 0x80008000, 0x80008000, 0x800080
 
 // Every block waits for all ranks, then has its tokens. The sum is that of sg_cuda_combine_rows.
 struct PeerCombine {
-  static constexpr int AT_ONCE = 8;  // rows whose loads are on their way together
+  static constexpr int ROWS = 8;  // whose loads are on their way together
   static constexpr int THREADS = 256;
   static constexpr int64_t BLOCKS_MAX = 128;  // they wait: those of ranks that share a GPU have to fit it together
   sg_cuda_peer a;
 
-  // Eight columns of the rows of experts k .. k + AT_ONCE - 1 of token t.
+  // Eight columns of the rows of experts k .. k + ROWS - 1 of token t.
   SG_DEVICE void add_rows(const Line* column, int64_t stride, int64_t t, int64_t k, float* sums) const {
-    Line lines[AT_ONCE];
-    float weights[AT_ONCE];
-    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+    Line lines[ROWS];
+    float weights[ROWS];
+    SG_UNROLL for (int i = 0; i < ROWS; ++i) {
       const int64_t pair = t * a.top_k + k + i;
       const int32_t index = k + i < a.top_k ? a.pair_index_TK[pair] : -1;
       weights[i] = index >= 0 ? a.weights_TK[pair] : 0.0f;
       lines[i] = *(index >= 0 ? column + index * stride : &NEGATIVE_ZEROS);
     }
-    SG_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+    SG_UNROLL for (int i = 0; i < ROWS; ++i) {
       SG_UNROLL for (int w = 0; w < 8; ++w) {
         const uint32_t word = lines[i].words[w / 2];
         sums[w] = fma(weights[i], bits_of<float>(w % 2 ? word & 0xFFFF0000 : word << 16), sums[w]);
@@ -237,7 +266,7 @@ struct PeerCombine {
       for (int64_t t = block.x; t < a.num_tokens; t += block.num_x) {
         for (int64_t i = thread; i < lines; i += THREADS) {
           float sums[8] = {};
-          for (int64_t k = 0; k < a.top_k; k += AT_ONCE) add_rows(rows + i, lines, t, k, sums);
+          for (int64_t k = 0; k < a.top_k; k += ROWS) add_rows(rows + i, lines, t, k, sums);
           SG_UNROLL for (int h = 0; h < 2; ++h) {
             Line line;
             SG_UNROLL for (int w = 0; w < 4; ++w) line.words[w] = bits_of<uint32_t>(sums[4 * h + w]);
@@ -247,7 +276,9 @@ struct PeerCombine {
       }
     });
     block.solo([&](int thread) {
-      if (thread == 0 && is_last_block(&a.done_R[a.rank], block.num_x)) *a.sequence = sequence + 1;
+      if (thread == 0 && is_last_block(&a.done_R[a.rank], block.num_x)) {
+        *a.sequence = sequence == PeerHeader::LAST ? 1 : sequence + 1;
+      }
     });
   }
 };
@@ -280,6 +311,10 @@ int sg_cuda_peer_dispatch(const sg_cuda_peer* args, void* stream) {
 
 int sg_cuda_peer_arrive(const sg_cuda_peer* args, void* stream) {
   if (check(*args) != SG_OK) return SG_ERROR;
+  if (args->num_tokens > args->max_tokens) {
+    return sg::fail("num_tokens=%lld is more than max_tokens=%lld", static_cast<long long>(args->num_tokens),
+                    static_cast<long long>(args->max_tokens));
+  }
   return launch("peer_arrive", PeerArrive{*args}, 1, 1, args->num_ranks * 4, stream);
 }
 

@@ -7,10 +7,10 @@
 namespace sg::cuda {
 
 struct PeerHeader {
-  static constexpr int32_t GAVE_UP = -1;
-  int32_t flag;        // the layer's number, once all of it is there; or GAVE_UP
-  int32_t num_rows;    // what was dispatched
-  int32_t num_pairs;   // and
+  static constexpr int32_t GAVE_UP = -1, LAST = INT32_MAX;  // behind which layers are counted from 1 again
+  int32_t flag;                                             // the layer's number, once all of it is there; or GAVE_UP
+  int32_t num_rows;                                         // what was dispatched
+  int32_t num_pairs;                                        // and
   int32_t back_begin;  // where among the source's pairs these begin, and so their results
 };
 

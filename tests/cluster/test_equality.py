@@ -63,7 +63,7 @@ def reference() -> Iterator[Answers]:
     [
         {"ranks": 2, "enable_chunked_prefill": False},
         {"ranks": 4, "num_kv_blocks": 16, "max_model_len": 256},  # few: sequences wait and are preempted
-        {"ranks": 8, "max_num_batched_tokens": 64, "max_num_seqs": 5},
+        pytest.param({"ranks": 8, "max_num_batched_tokens": 64, "max_num_seqs": 5}, marks=pytest.mark.slow),
     ],
     ids=["2-whole-prefill", "4-few-blocks", "8-small-chunks"],
 )

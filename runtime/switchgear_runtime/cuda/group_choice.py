@@ -61,6 +61,8 @@ class GenerationGroups:
     ) -> GenerationGroups:
         """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
         all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
+        if transport.world_size > 1:  # nobody maps the last generation's memory any more
+            transport.barrier(timeout_s=timeout_s)
         if before is not None and isinstance(before.small, PeerGroup):
             before.small.free()
         if transport.world_size == 1:

@@ -21,7 +21,7 @@ FILES: dict[Kind, str] = {"cuda": "libswitchgear_cuda.so", "twin": "libswitchgea
 FP32, BF16, FP8, INT8 = 0, 1, 2, 3  # dtypes, and payloads
 MMA, WGMMA = 1, 2  # families of bf16 products
 STORE, ADD, SILU_MUL = 0, 1, 2  # epilogues of a product
-ATTENTION_ROWS = 512  # of the counters that attention takes
+ATTENTION_ROWS = 2048  # of the counters that attention takes
 _FOLDER = Path(__file__).parent.parent / "_native"
 
 # Of functions that return a status: their arguments. A stream comes last.

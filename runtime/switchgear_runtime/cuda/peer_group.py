@@ -125,6 +125,7 @@ class PeerGroup:
             from_begin_R1=from_begin_R1.data_ptr(),
             pairs_to_N2=pairs_N2.data_ptr(),
             pairs_to_R1=handle.pairs_to_R1.data_ptr(),
+            num_tokens=self.num_tokens,
         )
         kernels.call("peer_dispatch", args)
         kernels.call("peer_arrive", args)

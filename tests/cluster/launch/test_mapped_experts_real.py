@@ -86,7 +86,9 @@ def alone(model_dir: Path) -> Answers:
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_lend_and_pull_through_mapped_memory(num_ranks: int, model_dir: Path, alone: Answers) -> None:
     async def scenario(cluster: Cluster) -> None:
         assert isinstance(cluster, DeviceCluster)
@@ -112,7 +114,7 @@ def test_killed_in_the_middle_of_a_pull(model_dir: Path, alone: Answers) -> None
 
     async def scenario(cluster: Cluster) -> None:
         assert isinstance(cluster, DeviceCluster)
-        for _ in range(3):
+        for _ in range(2):
             collector = begin_requests(cluster)
             await collector.until(lambda: len(collector.token_ids) == NUM_PROMPTS)  # noqa: B023 -- awaited here
             before, num_staged = cluster.in_force, len(cluster.staged)

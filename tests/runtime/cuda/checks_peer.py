@@ -15,7 +15,7 @@ from switchgear_runtime.cuda.library import DeviceError
 
 HEADER_BYTES, ALIGN = 64, 128
 LATE_DISPATCH, LATE_RESULTS, TOO_MUCH = 1, 2, 4
-GAVE_UP = -1  # a flag
+GAVE_UP, LAST_LAYER = -1, (1 << 31) - 1  # flags
 
 
 class PeerRanks:
@@ -44,7 +44,8 @@ class PeerRanks:
         headers, pairs, rows, returned = (-(-size // ALIGN) * ALIGN for size in sizes)
         self.rows_at = headers + pairs
         self.faults = [self.arena.put(np.zeros(num_ranks + 1), np.int32) for _ in range(num_ranks)]
-        self.sequences = [self.arena.put([1], np.int32) for _ in range(num_ranks)]
+        self.first_layer = LAST_LAYER - 1 if seed % 3 == 2 else 1
+        self.sequences = [self.arena.put([self.first_layer], np.int32) for _ in range(num_ranks)]
         self.done = [self.arena.put(np.zeros(num_ranks), np.int32) for _ in range(num_ranks)]
         self.aborts = [self.arena.put([0], np.int32) for _ in range(num_ranks)]
         self.got = [
@@ -82,6 +83,7 @@ class PeerRanks:
             args.regions_R = at(self.table)
         self.sent: list[dict[str, np.ndarray]] = [{} for _ in range(num_ranks)]
         self.results: list[np.ndarray] = [np.empty((0, self.hidden))] * num_ranks
+        self.step_tokens = self.max_tokens
 
     def draw(self, rank: int, rng: np.random.Generator) -> None:
         """Tokens, the ranks of their experts (-1: none), and a plan as sg_cuda_dispatch_plan makes it."""
@@ -119,12 +121,13 @@ class PeerRanks:
             sent["x_TD"] = arena.put(rng.standard_normal((num_tokens, self.hidden)), np.float32)
             sent["row_tokens_M"] = arena.put(rows, np.int32)
         args = self.args[rank]
-        args.num_tokens = num_tokens
         for name, array in sent.items():
             setattr(args, name, at(array))
         self.sent[rank] = sent
 
     def call(self, name: str, rank: int) -> None:
+        own = len(self.sent[rank]["pair_index_TK"]) if self.sent[rank] else 0
+        self.args[rank].num_tokens = self.step_tokens if name == "arrive" else own
         getattr(self.library, f"sg_cuda_peer_{name}")(ctypes.byref(self.args[rank]), None)
 
     def rows_of(self, source: int, to: int) -> np.ndarray:
@@ -196,7 +199,7 @@ def check_peers(library: Checked, seed: int) -> None:
         for rank in all_ranks:
             ranks.call("combine", rank)
             ranks.verify_combined(rank)
-            assert ranks.sequences[rank][0] == layer + 1, f"seed {seed}"
+            assert ranks.sequences[rank][0] == (ranks.first_layer + layer - 1) % LAST_LAYER + 1, f"seed {seed}"
         assert not any(done.any() for done in ranks.done), f"seed {seed}"
         assert not any(fault.any() for fault in ranks.faults), f"seed {seed}"
     absent = num_ranks - 1
@@ -330,6 +333,19 @@ def _check_too_much(ranks: PeerRanks, seed: int) -> None:
     ranks.faults[0][:] = 0
     ranks.call("arrive", 0)
     assert ranks.faults[0][0] == 0, f"seed {seed}"
+    ranks.step_tokens -= 1  # fewer in this step than there may be
+    for rows, pairs, is_right in (
+        (ranks.max_tokens - 1, max_pairs - ranks.top_k, True),
+        (ranks.max_tokens, 0, False),
+        (0, max_pairs - ranks.top_k + 1, False),
+    ):
+        header[1:] = [rows, pairs, 0]
+        ranks.faults[0][:] = 0
+        ranks.call("arrive", 0)
+        assert ranks.faults[0][0] == (0 if is_right else TOO_MUCH), f"seed {seed}: {header}"
+    ranks.step_tokens += 2
+    with pytest.raises(DeviceError, match="more than max_tokens"):
+        ranks.call("arrive", 0)
 
 
 def check_waits(library: Checked, seed: int) -> None:

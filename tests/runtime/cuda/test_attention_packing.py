@@ -63,6 +63,13 @@ def test_every_token_once(seed: int) -> None:
     assert lasts == sorted(lasts, reverse=True)
 
 
+@pytest.mark.parametrize("lengths", [(5, 11), (7, 9), (5, 5, 5, 1), (5,), (4, 4), (3, 2)], ids=str)
+def test_room_for_tiles_of_two_tokens(lengths: tuple[int, ...]) -> None:
+    seq_ids = [index for index, length in enumerate(lengths) for _ in range(length)]
+    positions = [place for length in lengths for place in range(length)]
+    assert len(Tiles.of(seq_ids, positions, 2).tiles_N2) <= num_tiles_max(len(seq_ids))
+
+
 def test_the_example() -> None:
     tiles = Tiles.of([0, 0, 0, 0, 0, 1], [7, 8, 9, 10, 11, 90], 4)
     assert (tiles.tiles_N2.tolist(), tiles.alone_N.tolist()) == ([[2, 3], [0, 2]], [5])

@@ -116,7 +116,16 @@ def wait_for_epoch(cluster: Cluster, epoch: int) -> None:
 LARGE = {"small_step_tokens": 0, "async_scheduling": False}  # steps that lend, each over before the next is agreed on
 
 
-@pytest.mark.parametrize(("world_size", "settings"), [(2, LARGE), (3, LARGE), (4, LARGE), (3, {})], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        pytest.param(2, LARGE, marks=pytest.mark.slow),
+        pytest.param(3, LARGE, marks=pytest.mark.slow),
+        (4, LARGE),
+        (3, {}),
+    ],
+    ids=str,
+)
 def test_maps_under_load_through_tight_pools(
     lab: Lab, world_size: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
