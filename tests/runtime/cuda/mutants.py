@@ -180,7 +180,7 @@ class Nursery:
 
     def _object(self, part: str) -> str:
         target = str(self.folder / (Path(part).stem + ".o"))
-        subprocess.run([*COMPILE, "-I", str(CSRC), "-c", str(CSRC / part), "-o", target], check=True, timeout=60)
+        subprocess.run([*COMPILE, "-I", str(CSRC), "-c", str(CSRC / part), "-o", target], check=True, timeout=TIMEOUT_S)
         return target
 
     def _companions_of(self, source: str) -> list[str]:
@@ -201,7 +201,7 @@ class Nursery:
         built = subprocess.run(
             [*command, "-x", "none", *self._companions_of(source), *self._common, "-o", str(target)],
             capture_output=True,
-            timeout=60,
+            timeout=TIMEOUT_S,
         )
         return target if built.returncode == 0 else None
 
