@@ -57,6 +57,8 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
 
 def check_gemm_family(library: Checked, _seed: int) -> None:
     """One of a process, which the products without a family are of."""
+    found = [library.sg_cuda_weight_bytes(130, 144, dtype) for dtype in (FP32, BF16, FP8)]
+    assert found == [130 * 144 * 4, 130 * 144 * 2, 130 * 144 + 2 * 2 * 4]
     before = library.sg_cuda_gemm_family()
     with pytest.raises(DeviceError):
         library.sg_cuda_gemm_use(3)

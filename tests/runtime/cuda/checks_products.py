@@ -257,6 +257,11 @@ def check_row_independence(library: Checked, seed: int, family: int, *, x_parts:
         with few_blocks(library, 1 + tile % 2):
             library.sg_cuda_gemm_rows(ctypes.byref(args), None)
         assert y.tobytes() == tiled.tobytes(), f"seed {seed}: family {family}, tile {tile}"
+        for fewer in (9, 17, 33, 65, 97):  # one more than a narrower product has
+            first = arena.room((fewer, num_out), np.float32)
+            args.y, args.max_rows = at(first), fewer
+            library.sg_cuda_gemm_rows(ctypes.byref(args), None)
+            assert y[:fewer].tobytes() == first.tobytes(), f"seed {seed}: family {family}, tile {tile}, {fewer} rows"
     args.tile = 0
     cut = int(rng.integers(1, num_rows))
     grouped = arena.room((num_rows, num_out), np.float32)

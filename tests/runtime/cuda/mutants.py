@@ -93,7 +93,7 @@ HEADERS = {  # and the sources that show a mutant of them
     "vector.h": ("payload.cu", "combine.cu"),
 }
 COMPANIONS = {  # sources that another calls, or is called by
-    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu", "payload.cu"),
     "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
     "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu", "gemm_fp8.cu"),
     "gemm_fp8.cu": ("gemm.cu", "gemm_mma.cu", "gemm_wgmma.cu", "payload.cu"),
