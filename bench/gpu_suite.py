@@ -289,6 +289,7 @@ def main() -> int:
     parser.add_argument("--no-bench", action="store_true", help="time nothing")
     parser.add_argument("--sanitize", action="store_true", help="the kernels' checks under each sanitizer, too")
     parser.add_argument("--only", default="", metavar="WORDS", help="time only the sections whose name has these words")
+    parser.add_argument("--gemm-family", default="auto", help="auto, mma or wgmma: what the benchmark's products go by")
     parser.add_argument("--budget-s", type=float, help="end within so many seconds, and name what did not fit")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends, too
@@ -319,9 +320,8 @@ def main() -> int:
         from switchgear_bench.gpu_command import run_all
 
         left_s = budget.left_s()
-        return results.take(
-            run_all("cuda", budget_s=None if left_s is None else BENCH_PART * left_s, only=arguments.only)
-        )
+        budget_s = None if left_s is None else BENCH_PART * left_s
+        return results.take(run_all("cuda", budget_s=budget_s, only=arguments.only, gemm_family=arguments.gemm_family))
 
     def check_file(file: str) -> tuple[str, bool]:
         return check(file, timeout_s=budget.limit(CHECK_S))

@@ -29,13 +29,20 @@ class GpuCommand:
             "--only", default="", metavar="WORDS", help="only the sections whose name has these words (default: all)"
         )
         parser.add_argument(
+            "--gemm-family",
+            choices=("auto", "mma", "wgmma"),
+            default="auto",
+            help="as `switchgear serve` has it: which instructions products go by",
+        )
+        parser.add_argument(
             "--budget-s", type=float, help="begin no more rows after so many seconds, and say which are left out"
         )
 
     def run(self, arguments: argparse.Namespace) -> int:
         machine = describe(arguments.device)
         rows: list[dict[str, Any]] = []
-        for row in run_all(arguments.device, budget_s=arguments.budget_s, only=arguments.only):
+        settings = {"budget_s": arguments.budget_s, "only": arguments.only, "gemm_family": arguments.gemm_family}
+        for row in run_all(arguments.device, **settings):
             rows.append(row)
             if arguments.output is not None:
                 arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
@@ -43,7 +50,7 @@ class GpuCommand:
         return 0
 
 
-def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Rows:
+def run_all(device: str, *, budget_s: float | None = None, only: str = "", gemm_family: str = "auto") -> Rows:
     """Row after row, the most telling first. Raises DeviceUnavailable, with each reason and its fix, where there is no
     usable GPU. Past the budget, one row names what was left out. `only`: of sections whose name has these words."""
     start_s = time.monotonic()
@@ -56,7 +63,7 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
     from switchgear_runtime.cuda.backend import kernels_of
     from switchgear_runtime.errors import ConfigError
 
-    kernels = kernels_of(device, 0)
+    kernels = kernels_of(device, 0, gemm_family)
     with kernels.on_stream():
         bounds, clock = Bounds.of(kernels.device), Clock(kernels.device)
     rates = {
@@ -73,10 +80,11 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
         print(line(whole), flush=True)
         return whole
 
-    chosen = [section for section in sections(kernels, device, bounds, clock) if only in section[0]]
+    known = list(sections(kernels, device, bounds, clock, gemm_family))
+    chosen = [section for section in known if only in section[0]]
     if not chosen:
-        known = ", ".join(name for name, _ in sections(kernels, device, bounds, clock))
-        raise ConfigError(f"only={only!r} names none of the sections: {known}")
+        names = ", ".join(name for name, _ in known)
+        raise ConfigError(f"only={only!r} names none of the sections: {names}")
     for name, begin in chosen:
         if budget_s is not None and time.monotonic() - start_s > budget_s:
             left_out.append(name)
@@ -98,7 +106,9 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
         yield {"device": device, "kernel": "left out", "budget_s": budget_s, "left_out": left_out}
 
 
-def sections(kernels: Any, device: str, bounds: Any, clock: Any) -> Iterator[tuple[str, Callable[[], Rows]]]:
+def sections(
+    kernels: Any, device: str, bounds: Any, clock: Any, gemm_family: str
+) -> Iterator[tuple[str, Callable[[], Rows]]]:
     """(name, what makes its rows), in order of what they tell."""
     from switchgear_bench.gpu_decode import engine_steps
     from switchgear_bench.gpu_exchange import exchanges
@@ -122,12 +132,12 @@ def sections(kernels: Any, device: str, bounds: Any, clock: Any) -> Iterator[tup
     else:
         yield "moe layer Qwen3-30B-A3B uniform", layer(QWEN3, (UNIFORM, False))
         yield "moe layer DeepSeek-V3 uniform", layer(DEEPSEEK, (UNIFORM, False))
-    yield "engine steps", lambda: engine_steps(device, bounds, is_small=is_small)
+    yield "engine steps", lambda: engine_steps(device, bounds, is_small=is_small, gemm_family=gemm_family)
     if not is_small:
         rest = ((UNIFORM, True), (ZIPF, False), (ZIPF, True))
         yield "moe layer Qwen3-30B-A3B with router, skewed", layer(QWEN3, *rest)
         yield "moe layer DeepSeek-V3 with router, skewed", layer(DEEPSEEK, *rest)
-    yield "exchanges", lambda: exchanges(device, bounds, is_small=is_small)
+    yield "exchanges", lambda: exchanges(device, bounds, is_small=is_small, gemm_family=gemm_family)
 
 
 def describe(device: str) -> dict[str, Any]:

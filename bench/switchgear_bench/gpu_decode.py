@@ -37,12 +37,12 @@ NUM_STEPS = 20
 NUM_PREFILLS = 5
 
 
-def engine_steps(device: str, bounds: Bounds, *, is_small: bool) -> Iterator[dict[str, Any]]:
+def engine_steps(device: str, bounds: Bounds, *, is_small: bool, gemm_family: str) -> Iterator[dict[str, Any]]:
     """A row per batch size, and one of a prefill."""
     spec, batches, context = (tiny(), (1, 4), 32) if is_small else (qwen3_30b_a3b(), BATCHES, CONTEXT)
     prompts = 2 if is_small else PROMPTS
     name = "tiny" if is_small else "Qwen3-30B-A3B"
-    runner = _runner(spec, device, max(*batches, prompts), context, prompts * context)
+    runner = _runner(spec, device, gemm_family, max(*batches, prompts), context, prompts * context)
     alone = runner.forward(_batch(1, context, 1))
     assert bool(alone.isfinite().all())
     assert float(alone.std()) > 0.0
@@ -69,10 +69,13 @@ def _rest(tokens_per_s: float, context: int) -> dict[str, Any]:
     return {**nothing, "tokens_per_s": tokens_per_s, "context": context}
 
 
-def _runner(spec: DecoderSpec, device: str, num_seqs: int, context: int, num_tokens: int) -> ModelRunner:
+def _runner(
+    spec: DecoderSpec, device: str, gemm_family: str, num_seqs: int, context: int, num_tokens: int
+) -> ModelRunner:
     config = EngineConfig(
         model="random",
         device=device,
+        gemm_family=gemm_family,
         num_kv_blocks=num_seqs * (context // BLOCK) + 1,
         block_size=BLOCK,
         max_model_len=context,

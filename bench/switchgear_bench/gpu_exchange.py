@@ -32,12 +32,12 @@ main(json.loads(sys.argv[2]))
 """
 
 
-def exchanges(device: str, bounds: Bounds, *, is_small: bool) -> Iterator[dict[str, Any]]:
+def exchanges(device: str, bounds: Bounds, *, is_small: bool, gemm_family: str) -> Iterator[dict[str, Any]]:
     """A row for each number of ranks, way and number of tokens."""
     shape = TINY if is_small else DEEPSEEK
     small, large = ((1, 8), (8,)) if is_small else (SMALL_TOKENS, LARGE_TOKENS)
     for num_ranks in (2,) if is_small else NUM_RANKS:
-        for answer in run_ranks(num_ranks, device, {"small": small, "large": large}):
+        for answer in run_ranks(num_ranks, device, {"small": small, "large": large, "gemm_family": gemm_family}):
             num_tokens = answer["num_tokens"]
             num_pairs = num_tokens * shape.top_k
             # Tokens read and rows written; each result read and written, read again, and the sum written.
@@ -55,14 +55,14 @@ def exchanges(device: str, bounds: Bounds, *, is_small: bool) -> Iterator[dict[s
             }
 
 
-def run_ranks(num_ranks: int, device: str, sizes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+def run_ranks(num_ranks: int, device: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """What rank 0 measured. A rank that fails or hangs ends all, by a RuntimeError with what it wrote."""
     channel = f"bench-{secrets.token_hex(8)}"
     deadline_s = time.monotonic() + _DEADLINE_S
     with ExitStack() as stack:
         ranks = []
         for rank in range(num_ranks):
-            settings = {"rank": rank, "world_size": num_ranks, "channel": channel, "device": device, **sizes}
+            settings = {"rank": rank, "world_size": num_ranks, "channel": channel, "device": device, **given}
             command = [sys.executable, "-c", _RANK, json.dumps(sys.path), json.dumps(settings)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             stack.callback(_end, process)

@@ -30,7 +30,7 @@ _MAILBOX_BYTES = 1 << 20
 
 
 def main(settings: dict[str, Any]) -> None:
-    kernels = kernels_of(settings["device"], settings["rank"])
+    kernels = kernels_of(settings["device"], settings["rank"], settings["gemm_family"])
     with kernels.on_stream():
         _run(kernels, settings)
 

@@ -221,6 +221,9 @@ SG_API int sg_cuda_gemm_tile(const struct sg_cuda_gemm* args);  // which it will
 SG_API int64_t sg_cuda_weight_bytes(int64_t num_out, int64_t num_k, int w_dtype);
 SG_API int sg_cuda_gemm_family();         // this process's: mma.sync, until another is chosen
 SG_API int sg_cuda_gemm_use(int family);  // once, before the first product
+// For checks, as if on another GPU: blocks are started for so many multiprocessors, so that each takes many tiles of a
+// small product; a block has so much shared memory. 0: the device's own.
+SG_API void sg_cuda_gemm_assume(int multiprocessors, int shared_kib);
 // parts[t, 0..2] of x[t]: each the bf16 nearest to what those before it leave; the sum of the three is x, exactly (but
 // for what lies below 2^-133). bf16.
 SG_API int sg_cuda_split_rows(const float* x_TD, int64_t num_tokens, int64_t hidden, void* parts_T3D, void* stream);

@@ -5,7 +5,7 @@
 // it: both are allowed.
 #pragma once
 
-#include "cuda/numbers.h"
+#include "cuda/lanes.h"
 
 #if !defined(__CUDACC__)
 #include <vector>
@@ -59,6 +59,8 @@ inline thread_local Copies copies_of[1024];
 
 template <int BYTES>
 void copy_async(void* shared, const void* from, bool is_there) {
+  check_aligned<BYTES>(shared);
+  check_aligned<BYTES>(from);
   Copies& mine = copies_of[current_thread];
   const Copies::Copy copy{shared, is_there ? from : nullptr, BYTES, mine.commits};
   if (sg_cuda_twin_backwards) {

@@ -10,6 +10,7 @@ namespace sg::cuda {
 namespace {
 
 std::atomic<int> family_of_process{SG_MMA};
+std::atomic<int> assumed_multiprocessors{0}, assumed_shared_kib{0};  // sg_cuda_gemm_assume
 
 struct SplitRows {
   static constexpr int THREADS = 256;
@@ -61,11 +62,49 @@ int check(const sg_cuda_gemm& a, const Tiles& tiles) {
     return fail("num_out=%lld by num_k=%lld is too large", static_cast<long long>(a.num_out),
                 static_cast<long long>(a.num_k));
   }
+  for (const void* operand : {a.x, a.w, static_cast<const void*>(a.y)}) {
+    if (reinterpret_cast<uintptr_t>(operand) % 16 != 0) return fail("x, w or y is not at a multiple of 16 bytes");
+  }
   if (a.tile < 0 || a.tile > tiles.count) return fail("tile=%d is not 0 to %d", a.tile, tiles.count);
   return SG_OK;
 }
 
+// Asked once by a thread.
+DeviceFacts facts_of_device() {
+#if defined(__CUDACC__)
+  thread_local int known = -1;
+  thread_local DeviceFacts facts{1, SHARED_BYTES_MAX, false};
+  int device = 0, shared = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device == known) return facts;
+  cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  facts.shared_bytes = shared;
+  facts.has_wgmma = major == 9 && minor == 0;
+  known = device;
+  return facts;
+#else
+  return {132, 227 * 1024, true};
+#endif
+}
+
 }  // namespace
+
+DeviceFacts device_facts() {
+  DeviceFacts facts = facts_of_device();
+  if (assumed_shared_kib > 0) facts.shared_bytes = int64_t{assumed_shared_kib} * 1024;
+  return facts;
+}
+
+int multiprocessors_of_launch() {
+  if (assumed_multiprocessors > 0) return assumed_multiprocessors;
+#if defined(__CUDACC__)
+  return device_facts().multiprocessors;
+#else
+  return 2;
+#endif
+}
 
 }  // namespace sg::cuda
 
@@ -79,6 +118,11 @@ int sg_cuda_gemm_use(int family) {
   if (sg_cuda_gemm_tiles(family, 1, SG_BF16) == 0) return sg::fail("family=%d is not 1, or 2 on sm_90", family);
   sg::cuda::family_of_process = family;
   return SG_OK;
+}
+
+void sg_cuda_gemm_assume(int multiprocessors, int shared_kib) {
+  sg::cuda::assumed_multiprocessors = multiprocessors;
+  sg::cuda::assumed_shared_kib = shared_kib;
 }
 
 int64_t sg_cuda_weight_bytes(int64_t num_out, int64_t num_k, int w_dtype) {
@@ -103,6 +147,10 @@ int sg_cuda_gemm_rows(const sg_cuda_gemm* args, void* stream) {
   if (check(a, tiles_of(family, a.x_parts, a.w_dtype, device_facts())) != SG_OK) return SG_ERROR;
   if (a.max_rows == 0 || slots_of(a) == 0) return SG_OK;
   const int tile = sg_cuda_gemm_tile(args);
+  if (tile == 0 || !tile_fits(a, family, tile, device_facts())) {
+    return sg::fail("tile=%d, num_slots=%lld: a block would need more shared memory than there is", a.tile,
+                    static_cast<long long>(a.num_slots));
+  }
   if (a.w_dtype == SG_FP8) return gemm_fp8(a, tile, stream);
   return family == SG_WGMMA ? gemm_wgmma(a, tile, stream) : gemm_mma(a, tile, stream);
 }

@@ -6,50 +6,36 @@
 
 namespace sg::cuda {
 
-// Tiles of a family are numbered from 1; one that it does not have has been refused before.
+struct DeviceFacts {
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+  bool has_wgmma;
+};
+DeviceFacts device_facts();  // of the current device; the twin chooses tiles as on an H200
+// That blocks are started for; of the twin few, so that its blocks, too, take one tile after another.
+int multiprocessors_of_launch();
+
+// Tiles of a family are numbered from 1; one that it does not have, or that does not fit, has been refused before.
 int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream);
 int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream);
 int gemm_fp8(const sg_cuda_gemm& a, int tile, void* stream);
+// Whether the device has the shared memory for a block of the tile, and the kernel takes so much: it grows with slots.
+bool mma_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts);
+bool wgmma_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts);
+bool fp8_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts);
 
-struct DeviceFacts {
-  int multiprocessors, shared_kib;  // of shared memory that a block may have
-  bool has_wgmma;
-};
-// Of the current device, asked once by a thread. The twin chooses tiles as on an H200.
-inline DeviceFacts device_facts() {
-#if defined(__CUDACC__)
-  thread_local int known = -1;
-  thread_local DeviceFacts facts{1, SHARED_BYTES_MAX / 1024, false};
-  int device = 0, shared = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device == known) return facts;
-  cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  facts.shared_kib = shared / 1024;
-  facts.has_wgmma = major == 9 && minor == 0;
-  known = device;
-  return facts;
-#else
-  return {132, 227, true};
-#endif
-}
-
-// Multiprocessors that blocks are started for; of the twin few, so that its blocks, too, take one tile after another.
-inline int multiprocessors_of_launch() {
-#if defined(__CUDACC__)
-  return device_facts().multiprocessors;
-#else
-  return 2;
-#endif
+template <typename Kernel>
+bool fits(const Kernel& kernel, const DeviceFacts& facts) {
+  return Kernel::Shape::shared_bytes(kernel.a) <= least(shared_max<Kernel>, facts.shared_bytes);
 }
 
 inline int64_t slots_of(const sg_cuda_gemm& a) { return a.begin_S1 != nullptr ? a.num_slots : 1; }
 
 // As many blocks as the device holds at once, or as there can be tiles: a slot's last tile may be in part empty.
 template <typename Kernel>
-int launch_product(const sg_cuda_gemm& a, void* stream) {
+int launch_product(const Kernel& kernel, void* stream) {
   using Shape = typename Kernel::Shape;
+  const sg_cuda_gemm& a = kernel.a;
   const int64_t slots = slots_of(a), wide = ceil_div(a.num_out, Shape::OUTS);
   const int64_t partial = slots < a.max_rows ? slots : a.max_rows;
   const int64_t tiles = (a.max_rows / Shape::TOKENS + partial) * wide;
@@ -57,8 +43,9 @@ int launch_product(const sg_cuda_gemm& a, void* stream) {
     return fail("max_rows=%lld by num_out=%lld are too many tiles", static_cast<long long>(a.max_rows),
                 static_cast<long long>(a.num_out));
   }
-  const int64_t held = int64_t{Kernel::MIN_BLOCKS} * multiprocessors_of_launch();
-  return launch("gemm_rows", Kernel{a}, held < tiles ? held : tiles, 1, Shape::shared_bytes(a), stream);
+  const int64_t shared_bytes = Shape::shared_bytes(a);
+  const int64_t held = int64_t{resident_blocks<Kernel>(shared_bytes)} * multiprocessors_of_launch();
+  return launch("gemm_rows", kernel, held < tiles ? held : tiles, 1, shared_bytes, stream);
 }
 
 }  // namespace sg::cuda

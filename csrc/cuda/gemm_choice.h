@@ -9,16 +9,12 @@ namespace sg::cuda {
 
 struct TileSize {
   int outs, tokens;
-  int blocks;      // that a multiprocessor holds
-  int shared_kib;  // of a block, without the tiles of many slots
+  int blocks;  // that a multiprocessor holds
 };
-constexpr TileSize MMA_TILES[] = {
-    {64, 8, 2, 91}, {64, 16, 2, 91}, {128, 32, 2, 81}, {128, 64, 2, 97}, {128, 128, 1, 97}};
-constexpr TileSize PARTS_TILES[] = {{64, 8, 2, 89}, {64, 32, 2, 81}};
-constexpr TileSize WGMMA_TILES[] = {{64, 8, 2, 100},  {64, 16, 2, 101},   {128, 32, 2, 101},
-                                    {128, 64, 2, 97}, {128, 128, 1, 193}, {256, 160, 1, 209}};
-constexpr TileSize FP8_TILES[] = {
-    {64, 8, 2, 98}, {64, 16, 2, 93}, {128, 32, 2, 101}, {128, 64, 2, 101}, {128, 128, 1, 153}};
+constexpr TileSize MMA_TILES[] = {{64, 8, 2}, {64, 16, 2}, {128, 32, 2}, {128, 64, 2}, {128, 128, 1}};
+constexpr TileSize PARTS_TILES[] = {{64, 8, 2}, {64, 32, 2}};
+constexpr TileSize WGMMA_TILES[] = {{64, 8, 2}, {64, 16, 2}, {128, 32, 2}, {128, 64, 2}, {128, 128, 1}, {256, 160, 1}};
+constexpr TileSize FP8_TILES[] = {{64, 8, 2}, {64, 16, 2}, {128, 32, 2}, {128, 64, 2}, {128, 128, 1}};
 
 struct Tiles {
   const TileSize* sizes;
@@ -33,10 +29,15 @@ inline Tiles tiles_of(int family, int x_parts, int w_dtype, const DeviceFacts& f
   return {nullptr, 0};
 }
 
-// The tile of the least expected time in clock cycles, the smallest of those as good: a model. A multiprocessor has its
-// share of memory's bandwidth for weights, which are read once, and of the L2 cache's for all that it reads; it
-// multiplies so much in a cycle; tiles come in waves, and each has something at its end. The rows of slots are taken as
-// spread as counts at random are.
+inline bool tile_fits(const sg_cuda_gemm& a, int family, int tile, const DeviceFacts& facts) {
+  if (a.w_dtype == SG_FP8) return fp8_fits(a, tile, facts);
+  return family == SG_WGMMA ? wgmma_fits(a, tile, facts) : mma_fits(a, tile, facts);
+}
+
+// The tile of the least expected time in clock cycles, the smallest of those as good, 0 where none fits: a model. A
+// multiprocessor has its share of memory's bandwidth for weights, which are read once, and of the L2 cache's for all
+// that it reads; it multiplies so much in a cycle; tiles come in waves, and each has something at its end. The rows of
+// slots are taken as spread as counts at random are.
 inline int best_tile(const sg_cuda_gemm& a, int family, const Tiles& tiles, const DeviceFacts& facts) {
   constexpr double MEMORY = 20.8, CACHE = 30.0;                  // bytes a cycle
   const double products = family == SG_WGMMA ? 2048.0 : 1280.0;  // a cycle
@@ -50,7 +51,7 @@ inline int best_tile(const sg_cuda_gemm& a, int family, const Tiles& tiles, cons
   double least_cycles = 0.0;
   for (int tile = 1; tile <= tiles.count; ++tile) {
     const TileSize& size = tiles.sizes[tile - 1];
-    if (size.shared_kib > facts.shared_kib) continue;
+    if (!tile_fits(a, family, tile, facts)) continue;
     const double tokens = size.tokens, held = std::fmin(usual, tokens);
     double width = tokens;  // that is multiplied
     while (width > 8.0 && width > tokens / 4.0 && held <= width / 2.0) width /= 2.0;

@@ -139,26 +139,31 @@ struct GemmFp8 {
   }
 };
 
-template <int X, int OUTS, int TOKENS, int WARPS_T, int STAGES, int BLOCKS>
-int launch_fp8(const sg_cuda_gemm& a, void* stream) {
-  return launch_product<GemmFp8<X, OUTS, TOKENS, WARPS_T, STAGES, BLOCKS>>(a, stream);
+// f(the tile's kernel).
+template <typename F>
+auto with_tile(const sg_cuda_gemm& a, int tile, F f) {
+  if (a.x_dtype == SG_FP8) {
+    if (tile == 1) return f(GemmFp8<1, 64, 8, 1, 10, 2>{a});
+    if (tile == 2) return f(GemmFp8<1, 64, 16, 1, 9, 2>{a});
+    if (tile == 3) return f(GemmFp8<1, 128, 32, 1, 4, 2>{a});
+    if (tile == 4) return f(GemmFp8<1, 128, 64, 1, 4, 2>{a});
+    return f(GemmFp8<1, 128, 128, 2, 4, 1>{a});
+  }
+  if (tile == 1) return f(GemmFp8<2, 64, 8, 1, 9, 2>{a});
+  if (tile == 2) return f(GemmFp8<2, 64, 16, 1, 7, 2>{a});
+  if (tile == 3) return f(GemmFp8<2, 128, 32, 1, 4, 2>{a});
+  if (tile == 4) return f(GemmFp8<2, 128, 64, 1, 3, 2>{a});
+  return f(GemmFp8<2, 128, 128, 2, 3, 1>{a});
 }
 
 }  // namespace
 
 int gemm_fp8(const sg_cuda_gemm& a, int tile, void* stream) {
-  if (a.x_dtype == SG_FP8) {
-    if (tile == 1) return launch_fp8<1, 64, 8, 1, 10, 2>(a, stream);
-    if (tile == 2) return launch_fp8<1, 64, 16, 1, 9, 2>(a, stream);
-    if (tile == 3) return launch_fp8<1, 128, 32, 1, 4, 2>(a, stream);
-    if (tile == 4) return launch_fp8<1, 128, 64, 1, 4, 2>(a, stream);
-    return launch_fp8<1, 128, 128, 2, 4, 1>(a, stream);
-  }
-  if (tile == 1) return launch_fp8<2, 64, 8, 1, 9, 2>(a, stream);
-  if (tile == 2) return launch_fp8<2, 64, 16, 1, 7, 2>(a, stream);
-  if (tile == 3) return launch_fp8<2, 128, 32, 1, 4, 2>(a, stream);
-  if (tile == 4) return launch_fp8<2, 128, 64, 1, 3, 2>(a, stream);
-  return launch_fp8<2, 128, 128, 2, 3, 1>(a, stream);
+  return with_tile(a, tile, [&](const auto& kernel) { return launch_product(kernel, stream); });
+}
+
+bool fp8_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts) {
+  return with_tile(a, tile, [&](const auto& kernel) { return fits(kernel, facts); });
 }
 
 }  // namespace sg::cuda

@@ -13,6 +13,7 @@ namespace {
 template <int OUTS, int TOKENS, int PARTS, int WARPS_O, int WARPS_T, int STAGES, int BLOCKS>
 struct GemmMma {
   static constexpr int THREADS = WARPS_O * WARPS_T * WARP, MIN_BLOCKS = BLOCKS;
+  static constexpr int64_t SHARED_MAX = 163 * 1024;
   static constexpr int M = OUTS / WARPS_O / 16, N = TOKENS * PARTS / WARPS_T / 8;
   using Shape = RingShape<OUTS, TOKENS, PARTS, THREADS, M, 1, STAGES, STAGES - 1, 2, 2>;
   using Ring = GemmRing<Shape>;
@@ -76,24 +77,29 @@ struct GemmMma {
   }
 };
 
-template <int OUTS, int TOKENS, int PARTS, int WARPS_O, int WARPS_T, int STAGES, int BLOCKS>
-int launch_mma(const sg_cuda_gemm& a, void* stream) {
-  return launch_product<GemmMma<OUTS, TOKENS, PARTS, WARPS_O, WARPS_T, STAGES, BLOCKS>>(a, stream);
+// f(the tile's kernel). Stages: enough copies in flight for memory's latency where rows are few, in as much shared
+// memory as every GPU has, but for what many slots take.
+template <typename F>
+auto with_tile(const sg_cuda_gemm& a, int tile, F f) {
+  if (a.x_parts == 3) {
+    if (tile == 1) return f(GemmMma<64, 8, 3, 4, 1, 8, 2>{a});
+    return f(GemmMma<64, 32, 3, 4, 1, 4, 2>{a});
+  }
+  if (tile == 1) return f(GemmMma<64, 8, 1, 4, 1, 10, 2>{a});
+  if (tile == 2) return f(GemmMma<64, 16, 1, 4, 1, 9, 2>{a});
+  if (tile == 3) return f(GemmMma<128, 32, 1, 4, 1, 4, 2>{a});
+  if (tile == 4) return f(GemmMma<128, 64, 1, 4, 1, 4, 2>{a});
+  return f(GemmMma<128, 128, 1, 4, 2, 3, 1>{a});
 }
 
 }  // namespace
 
-// Stages: enough copies in flight for memory's latency where rows are few, in as much shared memory as every GPU has.
 int gemm_mma(const sg_cuda_gemm& a, int tile, void* stream) {
-  if (a.x_parts == 3) {
-    if (tile == 1) return launch_mma<64, 8, 3, 4, 1, 8, 2>(a, stream);
-    return launch_mma<64, 32, 3, 4, 1, 4, 2>(a, stream);
-  }
-  if (tile == 1) return launch_mma<64, 8, 1, 4, 1, 10, 2>(a, stream);
-  if (tile == 2) return launch_mma<64, 16, 1, 4, 1, 9, 2>(a, stream);
-  if (tile == 3) return launch_mma<128, 32, 1, 4, 1, 4, 2>(a, stream);
-  if (tile == 4) return launch_mma<128, 64, 1, 4, 1, 4, 2>(a, stream);
-  return launch_mma<128, 128, 1, 4, 2, 3, 1>(a, stream);
+  return with_tile(a, tile, [&](const auto& kernel) { return launch_product(kernel, stream); });
+}
+
+bool mma_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts) {
+  return with_tile(a, tile, [&](const auto& kernel) { return fits(kernel, facts); });
 }
 
 }  // namespace sg::cuda

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/gemm_tiles.h"
+#include "cuda/lanes.h"
 #include "cuda/mma.h"
 
 namespace sg::cuda {
@@ -114,6 +115,7 @@ SG_DEVICE void put_tile(Block& block, const sg_cuda_gemm& a, const GemmTile& til
         }
         const auto piece = piece_of(T{}, results);
         if (is_whole) {
+          check_aligned<alignof(Piece<T, COUNT>)>(y);
           *reinterpret_cast<Piece<T, COUNT>*>(y) = piece;
         } else {
           SG_UNROLL for (int i = 0; i < COUNT; ++i) {

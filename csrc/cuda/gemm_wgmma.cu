@@ -52,7 +52,7 @@ struct GemmWgmma {
     if constexpr (WIDTH % 2 == 0 && WIDTH > N / 4) {
       if (num_rows <= FEWER * 8) return multiply<FEWER>(block, stage, sums, num_rows);
     }
-    begin_products();
+    begin_products(sums);
     SG_UNROLL for (uint64_t k = 0; k < Shape::DEPTH * 2; k += 32) {  // bytes of a row; descriptors count in 16
       SG_UNROLL for (int i = 0; i < M; ++i) {
         const auto weights = [&](int thread) {
@@ -70,20 +70,25 @@ struct GemmWgmma {
 #endif
 };
 
-template <int OUTS, int TOKENS, int GROUPS, int STAGES, int BLOCKS>
-int launch_wgmma(const sg_cuda_gemm& a, void* stream) {
-  return launch_product<GemmWgmma<OUTS, TOKENS, GROUPS, STAGES, BLOCKS>>(a, stream);
+// f(the tile's kernel).
+template <typename F>
+auto with_tile(const sg_cuda_gemm& a, int tile, F f) {
+  if (tile == 1) return f(GemmWgmma<64, 8, 1, 11, 2>{a});
+  if (tile == 2) return f(GemmWgmma<64, 16, 1, 10, 2>{a});
+  if (tile == 3) return f(GemmWgmma<128, 32, 1, 5, 2>{a});
+  if (tile == 4) return f(GemmWgmma<128, 64, 1, 4, 2>{a});
+  if (tile == 5) return f(GemmWgmma<128, 128, 2, 6, 1>{a});
+  return f(GemmWgmma<256, 160, 2, 4, 1>{a});
 }
 
 }  // namespace
 
 int gemm_wgmma(const sg_cuda_gemm& a, int tile, void* stream) {
-  if (tile == 1) return launch_wgmma<64, 8, 1, 11, 2>(a, stream);
-  if (tile == 2) return launch_wgmma<64, 16, 1, 10, 2>(a, stream);
-  if (tile == 3) return launch_wgmma<128, 32, 1, 5, 2>(a, stream);
-  if (tile == 4) return launch_wgmma<128, 64, 1, 4, 2>(a, stream);
-  if (tile == 5) return launch_wgmma<128, 128, 2, 6, 1>(a, stream);
-  return launch_wgmma<256, 160, 2, 4, 1>(a, stream);
+  return with_tile(a, tile, [&](const auto& kernel) { return launch_product(kernel, stream); });
+}
+
+bool wgmma_fits(const sg_cuda_gemm& a, int tile, const DeviceFacts& facts) {
+  return with_tile(a, tile, [&](const auto& kernel) { return fits(kernel, facts); });
 }
 
 }  // namespace sg::cuda

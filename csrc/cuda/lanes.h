@@ -60,7 +60,8 @@ SG_DEVICE uint32_t lanes_where(Is is) {
   return __ballot_sync(~0u, is(static_cast<int>(threadIdx.x) % WARP));
 }
 SG_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
-SG_DEVICE void check_line(const void*) {}
+template <size_t ALIGN>
+SG_DEVICE void check_aligned(const void*) {}
 #else
 template <typename Is>
 uint32_t lanes_where(Is is) {
@@ -69,10 +70,13 @@ uint32_t lanes_where(Is is) {
   return bits;
 }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
-inline void check_line(const void* line) {  // a GPU faults where 16 bytes do not begin at a multiple of 16
-  if (reinterpret_cast<uintptr_t>(line) % 16 != 0) __builtin_trap();
+// A GPU faults where what moves as one, up to 16 bytes, does not begin at a multiple of its size.
+template <size_t ALIGN>
+void check_aligned(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % ALIGN != 0) __builtin_trap();
 }
 #endif
+SG_DEVICE void check_line(const void* line) { check_aligned<16>(line); }
 
 // Two numbers as a word of bf16, the first in its low half.
 SG_DEVICE uint32_t pair_of(float first, float second) {

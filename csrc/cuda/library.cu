@@ -50,4 +50,4 @@ void sg_cuda_twin_order(int backwards) { sg_cuda_twin_backwards = backwards; }
 
 #endif
 
-const char* sg_cuda_kernel_version() { return "2"; }
+const char* sg_cuda_kernel_version() { return "3"; }

@@ -2,7 +2,8 @@
 // that stays on its rank passes pack and unpack like any other.
 //
 // Payload row: hidden values, then for fp8 and int8, at the next multiple of 16 bytes, an fp32 scale per 128 values:
-// the largest magnitude over 448 or 127; a value is what x / scale rounds to.
+// the largest magnitude over 448 or 127; a value is what x / scale rounds to. A block of 128 with a value that is not
+// finite is NaN as a whole: its scale is, its codes are 0.
 //
 // Grid: a row by a part of its columns. A thread starts all its loads, 16 bytes each, before it uses one, then writes
 // the row to each place that it goes to: what a token sends to several ranks is read and rounded once. On an H200 (4.3
@@ -103,18 +104,18 @@ struct QuantizeRows {
           top[i][thread] = 0.0f;
           SG_UNROLL for (int j = 0; j < PER_LANE; ++j) {
             const float value = to_float(in[i][thread].values[j]), size = value < 0.0f ? -value : value;
-            top[i][thread] = size > top[i][thread] ? size : top[i][thread];
+            top[i][thread] = size > top[i][thread] || size != size ? size : top[i][thread];  // NaN stays
           }
         }
       });
       SG_UNROLL for (int i = 0; i < EACH; ++i) {
-        warp_all(block, top[i], [](float one, float other) { return one > other ? one : other; });
+        warp_all(block, top[i], [](float one, float other) { return one > other || one != one ? one : other; });
       }
       block.each([&](int thread) {
         Pack<To, PER_LANE> out[EACH];
         float scale[EACH];
         SG_UNROLL for (int i = 0; i < EACH; ++i) {
-          scale[i] = top[i][thread] / largest;
+          scale[i] = top[i][thread] < infinity() ? top[i][thread] / largest : bits_of<float>(uint32_t{0x7FC00000});
           SG_UNROLL for (int j = 0; j < PER_LANE; ++j) {
             out[i].values[j] = of_float<To>(scale[i] > 0.0f ? to_float(in[i][thread].values[j]) / scale[i] : 0.0f);
           }

@@ -24,7 +24,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-#include <type_traits>
+#include <map>
+#include <utility>
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
 #else
@@ -137,20 +138,46 @@ __global__ void __launch_bounds__(Kernel::THREADS, min_blocks<Kernel>)
   kernel(block);
 }
 
+// Lets a kernel's blocks have as much shared memory as the device and the kernel allow: once on each device, whatever
+// size comes first. One that says SHARED_MAX lives on it, so none is left to the cache. Enqueues nothing, so it may be
+// done while a graph is captured.
+template <typename Kernel>
+cudaError_t allow_shared() {
+  static std::atomic<bool> is_done[DEVICES_MAX];
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess || (device < DEVICES_MAX && is_done[device])) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shared_max<Kernel> < most ? static_cast<int>(shared_max<Kernel>) : most);
+  }
+  if (status == cudaSuccess && shared_max<Kernel> > SHARED_BYTES_MAX) {
+    status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
+  }
+  if (status == cudaSuccess && device < DEVICES_MAX) is_done[device] = true;
+  return status;
+}
+
+// Blocks that a multiprocessor of the current device holds at once; where none fit, 1: the launch then says why not.
+template <typename Kernel>
+int resident_blocks(int64_t shared_bytes) {
+  thread_local std::map<std::pair<int, int64_t>, int> known;  // by device and bytes
+  int device = 0, blocks = 0;
+  if (allow_shared<Kernel>() != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) return 1;
+  const auto found = known.find({device, shared_bytes});
+  if (found != known.end()) return found->second;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, run_block<Kernel>, Kernel::THREADS,
+                                                    static_cast<size_t>(shared_bytes)) != cudaSuccess) {
+    return 1;
+  }
+  return known[{device, shared_bytes}] = blocks > 0 ? blocks : 1;
+}
+
 template <typename Kernel>
 int enqueue(const char* name, const Kernel& kernel, int64_t num_x, int64_t num_y, int64_t shared_bytes, void* stream) {
-  // Of this kernel on each device; asked for once, not while a graph is captured.
-  static std::atomic<int64_t> allowed[DEVICES_MAX];
-  cudaError_t status = cudaSuccess;
-  if (shared_bytes > 48 * 1024) {
-    int device = 0;
-    status = cudaGetDevice(&device);
-    if (status == cudaSuccess && (device >= DEVICES_MAX || shared_bytes > allowed[device])) {
-      status = cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes));
-      if (status == cudaSuccess && device < DEVICES_MAX) allowed[device] = shared_bytes;
-    }
-  }
+  cudaError_t status = shared_bytes > 48 * 1024 ? allow_shared<Kernel>() : cudaSuccess;
   if (status == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(num_x), static_cast<unsigned>(num_y));
     run_block<Kernel>
@@ -260,6 +287,11 @@ int run_blocks(const char* name, const Kernel& kernel, int64_t num_x, int64_t nu
   if (!is_whole)
     return fail("%s: wrote outside the %lld bytes of its shared memory", name, static_cast<long long>(shared_bytes));
   return SG_OK;
+}
+
+template <typename Kernel>
+int resident_blocks(int64_t) {
+  return min_blocks<Kernel>;
 }
 
 template <typename Kernel>

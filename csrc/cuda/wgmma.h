@@ -32,21 +32,28 @@ SG_DEVICE uint32_t address_in(const Block&, const unsigned char* shared) { retur
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 SG_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// For the compiler, sums are read and written here, so it moves no access over it; no instruction comes of it.
+template <int M, int N>
+SG_DEVICE void hold_sums(Sums<M, N>& sums) {
+  SG_UNROLL for (int i = 0; i < M; ++i) {
+    SG_UNROLL for (int j = 0; j < N; ++j) {
+      SG_UNROLL for (int word = 0; word < 4; ++word) asm volatile("" : "+f"(sums.c[i][j][word])::"memory");
+    }
+  }
+}
 // Before the first product, and when sums were touched since the last.
-SG_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+template <int M, int N, int THREADS>
+SG_DEVICE void begin_products(Own<Sums<M, N>, THREADS>& sums) {
+  hold_sums(sums[0]);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 SG_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits for all but the latest PENDING commits; after the last of them, sums may be read.
 template <int PENDING, int M, int N, int THREADS>
 SG_DEVICE void wait_products(Own<Sums<M, N>, THREADS>& sums) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-  if constexpr (PENDING == 0) {  // no sum is read before this
-    SG_UNROLL for (int i = 0; i < M; ++i) {
-      SG_UNROLL for (int j = 0; j < N; ++j) {
-        SG_UNROLL for (int word = 0; word < 4; ++word) asm volatile("" : "+f"(sums[0].c[i][j][word])::"memory");
-      }
-    }
-  }
+  if constexpr (PENDING == 0) hold_sums(sums[0]);  // no sum is read before this
 }
 
 #define SG_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
@@ -157,7 +164,8 @@ inline uint32_t address_in(const Block& block, const unsigned char* shared) {
   return static_cast<uint32_t>(shared - block.bytes);
 }
 inline void fence_async() {}
-inline void begin_products() {}
+template <int M, int N, int THREADS>
+void begin_products(Own<Sums<M, N>, THREADS>&) {}
 
 struct Products {
   std::vector<std::pair<int64_t, std::function<void()> > > pending;  // with their commit

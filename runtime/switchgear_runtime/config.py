@@ -22,6 +22,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 CHOICES = ("static", "hash", "waterfill", "lp")  # of replicas; as moe.quotas has them
 DEVICES = ("cpu", "cuda", "twin")
 TRANSPORTS = ("auto", "shm", "gloo", "nccl", "mpi", "loopback")
+GEMM_FAMILIES = ("auto", "mma", "wgmma")
 LIBRARY_DISPATCHES = ("deepep", "nccl-ep")
 DISPATCHES = ("auto", "flat", "hierarchical", *LIBRARY_DISPATCHES)
 
@@ -110,6 +111,13 @@ class EngineConfig:
         "half the bytes, with a scale per 128 values. Results come back as bfloat16.",
         choices=("auto", "fp8", "int8"),
     )
+    gemm_family: str = setting(
+        "auto",
+        "On a device: tensor-core instructions that multiply bfloat16: mma, of every GPU; wgmma, of Hopper (sm_90), "
+        "several times faster where rows are many; auto: wgmma where a check at start finds its numbers right, else mma. "
+        "All ranks need the same. Should wgmma hang or fault: mma.",
+        choices=GEMM_FAMILIES,
+    )
     small_step_tokens: int = setting(
         256,
         "On a device: steps in which no rank has more tokens run without the host, in exchanges through peer memory and "
@@ -163,6 +171,10 @@ class EngineConfig:
         if self.transport == "nccl" and self.device != "cuda":
             raise ConfigError(f"transport='nccl' moves GPU memory and device={self.device!r}; use device='cuda'")
         if self.device == "cpu":
+            if self.gemm_family != "auto":
+                raise ConfigError(
+                    f"gemm_family={self.gemm_family!r} is of devices, and device='cpu'; leave it out, or use device='cuda'"
+                )
             if self.quantization == "fp8":
                 raise ConfigError(
                     "quantization='fp8' needs device='cuda': CPUs have no product of such values; give int8 or int4 here"

@@ -12,7 +12,7 @@ from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
-from switchgear_runtime.cuda.gemm_family import choose_family
+from switchgear_runtime.cuda.gemm_family import ON_HOST, choose_family
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
 from switchgear_runtime.cuda.mapped_experts import MappedExperts
@@ -38,7 +38,7 @@ class DeviceBackend:
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._config = config
-        self._kernels = kernels_of(config.device, rank)
+        self._kernels = kernels_of(config.device, rank, config.gemm_family)
         self._copies = SideCopies(self._kernels.device, rank, timeout_s=config.step_timeout_s)
         self.device = str(self._kernels.device)
         torch.set_num_threads(config.num_threads)
@@ -91,12 +91,15 @@ def device_of(setting: str, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def kernels_of(setting: str, rank: int) -> Kernels:
-    """NativeLibraryMissing says how to build a library that is not there."""
+def kernels_of(setting: str, rank: int, gemm_family: str = "auto") -> Kernels:
+    """NativeLibraryMissing says how to build a library that is not there. `gemm_family`: of EngineConfig; the twin's auto is
+    mma, since both families have the same bits there."""
     device = device_of(setting, rank)
     if device.type != "cuda":
-        return Kernels("twin", device)
+        kernels = Kernels("twin", device)
+        choose_family(kernels, "mma" if gemm_family == "auto" else gemm_family, ON_HOST)
+        return kernels
     torch.cuda.set_device(device)
     kernels = Kernels("cuda", device)
-    choose_family(kernels)
+    choose_family(kernels, gemm_family)
     return kernels

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checks_attention
+import checks_fp8_products
+import checks_gemm_calls
 import checks_peer
 import checks_products
 import checks_qkv
@@ -52,8 +54,9 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "combine.cu": [(checks_rows.check_combine, 24)],
     "gemm.cu": [
         (checks_products.check_split_rows, 6),
-        (checks_products.check_gemm_refusals, 1),
-        (checks_products.check_gemm_family, 1),
+        (checks_gemm_calls.check_gemm_refusals, 1),
+        (checks_gemm_calls.check_gemm_family, 1),
+        (checks_gemm_calls.check_gemm_many_slots, 1),
     ],
     "gemm_mma.cu": [
         (checks_products.check_gemm_mma, 30),
@@ -62,7 +65,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
         (checks_products.check_rows_parts, 1),
     ],
     "gemm_wgmma.cu": [(checks_products.check_gemm_wgmma, 24), (checks_products.check_rows_wgmma, 1)],
-    "gemm_fp8.cu": [(checks_products.check_gemm_fp8, 36), (checks_products.check_rows_fp8, 1)],
+    "gemm_fp8.cu": [(checks_fp8_products.check_gemm_fp8, 36), (checks_fp8_products.check_rows_fp8, 1)],
     "rows.cu": [(checks_rows.check_row_ops, 12), (checks_rows.check_rms_norm, 24)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
@@ -90,7 +93,7 @@ HEADERS = {  # and the sources that show a mutant of them
     "vector.h": ("payload.cu", "combine.cu"),
 }
 COMPANIONS = {  # sources that another calls, or is called by
-    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
+    "gemm.cu": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu", "payload.cu"),
     "gemm_mma.cu": ("gemm.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
     "gemm_wgmma.cu": ("gemm.cu", "gemm_mma.cu", "gemm_fp8.cu"),
     "gemm_fp8.cu": ("gemm.cu", "gemm_mma.cu", "gemm_wgmma.cu", "payload.cu"),
