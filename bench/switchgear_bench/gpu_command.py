@@ -47,10 +47,12 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
     """Row after row, the most telling first. Raises DeviceUnavailable, with each reason and its fix, where there is no
     usable GPU. Past the budget, one row names what was left out. `only`: of sections whose name has these words."""
     start_s = time.monotonic()
-    from switchgear_runtime.cuda.preflight import require_gpu
+    from switchgear_runtime.cuda.facts import gather_facts
+    from switchgear_runtime.cuda.preflight import DeviceUnavailable, device_obstacles
 
-    if device == "cuda":
-        require_gpu(num_ranks=1, transport="auto")
+    found = device_obstacles(gather_facts()) if device == "cuda" else []
+    if found:
+        raise DeviceUnavailable(found)
     from switchgear_bench.gpu_clock import Bounds, Clock
     from switchgear_bench.gpu_goals import judged, summary
     from switchgear_runtime.cuda.backend import kernels_of
@@ -75,8 +77,7 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
 
     chosen = [section for section in sections(kernels, device, bounds, clock) if only in section[0]]
     if not chosen:
-        known = ", ".join(name for name, _ in sections(kernels, device, bounds, clock))
-        raise ConfigError(f"only={only!r} names none of the sections: {known}")
+        raise ConfigError(f"only={only!r} names none of the sections: {', '.join(section_names(device))}")
     for name, begin in chosen:
         if budget_s is not None and time.monotonic() - start_s > budget_s:
             left_out.append(name)
@@ -96,6 +97,10 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "") -> Ro
     if left_out:
         print(f"Past the budget of {budget_s:.0f} s: left out {', '.join(left_out)}")
         yield {"device": device, "kernel": "left out", "budget_s": budget_s, "left_out": left_out}
+
+
+def section_names(device: str) -> list[str]:
+    return [name for name, _ in sections(None, device, None, None)]
 
 
 def sections(kernels: Any, device: str, bounds: Any, clock: Any) -> Iterator[tuple[str, Callable[[], Rows]]]:

@@ -160,7 +160,7 @@ def _check_gemm(library: Checked, seed: int, family: int) -> None:
         tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(family, 1, BF16))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.managed)
+    product.compare(expected, f"seed {seed}, family {family}, tile {args.tile}", exact=not library.is_gpu)
 
 
 def split(x: np.ndarray) -> np.ndarray:
@@ -205,7 +205,7 @@ def check_gemm_parts(library: Checked, seed: int) -> None:
         tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 3, BF16))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    product.compare(expected, f"seed {seed}, tile {args.tile}", exact=not library.managed)
+    product.compare(expected, f"seed {seed}, tile {args.tile}", exact=not library.is_gpu)
 
 
 def check_gemm_refusals(library: Checked, _seed: int) -> None:
@@ -302,7 +302,7 @@ def check_gemm_fp8(library: Checked, seed: int) -> None:
         tile=int(rng.integers(1 + library.sg_cuda_gemm_tiles(MMA, 1, FP8))),
     )
     library.sg_cuda_gemm_rows(ctypes.byref(args), None)
-    product.compare(expected, f"seed {seed}, x fp8 {is_fp8}, tile {args.tile}", exact=not library.managed)
+    product.compare(expected, f"seed {seed}, x fp8 {is_fp8}, tile {args.tile}", exact=not library.is_gpu)
 
 
 def check_rows_parts(library: Checked, seed: int) -> None:
