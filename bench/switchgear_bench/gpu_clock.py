@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from switchgear_runtime.cuda.uncollected import uncollected
 
 Run = Callable[[], object]
 NUM_REPEATS = 7
@@ -34,22 +38,54 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def series(self, runs: Sequence[Run]) -> Series:
-        """Each run twice before it is captured: what it compiles or allocates once lies in no number."""
+    def series(self, runs: Sequence[Run], *, captures: bool = True) -> Series:
+        """Each run twice before it is captured: what it compiles or allocates once lies in no number. `captures`: False
+        where it is known to wait for the device; what is found to do so is not captured either."""
         eager = Series(lambda: [run() for run in runs], len(runs), is_graph=False)
         if self._device.type != "cuda":
             return eager
-        for _ in range(2):
+        eager.run()
+        if not captures or self._waits(eager):
             eager.run()
+            return eager
         torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self._device)):
-                eager.run()
-        except RuntimeError:  # something in it waits for the device
-            torch.cuda.synchronize(self._device)
+            self._capture(graph, eager.run, pool)
+        except RuntimeError:  # of what torch does not see to wait, as a library's own call
+            self._after_failed_capture(pool)
             return eager
         return Series(graph.replay, len(runs), is_graph=True)
+
+    def _waits(self, series: Series) -> bool:
+        """By torch's own word. A capture that fails leaves torch's generators and allocator as if it still ran: none that
+        will fail may begin."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            series.run()
+        except RuntimeError:
+            is_waiting = True
+        else:
+            is_waiting = False
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize(self._device)  # raises what was an error of another kind
+        return is_waiting
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, run: Run, pool: Any) -> None:
+        with uncollected(), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(self._device)):
+            run()
+
+    def _after_failed_capture(self, pool: Any) -> None:
+        """A capture that succeeds ends what a failed one left begun, but for the allocator, which goes by pools."""
+        torch.cuda.synchronize(self._device)
+        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with suppress(RuntimeError):  # it has been ended
+                end(torch.cuda.current_device(), pool)
+        zeros = torch.zeros(1, device=self._device)
+        self._capture(torch.cuda.CUDAGraph(), zeros.zero_, torch.cuda.graph_pool_handle())
 
     def seconds(self, series: Series, num_times: int) -> float:
         """Of one call."""

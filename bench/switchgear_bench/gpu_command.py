@@ -54,10 +54,12 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "", gemm_
     """Row after row, the most telling first. Raises DeviceUnavailable, with each reason and its fix, where there is no
     usable GPU. Past the budget, one row names what was left out. `only`: of sections whose name has these words."""
     start_s = time.monotonic()
-    from switchgear_runtime.cuda.preflight import require_gpu
+    from switchgear_runtime.cuda.facts import gather_facts
+    from switchgear_runtime.cuda.preflight import DeviceUnavailable, device_obstacles
 
-    if device == "cuda":
-        require_gpu(num_ranks=1, transport="auto")
+    found = device_obstacles(gather_facts()) if device == "cuda" else []
+    if found:
+        raise DeviceUnavailable(found)
     from switchgear_bench.gpu_clock import Bounds, Clock
     from switchgear_bench.gpu_goals import judged, summary
     from switchgear_runtime.cuda.backend import kernels_of
@@ -80,11 +82,9 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "", gemm_
         print(line(whole), flush=True)
         return whole
 
-    known = list(sections(kernels, device, bounds, clock, gemm_family))
-    chosen = [section for section in known if only in section[0]]
+    chosen = [section for section in sections(kernels, device, bounds, clock, gemm_family) if only in section[0]]
     if not chosen:
-        names = ", ".join(name for name, _ in known)
-        raise ConfigError(f"only={only!r} names none of the sections: {names}")
+        raise ConfigError(f"only={only!r} names none of the sections: {', '.join(section_names(device))}")
     for name, begin in chosen:
         if budget_s is not None and time.monotonic() - start_s > budget_s:
             left_out.append(name)
@@ -104,6 +104,10 @@ def run_all(device: str, *, budget_s: float | None = None, only: str = "", gemm_
     if left_out:
         print(f"Past the budget of {budget_s:.0f} s: left out {', '.join(left_out)}")
         yield {"device": device, "kernel": "left out", "budget_s": budget_s, "left_out": left_out}
+
+
+def section_names(device: str) -> list[str]:
+    return [name for name, _ in sections(None, device, None, None, "auto")]
 
 
 def sections(

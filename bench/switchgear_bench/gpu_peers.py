@@ -7,6 +7,7 @@ of experts in Triton (triton_moe.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -129,23 +130,39 @@ class TorchGrouped(_Grouped):
         return (rows_ND.view(*ids_TK.shape, -1) * weights_TK.to(rows_ND.dtype)[..., None]).sum(1)
 
 
+class Unmade:
+    """A peer that could not be made: each row names it, with the reason."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        self._error = error
+
+    def __call__(self, routing: Routing) -> Tensor:  # noqa: ARG002
+        raise self._error
+
+    routed = __call__
+
+
 def peers(layer: Layer) -> list[Contender]:
-    """Those that this machine has."""
+    """Those that this machine has; torch's grouped_mm stands for Transformers' experts where these are not to be had."""
     from switchgear_bench import triton_moe
 
-    found: list[Contender] = [grouped_mm(layer)]
+    found: list[Contender] = []
+    if find_spec("transformers") is not None:
+        found.append(made(TransformersExperts, layer))
+    if not found or isinstance(found[0], Unmade):
+        found.append(TorchGrouped(layer))
     if layer.w13_EXD.device.type == "cuda" and triton_moe.is_here():
-        found.append(triton_moe.TritonMoe(layer))
+        found.append(made(triton_moe.TritonMoe, layer))
     return found
 
 
-def grouped_mm(layer: Layer) -> Contender:
-    if find_spec("transformers") is not None:
-        try:
-            return TransformersExperts(layer)
-        except (ImportError, AttributeError) as error:  # of before it had this class, or after
-            print(f"Transformers' own experts do not load here ({error}); torch's grouped_mm stands for them")
-    return TorchGrouped(layer)
+def made(kind: Callable[[Layer], Contender], layer: Layer) -> Contender:
+    try:
+        return kind(layer)
+    except Exception as error:  # noqa: BLE001 - of whatever version is installed; the rows say it
+        name: str = getattr(kind, "name", "a peer")
+        return Unmade(name, error)
 
 
 def _grouped(x_NK: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def own_version() -> str:
+    """`not installed`: it runs from a checkout, and its commit says what it is."""
+    try:
+        return version("switchgear")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def describe() -> dict[str, Any]:
     """The header of every result file."""
     import torch
@@ -50,5 +58,5 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "switchgear": version("switchgear"),
+        "switchgear": own_version(),
     }

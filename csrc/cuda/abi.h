@@ -30,6 +30,8 @@ SG_API int sg_cuda_num_devices();                   // 0 without a driver
 SG_API int sg_cuda_synchronize(void* stream);       // waits for what was enqueued, and says what failed
 SG_API void* sg_cuda_managed_alloc(int64_t bytes);  // memory that host and device can use; null: sg_last_error()
 SG_API void sg_cuda_managed_free(void* data);
+SG_API void* sg_cuda_mapped_alloc(int64_t bytes);  // the same in the host's memory, where there is none that moves
+SG_API void sg_cuda_mapped_free(void* data);
 SG_API void sg_cuda_twin_order(int backwards);  // of the twin's threads and blocks; of no effect in the other
 
 // router.cu

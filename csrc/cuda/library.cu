@@ -32,6 +32,16 @@ void* sg_cuda_managed_alloc(int64_t bytes) {
 }
 
 void sg_cuda_managed_free(void* data) { cudaFree(data); }
+
+void* sg_cuda_mapped_alloc(int64_t bytes) {
+  void* data = nullptr;  // one address for host and device, as all CUDA addresses of a 64-bit process
+  const cudaError_t status = cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
+  if (status == cudaSuccess) return data;
+  sg::fail("%lld bytes of mapped host memory: %s", static_cast<long long>(bytes), cudaGetErrorString(status));
+  return nullptr;
+}
+
+void sg_cuda_mapped_free(void* data) { cudaFreeHost(data); }
 void sg_cuda_twin_order(int) {}
 
 #else
@@ -46,6 +56,8 @@ int sg_cuda_num_devices() { return 0; }
 int sg_cuda_synchronize(void*) { return SG_OK; }
 void* sg_cuda_managed_alloc(int64_t bytes) { return std::malloc(static_cast<size_t>(bytes)); }
 void sg_cuda_managed_free(void* data) { std::free(data); }
+void* sg_cuda_mapped_alloc(int64_t bytes) { return std::malloc(static_cast<size_t>(bytes)); }
+void sg_cuda_mapped_free(void* data) { std::free(data); }
 void sg_cuda_twin_order(int backwards) { sg_cuda_twin_backwards = backwards; }
 
 #endif

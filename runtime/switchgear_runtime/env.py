@@ -20,7 +20,7 @@ ENVIRONMENT = {  # for docs/CONFIG.md
     ADMIN_KEY: "the key of the admin routes where `--admin-key` is absent, for the server and for `switchgear placement`",
     "CUDA_VISIBLE_DEVICES": "which GPUs the ranks may use, as NVIDIA's driver reads it; here only named when it hides all",
     "NCCL_HOSTID": "for tests of NCCL with several ranks on one GPU: another value for each rank. NCCL from 2.30 on wants "
-    "NCCL_MULTI_RANK_GPU_ENABLE=1 instead",
+    "NCCL_MULTI_RANK_GPU_ENABLE=1, too",
     "XDG_CACHE_HOME": "where this user's caches lie; packed weights go to `switchgear/weights` there. Default: `~/.cache`",
 }
 

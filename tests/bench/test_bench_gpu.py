@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
 from switchgear.cli import main
+from switchgear_bench import gpu_peers, machine
 from switchgear_bench.gpu_clock import Bounds, Clock
 from switchgear_bench.gpu_command import run_all
 from switchgear_bench.gpu_goals import LAYER, LAYER_MEAN
@@ -102,6 +104,27 @@ def test_both_grouped_peers_agree() -> None:
     for peer in (TorchGrouped(layer), TransformersExperts(layer)):
         found = peer(routing).float()
         assert float((found - expected).abs().max()) < 3e-2 * float(expected.abs().max()), peer.name
+
+
+def test_a_peer_that_cannot_be_made_is_named_in_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Layer) -> None:
+        raise TypeError("of another version")
+
+    fails.name = "transformers grouped_mm"  # type: ignore[attr-defined]
+    monkeypatch.setattr(gpu_peers, "TransformersExperts", fails)
+    kernels = kernels_of("twin", 0)
+    bench = LayerBench(kernels, TINY, Bounds.of(kernels.device), Clock(kernels.device))
+    (row,) = bench.rows([Cell(num_tokens=3, skew=UNIFORM, with_router=False)])
+    assert row["errors"] == {"transformers grouped_mm": "TypeError: of another version"}
+    assert row["baseline"] == "torch grouped_mm"
+
+
+def test_a_checkout_that_is_not_installed_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "version", missing)
+    assert machine.describe()["switchgear"] == "not installed"
 
 
 @pytest.mark.skipif(has_gpu, reason="this machine has a GPU")

@@ -11,6 +11,7 @@ STATUS: has run on no GPU yet; its tests run over host memory that passes for a 
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportTimeout
 
 ALIGNMENT = 256
+IPC_BYTES = 1 << 21  # smaller allocations may share a block, and a handle would give others what lies beside them
 PLACE_BYTES_MIN = 1 << 16
 NUM_HALVES = 2
 ZEROED_S = 10.0
@@ -68,6 +70,7 @@ class CudaPeerMemory:
     """CuPy's runtime calls, on torch's current stream. Its pools are not used: IPC handles are of whole allocations."""
 
     _of_process: ClassVar[dict[bytes, tuple[torch.device, int]]] = {}  # by handle: a process cannot map its own
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # of it: ranks may be threads
 
     def __init__(self, device: torch.device) -> None:
         import cupy
@@ -77,7 +80,7 @@ class CudaPeerMemory:
 
     def allocate(self, num_bytes: int) -> int:
         with torch.cuda.device(self.device):
-            address = int(self._runtime.malloc(num_bytes))
+            address = int(self._runtime.malloc(-(-num_bytes // IPC_BYTES) * IPC_BYTES))
             self._runtime.memsetAsync(address, 0, num_bytes, torch.cuda.current_stream(self.device).cuda_stream)
             is_done, deadline_s = self.mark(), time.monotonic() + ZEROED_S
             while not is_done():  # before a peer can write there
@@ -87,15 +90,17 @@ class CudaPeerMemory:
             return address
 
     def free(self, address: int) -> None:
-        for handle in [handle for handle, (_, own) in self._of_process.items() if own == address]:
-            del self._of_process[handle]
+        with self._lock:
+            for handle in [handle for handle, (_, own) in self._of_process.items() if own == address]:
+                del self._of_process[handle]
         with torch.cuda.device(self.device):
             self._runtime.free(address)
 
     def handle(self, address: int) -> bytes:
         with torch.cuda.device(self.device):
             handle = bytes(self._runtime.ipcGetMemHandle(address))
-        self._of_process[handle] = (self.device, address)
+        with self._lock:
+            self._of_process[handle] = (self.device, address)
         return handle
 
     def map(
@@ -106,7 +111,8 @@ class CudaPeerMemory:
         num_bytes: int | None = None,  # noqa: ARG002 - nor a size
     ) -> int:
         """OSError for memory of this process on another device, which only ranks as threads could ask for."""
-        device, address = self._of_process.get(handle, (self.device, 0))
+        with self._lock:
+            device, address = self._of_process.get(handle, (self.device, 0))
         if device != self.device:
             raise OSError(f"it is this process's own, on {device}")
         if address:
@@ -115,7 +121,9 @@ class CudaPeerMemory:
             return int(self._runtime.ipcOpenMemHandle(handle, _LAZY_PEER_ACCESS))
 
     def unmap(self, address: int) -> None:
-        if all(address != own for _, own in self._of_process.values()):
+        with self._lock:
+            is_own = any(address == own for _, own in self._of_process.values())
+        if not is_own:
             with torch.cuda.device(self.device):  # any thread
                 self._runtime.ipcCloseMemHandle(address)
 

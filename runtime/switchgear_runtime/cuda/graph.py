@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from switchgear_runtime.cuda.kernels import Kernels
+from switchgear_runtime.cuda.uncollected import uncollected
 
 
 class Graph:
@@ -22,14 +23,15 @@ class Graph:
         """`enqueue` runs once, and nothing of it on the device. It must enqueue by `kernels` alone, and allocate no device
         memory."""
         handle = ctypes.c_void_p()
-        kernels.call("graph_begin")
-        try:
-            enqueue()
-        except BaseException:
-            kernels.call("graph_end", ctypes.byref(handle))  # the stream is in capture else, and of no use
-            kernels.free_graph(handle.value)
-            raise
-        kernels.call("graph_end", ctypes.byref(handle))
+        with uncollected():
+            kernels.call("graph_begin")
+            try:
+                enqueue()
+            except BaseException:
+                kernels.call("graph_end", ctypes.byref(handle))  # the stream is in capture else, and of no use
+                kernels.free_graph(handle.value)
+                raise
+            kernels.call("graph_end", ctypes.byref(handle))
         assert handle.value is not None
         return cls(kernels, handle.value)
 

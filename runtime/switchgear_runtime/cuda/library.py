@@ -119,8 +119,9 @@ def load(path: Path) -> ctypes.CDLL:
     free_graph = getattr(library, "sg_cuda_graph_free", None)
     if free_graph is not None:
         free_graph.argtypes, free_graph.restype = [c_void_p], None
-    allocate = getattr(library, "sg_cuda_managed_alloc", None)
-    if allocate is not None:
-        allocate.argtypes, allocate.restype = [c_int64], c_void_p
-        library.sg_cuda_managed_free.argtypes, library.sg_cuda_managed_free.restype = [c_void_p], None
+    for kind in ("managed", "mapped"):
+        allocate, free = (getattr(library, f"sg_cuda_{kind}_{verb}", None) for verb in ("alloc", "free"))
+        if allocate is not None and free is not None:
+            allocate.argtypes, allocate.restype = [c_int64], c_void_p
+            free.argtypes, free.restype = [c_void_p], None
     return library

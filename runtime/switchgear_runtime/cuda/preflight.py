@@ -75,7 +75,12 @@ def needs_nccl(facts: GpuFacts, *, num_ranks: int, transport: str) -> bool:
 
 def obstacles(facts: GpuFacts, *, nccl: bool) -> list[Obstacle]:
     """In the order in which they are best removed; none: it can run. `nccl`: it is needed."""
-    return [*_driver(facts), *_torch(facts), *_kernels(facts), *_nccl(facts, needed=nccl), *_cupy(facts)]
+    return [*device_obstacles(facts), *_nccl(facts, needed=nccl), *_cupy(facts)]
+
+
+def device_obstacles(facts: GpuFacts, *, built: bool = True) -> list[Obstacle]:
+    """Those that stop everything; NCCL's and CuPy's stop what needs them. `built`: our kernels have to be."""
+    return [*_driver(facts), *_torch(facts), *(_kernels(facts) if built else [])]
 
 
 def _driver(facts: GpuFacts) -> list[Obstacle]:

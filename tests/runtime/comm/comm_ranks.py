@@ -26,7 +26,8 @@ from switchgear_runtime.comm.loopback import LoopbackHub
 from switchgear_runtime.system import RealSystem
 
 MAILBOX_BYTES = 4096
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 75.0
+GPU_JOIN_S = 60.0  # joining includes CUDA's start
 
 
 class Ranks(Protocol):
@@ -250,10 +251,14 @@ class GpuRanks(ProcessRanks):
         self.kind = kind
 
     def fresh(self) -> RankProcess:
-        return RankProcess(["env", f"NCCL_HOSTID=sg-{secrets.token_hex(8)}"] if self.kind == "nccl" else ())
+        if self.kind != "nccl":
+            return RankProcess()
+        # Another host for each is what NCCL before 2.30 needs to take one GPU twice; since then it asks for the word.
+        shared = [f"NCCL_HOSTID=sg-{secrets.token_hex(8)}", "NCCL_MULTI_RANK_GPU_ENABLE=1", "NCCL_SOCKET_IFNAME=lo"]
+        return RankProcess(["env", *shared])
 
     def place(self, _world_size: int) -> dict[str, Any]:
-        return {"device": "cuda:0"}
+        return {"device": "cuda:0", "join_timeout_s": GPU_JOIN_S}
 
 
 class ForkedRanks(ProcessRanks):

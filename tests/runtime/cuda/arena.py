@@ -1,7 +1,7 @@
 """Arrays for kernels, between guards: `Arena`. A write beside an array is seen, a read beside one brings garbage.
 
-`Checked` is a library for checks: each call has finished when it returns. With the GPU's library, arrays lie in managed
-memory, which host and device can use, so the same checks serve both.
+`Checked` is a library for checks: each call has finished when it returns. With the GPU's library, arrays lie in memory
+that host and device can use, managed or the host's own mapped for the device, so the same checks serve both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,18 +18,22 @@ GARBAGE = (0xFB, 0x05)  # as fp32 -2.6e36 and 6e-36, as int32 far below 0 and fa
 
 
 class Checked:
-    """A device library whose calls wait. `managed`: arrays are made by it (the GPU's), not by numpy."""
+    """A device library whose calls wait. `memory`: what its arrays lie in (the GPU's); None: they are numpy's."""
 
-    def __init__(self, library: ctypes.CDLL, *, managed: bool = False) -> None:
+    def __init__(self, library: ctypes.CDLL, *, memory: Literal["managed", "mapped"] | None = None) -> None:
         self.library = library
-        self.managed = managed
+        self.memory = memory
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.memory is not None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self.library, name)
 
         def call(*arguments: Any) -> Any:
             result = function(*arguments)
-            if self.managed:
+            if self.is_gpu:
                 self.library.sg_cuda_synchronize(None)
             return result
 
@@ -50,19 +54,19 @@ class Arena:
         self._garbage = GARBAGE[seed % 3 == 2]
         self._library = library
         self._blocks: list[tuple[np.ndarray, int, int]] = []
-        self._managed: list[int] = []
+        self._made: list[int] = []  # by the library
         self._trap_behind = bool(seed % 4)
 
     def __del__(self) -> None:
-        for data in self._managed:
-            self._library.library.sg_cuda_managed_free(data)
+        for data in self._made:
+            getattr(self._library.library, f"sg_cuda_{self._library.memory}_free")(data)
 
     def _block(self, num_bytes: int) -> np.ndarray:
-        if not self._library.managed:
+        if not self._library.is_gpu:
             return np.full(num_bytes, self._garbage, np.uint8)
-        data = self._library.library.sg_cuda_managed_alloc(num_bytes)
+        data = getattr(self._library.library, f"sg_cuda_{self._library.memory}_alloc")(num_bytes)
         assert data, self._library.library.sg_last_error()
-        self._managed.append(data)
+        self._made.append(data)
         block = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(data), np.uint8)
         block[:] = self._garbage
         return block

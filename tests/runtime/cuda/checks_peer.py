@@ -351,7 +351,7 @@ def _check_too_much(ranks: PeerRanks, seed: int) -> None:
 def check_waits(library: Checked, seed: int) -> None:
     """One that waits before the others send gets it all: no flag comes before the last row. On the host only, where a
     thread is a rank; ranks of a GPU's one stream would wait for each other."""
-    if library.managed:
+    if library.is_gpu:
         return
     ranks = PeerRanks(library, seed, num_ranks=2, timeout_ns=10_000_000_000, max_tokens=1000)
     rng = ranks.arena.rng

@@ -1,4 +1,4 @@
-"""Device kernels on a GPU: the checks of their twin, on the same input, with arrays in managed memory."""
+"""Device kernels on a GPU: the checks of their twin, on the same input, with arrays in memory that both can use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ALL_CHECKS = [pair for pairs in CHECKS.values() for pair in pairs]
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Checked:
+def gpu(request: pytest.FixtureRequest) -> Checked:
     if not library_path("cuda").is_file():
         pytest.skip("no libswitchgear_cuda.so; `make cuda` builds it where there is an nvcc")
     library = device_library("cuda")
     if library.sg_cuda_num_devices() == 0:
         pytest.skip(f"no CUDA device (driver: {library.sg_cuda_driver() or 'none'})")
-    return Checked(library, managed=True)
+    return Checked(library, memory=request.config.getoption("--arrays", "managed"))
 
 
 @pytest.mark.parametrize(("check", "num_seeds"), ALL_CHECKS, ids=[check.__name__ for check, _ in ALL_CHECKS])

@@ -12,7 +12,7 @@ from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.cuda.graph import Graph
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.library import DeviceError
-from switchgear_runtime.cuda.preflight import obstacles
+from switchgear_runtime.cuda.preflight import device_obstacles
 from switchgear_runtime.cuda.step_memory import CHUNK_BYTES_MIN, StepMemory
 
 
@@ -21,7 +21,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     if request.param == "twin":
         yield kernels_of("twin", 0)
         return
-    found = obstacles(gather_facts(), nccl=False)
+    found = device_obstacles(gather_facts())
     if found:
         pytest.skip(f"no usable GPU: {found[0]}")
     made = kernels_of("cuda", 0)

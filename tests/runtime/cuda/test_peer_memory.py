@@ -18,7 +18,7 @@ from device_messages import TIMEOUT_S, draw, exchange_and_check
 from tiny_checkpoints import run_ranks
 
 from switchgear_runtime.comm.device_exchange import Parts
-from switchgear_runtime.comm.peer_memory import ALIGNMENT, CudaPeerMemory, PeerTransport, over_peer_memory
+from switchgear_runtime.comm.peer_memory import ALIGNMENT, IPC_BYTES, CudaPeerMemory, PeerTransport, over_peer_memory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
 
@@ -146,7 +146,7 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
         return lambda *given: (calls.append(name), result(*given))[1]
 
     runtime = SimpleNamespace(
-        malloc=note("malloc", lambda _: 4096),
+        malloc=note("malloc", lambda num_bytes: 4096 if num_bytes == IPC_BYTES else 0),
         memsetAsync=lambda *_: None,
         free=note("free", lambda _: None),
         ipcGetMemHandle=note("get", lambda address: b"of %d" % address),
@@ -159,6 +159,7 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
     monkeypatch.setattr(CudaPeerMemory, "mark", lambda _: lambda: True)
     first, second, other = (CudaPeerMemory(torch.device("cuda", n)) for n in (0, 0, 1))
     mine = first.allocate(100)
+    assert mine == 4096  # a block of its own
     handle = first.handle(mine)
     assert second.map(handle) == mine  # a rank that is another thread
     second.unmap(mine)

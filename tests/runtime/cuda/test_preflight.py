@@ -19,6 +19,7 @@ from switchgear_runtime.cuda.preflight import (
     TORCH_INDEX,
     DeviceUnavailable,
     Obstacle,
+    device_obstacles,
     needs_nccl,
     obstacles,
     require_gpu,
@@ -74,6 +75,15 @@ def found(**changes: Any) -> list[Obstacle]:
 def test_a_machine_that_has_all(changes: dict[str, Any]) -> None:
     assert found(**changes) == []
     assert gpu_report(replace(GOOD, **changes))["device cuda"] == "usable"
+
+
+def test_what_stops_everything_is_the_drivers_or_torchs() -> None:
+    for changes in ({"cupy": (CUPY12,)}, {"nccl": (NCCL12,)}, {"kernels": None}):
+        assert found(**changes)
+        assert device_obstacles(replace(GOOD, **changes), built=False) == []
+    assert len(device_obstacles(replace(GOOD, kernels=None))) == 1
+    assert device_obstacles(replace(GOOD, **NO_DRIVER))
+    assert device_obstacles(replace(GOOD, torch_cuda=None))
 
 
 @pytest.mark.parametrize(
