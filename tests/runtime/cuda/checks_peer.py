@@ -231,6 +231,7 @@ def _check_giving_up(ranks: PeerRanks, seed: int) -> None:
         ranks.compute(rank, rng)
     before = [ranks.regions[rank].copy() for rank in others]
     ranks.call("give_back", 0)
+    ranks.draw(0, rng)
     ranks.call("dispatch", 0)
     for rank, region in zip(others, before, strict=True):
         changed = np.nonzero(ranks.regions[rank] != region)[0]

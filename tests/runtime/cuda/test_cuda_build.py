@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.library import DeviceError, device_library, library_path
 
 ROOT = Path(__file__).parents[3]
-SEED = random.SystemRandom().randrange(1 << 32)
 
 
 def functions_of_the_header() -> set[str]:
@@ -74,8 +72,8 @@ def run_mutants(*arguments: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build mutants with")
 def test_some_mutants_are_noticed() -> None:
-    file = random.Random(SEED).choice([*mutants.CHECKS, *mutants.HEADERS])
-    run_mutants("--file", file, "--sample", "4", "--seed", str(SEED))
+    """The same ones until the kernels change; all of them are among the slow tests."""
+    run_mutants("--sample", "4", "--seed", "1")
 
 
 @pytest.mark.slow
