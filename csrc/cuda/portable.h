@@ -28,6 +28,7 @@
 #include <utility>
 #define SG_DEVICE __device__ __forceinline__
 #define SG_UNROLL _Pragma("unroll")
+#define SG_ROLL _Pragma("unroll 1")  // where a body is long
 #else
 #include <chrono>
 #include <cstdlib>
@@ -36,6 +37,7 @@
 #include <vector>
 #define SG_DEVICE inline
 #define SG_UNROLL
+#define SG_ROLL
 #endif
 
 namespace sg::cuda {

@@ -50,12 +50,41 @@ def check_sampler(library: Checked, seed: int) -> None:
         logits[:, 1::2] = 0.0
     if seed % 5 == 2:
         logits = 1 + rng.integers(0, 4, logits.shape) * 2.0**-23  # one beside the other
+    _check(library, arena, seed, logits)
+
+
+def check_large_rows(library: Checked, seed: int) -> None:
+    """More keys than a block lists, or as many; and rows whose bounds lie beyond those that it lists."""
+    arena = Arena(library, seed)
+    rng = arena.rng
+    vocab_size = int(rng.choice([8193, 9001, 20000, 33000] if seed % 4 != 2 else [8192, 8193]))
+    logits = rng.standard_normal((2, vocab_size)) * 2
+    if seed % 4 == 1:
+        logits = np.round(logits)  # too many of the lowest
+    if seed % 4 == 2:
+        logits[0, rng.random(vocab_size) < 0.99] = -np.inf  # some threads have none
+        logits[1] = 7.0  # all of them: 8192 fit, more do not
+    if seed % 4 == 3:
+        logits = logits[:, : 8192 + 1]  # a last part of the parts with one id, which is drawn
+        logits[:, -1] += 15
+    top_k_B = None
+    if seed % 8 == 0:  # top-k takes one key that is not listed: what lies above it is just what is
+        logits = 1 + rng.integers(0, 2000, logits.shape) * 2.0**-23
+        floors = [min(row[thread::512].max() for thread in range(512)) for row in logits]
+        top_k_B = [(row >= floor).sum() + 1 for row, floor in zip(logits, floors, strict=True)]
+    _check(library, arena, seed, logits, top_k_B)
+
+
+def _check(library: Checked, arena: Arena, seed: int, logits: np.ndarray, top_k_B: list[int] | None = None) -> None:
+    """Draws tokens of the rows, with parameters of many kinds."""
+    rng = arena.rng
+    batch, vocab_size = logits.shape
     logits_BV = arena.put(logits, np.float32)
     columns = {
         "temperature_B": arena.put(rng.choice([0.0, 0.3, 1.0, 1.0, 3.0], batch), np.float32),
         "top_p_B": arena.put(rng.choice([1.0, 0.5, 0.9, 1e-9], batch), np.float32),
         "min_p_B": arena.put(rng.choice([0.0, 0.0, 0.1, 0.6], batch), np.float32),
-        "top_k_B": arena.put(rng.choice([0, -1, 1, 3, 40, vocab_size, 5000], batch), np.int32),
+        "top_k_B": arena.put(top_k_B or rng.choice([0, -1, 1, 3, 40, vocab_size, 5000], batch), np.int32),
         "seeds_B": arena.put(rng.integers(0, 1 << 62, batch), np.int64),
         "positions_B": arena.put(rng.integers(0, 1 << 34, batch), np.int64),
     }

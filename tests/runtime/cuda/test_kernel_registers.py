@@ -11,7 +11,7 @@ import pytest
 
 CSRC = Path(__file__).parents[3] / "csrc"
 REGISTERS = 65536  # of a multiprocessor, in each of the architectures
-FILES = ("attention.cu", "router.cu", "rows.cu", "qkv.cu")
+FILES = ("attention.cu", "router.cu", "rows.cu", "qkv.cu", "sampler.cu")
 BLOCKS = {  # of a kernel on a multiprocessor, at least; not named: 1
     "AttendTokensILi64": 3,
     "AttendTokensILi128": 3,
@@ -22,8 +22,9 @@ BLOCKS = {  # of a kernel on a multiprocessor, at least; not named: 1
     "TopkRouterILi8": 4,
     "RotateQkv": 4,
     "RmsNormILi256": 4,
+    "SampleRow": 2,
 }
-THREADS = {"RmsNormILi256": 256, "RmsNormILi1024": 1024}  # others: 128
+THREADS = {"RmsNormILi256": 256, "RmsNormILi1024": 1024, "SampleRow": 512}  # others: 128
 
 
 def nvcc() -> str | None:
