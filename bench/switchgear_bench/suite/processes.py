@@ -1,7 +1,8 @@
 """Commands that the suite runs, one or several at once: `run`, `run_all`.
 
-None outlives its limit or the suite's budget, nor do its children. Each is the leader of a process group in the suite's own session: its group is killed when it has ended, whatever the
-reason, since a rank left behind would hold the GPU; and who kills the session kills all.
+None outlives its limit or the suite's budget, nor do its children. Each is the leader of a process group in the suite's own
+session: its group is killed when it has ended, whatever the reason, since a rank left behind would hold the GPU; and who
+kills the session kills all.
 """
 
 from __future__ import annotations

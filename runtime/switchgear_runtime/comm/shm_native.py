@@ -148,7 +148,9 @@ class NativeChannel:
         self._library.sg_shm_abort(self._handle, reason.encode(errors="replace"))
 
     def close(self) -> None:
-        self._library.sg_shm_close(self._handle)
+        """Also after `__del__`: of objects that go as one cycle, the transport's may come later than its channel's."""
+        if self._handle:
+            self._library.sg_shm_close(self._handle)
         self._mapping = None
 
     def stats(self) -> TransportStats:

@@ -270,6 +270,15 @@ def _open_files() -> list[str]:
     return [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
 
 
+def test_a_channel_may_go_before_its_transport() -> None:
+    """As when both are of one cycle that the collector takes: in any order."""
+    transport = ShmTransport(fresh_channel(), 0, 1, MAILBOX_BYTES, 1.0)
+    channel = transport._native
+    assert channel is not None
+    channel.__del__()
+    transport.__del__()
+
+
 def test_open_transport_opens_shm() -> None:
     descriptor = GenerationDescriptor(term=1, generation=1, world_size=1, epoch=0, channel=fresh_channel())
     transport = open_transport("shm", descriptor, 0, mailbox_bytes=MAILBOX_BYTES, timeout_s=TIMEOUT_S)
