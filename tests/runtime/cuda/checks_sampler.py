@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 from arena import Arena, Checked, at
@@ -50,7 +51,7 @@ def check_sampler(library: Checked, seed: int) -> None:
         logits[:, 1::2] = 0.0
     if seed % 5 == 2:
         logits = 1 + rng.integers(0, 4, logits.shape) * 2.0**-23  # one beside the other
-    _check(library, arena, seed, logits)
+    _check(library, arena, seed, logits, {})
 
 
 def check_large_rows(library: Checked, seed: int) -> None:
@@ -67,16 +68,20 @@ def check_large_rows(library: Checked, seed: int) -> None:
     if seed % 4 == 3:
         logits = logits[:, : 8192 + 1]  # a last part of the parts with one id, which is drawn
         logits[:, -1] += 15
-    top_k_B = None
+    given: dict[str, Any] = {}
     if seed % 8 == 0:  # top-k takes one key that is not listed: what lies above it is just what is
         logits = 1 + rng.integers(0, 2000, logits.shape) * 2.0**-23
         floors = [min(row[thread::512].max() for thread in range(512)) for row in logits]
-        top_k_B = [(row >= floor).sum() + 1 for row, floor in zip(logits, floors, strict=True)]
-    _check(library, arena, seed, logits, top_k_B)
+        given["top_k_B"] = [(row >= floor).sum() + 1 for row, floor in zip(logits, floors, strict=True)]
+    if seed % 8 == 4:  # half of the weight, 9 temperatures below the best
+        logits = logits - 27
+        logits[:, 0] = 0
+        given = {"temperature_B": [3.0, 3.0], "top_p_B": [1.0, 1.0], "min_p_B": [0.0, 0.0], "top_k_B": [0, 0]}
+    _check(library, arena, seed, logits, given)
 
 
-def _check(library: Checked, arena: Arena, seed: int, logits: np.ndarray, top_k_B: list[int] | None = None) -> None:
-    """Draws tokens of the rows, with parameters of many kinds."""
+def _check(library: Checked, arena: Arena, seed: int, logits: np.ndarray, given: dict[str, Any]) -> None:
+    """Draws tokens of the rows, with parameters of many kinds where these are not given."""
     rng = arena.rng
     batch, vocab_size = logits.shape
     logits_BV = arena.put(logits, np.float32)
@@ -84,10 +89,12 @@ def _check(library: Checked, arena: Arena, seed: int, logits: np.ndarray, top_k_
         "temperature_B": arena.put(rng.choice([0.0, 0.3, 1.0, 1.0, 3.0], batch), np.float32),
         "top_p_B": arena.put(rng.choice([1.0, 0.5, 0.9, 1e-9], batch), np.float32),
         "min_p_B": arena.put(rng.choice([0.0, 0.0, 0.1, 0.6], batch), np.float32),
-        "top_k_B": arena.put(top_k_B or rng.choice([0, -1, 1, 3, 40, vocab_size, 5000], batch), np.int32),
+        "top_k_B": arena.put(rng.choice([0, -1, 1, 3, 40, vocab_size, 5000], batch), np.int32),
         "seeds_B": arena.put(rng.integers(0, 1 << 62, batch), np.int64),
         "positions_B": arena.put(rng.integers(0, 1 << 34, batch), np.int64),
     }
+    for name, values in given.items():
+        columns[name][:] = values
     token_ids_B = arena.room(batch, np.int64)
     args = structs.Sample(
         logits_BV=at(logits_BV),

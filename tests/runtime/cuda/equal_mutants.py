@@ -135,6 +135,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("sampler.cu", "if (thread == 0) a.token_ids_B", "", "every thread writes the same"),
     ("sampler.cu", "place[thread] = static_cast", "bound + 1", "one part in 2^40"),
     ("sampler.cu", "if (thread == 0) *count = 0;", "", "every thread writes the same"),
+    ("sampler.cu", "const Heat heat{", "NOTHING + 1.0", "one part in 2^39"),
     ("sampler.cu", "const bool is_one = ", "others >= other", "of the same twice, the same"),
     ("sampler.cu", "const int part = ", "WARPS + 1", "parts may be larger"),
     ("rows.cu", "LANES < 128 ? 128", "129", "128 lanes are not used"),
