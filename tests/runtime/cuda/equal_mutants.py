@@ -95,7 +95,12 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ("peer.cu", "stride = block.num_x * THREADS;", "block.num_x + THREADS", "elements that are there already"),
     ("peer.cu", "if (thread != 0) return;", "", "all write what one would"),
     ("peer.cu", "const int64_t size = THREADS / a.num_ranks", "", "the same words by other threads"),
-    ("peer.cu", "r < a.num_ranks && thread < groups * size", "r <= a.num_ranks", "there are about as many groups as ranks"),
+    (
+        "peer.cu",
+        "r < a.num_ranks && thread < groups * size",
+        "r <= a.num_ranks",
+        "there are about as many groups as ranks",
+    ),
     ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
     ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
     ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
