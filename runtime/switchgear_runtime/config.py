@@ -113,9 +113,9 @@ class EngineConfig:
     )
     gemm_family: str = setting(
         "auto",
-        "On a device: tensor-core instructions that multiply bfloat16: mma, of every GPU; wgmma, of Hopper (sm_90), "
-        "several times faster where rows are many; auto: wgmma where a check at start finds its numbers right, else mma. "
-        "All ranks need the same. Should wgmma hang or fault: mma.",
+        "On a device: tensor-core instructions that multiply bfloat16: mma, of every GPU; wgmma, of Hopper (sm_90); "
+        "auto: wgmma where a check at start finds its numbers right, else mma. All ranks need the same. Should wgmma hang or "
+        "fault: mma.",
         choices=GEMM_FAMILIES,
     )
     small_step_tokens: int = setting(
