@@ -114,8 +114,8 @@ def test_what_the_budget_cuts_has_not_failed(file: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(checks_module, "TEST_S", 200.0)
     budget = Budget(None)
     checks = checks_of(tmp_path, budget)
-    budget.seconds = 20.0
-    budget._end_s = Budget(20.0)._end_s
+    budget.seconds = 12.0
+    budget._end_s = Budget(12.0)._end_s
     outcome = checks.file(str(file), timeout_s=200.0)
     assert outcome.status is Status.CUT
     assert outcome.text == "1 passed, 0 failed, 1 skipped, 1 cut by the budget"
