@@ -1,6 +1,6 @@
 """Which kernels a process multiplies bf16 rows with: `choose_family`, by a check of their numbers on the device at hand.
 
-wgmma, which a Hopper GPU alone has, is several times faster where rows are many. Its sums may differ from mma.sync's in the
+wgmma, which a Hopper GPU alone has, multiplies at a higher rate by its data sheet. Its sums may differ from mma.sync's in the
 last bits, so a process keeps to one of the two, and ranks agree through the fingerprint. What is checked before it is taken:
 every tile gives near what mma.sync gives, and all tiles the same bits. Three products have what kernels can do wrong: one
 with rows for every width that a tile multiplies, so long that the ring of stages goes round; one with several tiles for
