@@ -35,7 +35,8 @@ void sg_cuda_managed_free(void* data) { cudaFree(data); }
 
 void* sg_cuda_mapped_alloc(int64_t bytes) {
   void* data = nullptr;  // one address for host and device, as all CUDA addresses of a 64-bit process
-  const cudaError_t status = cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
+  const cudaError_t status =
+      cudaHostAlloc(&data, static_cast<size_t>(bytes), cudaHostAllocMapped | cudaHostAllocPortable);
   if (status == cudaSuccess) return data;
   sg::fail("%lld bytes of mapped host memory: %s", static_cast<long long>(bytes), cudaGetErrorString(status));
   return nullptr;
