@@ -42,6 +42,11 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "mixtral", 0, max_shard_size="40KB")
 
 
+def words(value: object) -> str | None:
+    """Names of tests that are the same in every process of pytest."""
+    return None if callable(value) else str(value)
+
+
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -96,7 +101,7 @@ def edit_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
         (edit_header(lambda h: h[EXPERT].update(shape=[-1, 48])), [EXPERT, "malformed"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
     ],
-    ids=str,
+    ids=words,
 )
 def test_defects_of_a_single_file(tmp_path: Path, source: Path, edit: Callable[[Path], None], names: list[str]) -> None:
     folder = tmp_path / "model"
@@ -133,7 +138,7 @@ LAST = "model-00002-of-"
         (edit_index(lambda index: index["weight_map"].update(a=7)), ["'a'", "7"]),
         (edit_index(lambda index: index["weight_map"].update(ghost=index["weight_map"]["lm_head.weight"])), ["ghost"]),
     ],
-    ids=str,
+    ids=words,
 )
 def test_defects_of_an_index(tmp_path: Path, sharded: Path, edit: Callable[[Path], None], names: list[str]) -> None:
     folder = tmp_path / "model"

@@ -26,6 +26,7 @@ from switchgear_runtime.ops_reference import unpack_k, unpack_v
 from switchgear_runtime.sequence import Sequence
 
 FRESH_SEEDS = [random.SystemRandom().randrange(1 << 32) for _ in range(3)]
+FRESH = [f"fresh{index}" for index in range(len(FRESH_SEEDS))]  # the same names in every process of pytest
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [1], "num_hidden_layers": 3, "attention_bias": True, "num_experts": 7,
                    "num_experts_per_tok": 4}),
@@ -184,7 +185,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("seed", FRESH_SEEDS)
+@pytest.mark.parametrize("seed", FRESH_SEEDS, ids=FRESH)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize(("arch", "overrides"), VARIANTS, ids=str)
 def test_tiny_checkpoints(root: Path, arch: str, overrides: dict[str, Any], world_size: int, seed: int) -> None:

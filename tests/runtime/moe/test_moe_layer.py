@@ -25,6 +25,7 @@ from switchgear_runtime.moe.spec import MoESpec
 from switchgear_runtime.packing_reference import unpack
 
 FRESH_SEEDS = [random.SystemRandom().randrange(1 << 32) for _ in range(4)]
+FRESH = [f"fresh{index}" for index in range(len(FRESH_SEEDS))]  # the same names in every process of pytest
 
 
 class Case:
@@ -103,7 +104,7 @@ def data_of(weights: tuple[ops.PackedWeight, ops.PackedWeight]) -> tuple[torch.T
     return weights[0].data, weights[1].data
 
 
-@pytest.mark.parametrize("seed", FRESH_SEEDS)
+@pytest.mark.parametrize("seed", FRESH_SEEDS, ids=FRESH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_against_the_reference_and_one_rank(world_size: int, dtype: torch.dtype, seed: int) -> None:
@@ -125,7 +126,7 @@ def test_against_the_reference_and_one_rank(world_size: int, dtype: torch.dtype,
         torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance, msg=lambda m: f"seed {seed}: {m}")
 
 
-@pytest.mark.parametrize("seed", FRESH_SEEDS)
+@pytest.mark.parametrize("seed", FRESH_SEEDS, ids=FRESH)
 def test_the_sparse_mixer(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for num_experts, top_k, jitter_eps in ((2, 2, 0.01), (7, 2, 0.2), (16, 3, 0.4)):
