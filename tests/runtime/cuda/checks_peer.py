@@ -125,6 +125,10 @@ class PeerRanks:
             setattr(args, name, at(array))
         self.sent[rank] = sent
 
+    def number_after(self, num_layers: int) -> int:
+        """Of the next layer."""
+        return (self.first_layer + num_layers - 1) % LAST_LAYER + 1
+
     def call(self, name: str, rank: int) -> None:
         own = len(self.sent[rank]["pair_index_TK"]) if self.sent[rank] else 0
         self.args[rank].num_tokens = self.step_tokens if name == "arrive" else own
@@ -199,7 +203,7 @@ def check_peers(library: Checked, seed: int) -> None:
         for rank in all_ranks:
             ranks.call("combine", rank)
             ranks.verify_combined(rank)
-            assert ranks.sequences[rank][0] == (ranks.first_layer + layer - 1) % LAST_LAYER + 1, f"seed {seed}"
+            assert ranks.sequences[rank][0] == ranks.number_after(layer), f"seed {seed}"
         assert not any(done.any() for done in ranks.done), f"seed {seed}"
         assert not any(fault.any() for fault in ranks.faults), f"seed {seed}"
     absent = num_ranks - 1
