@@ -101,6 +101,7 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         "r <= a.num_ranks",
         "there are about as many groups as ranks",
     ),
+    ("peer.cu", "r < a.num_ranks && thread < groups * size", "thread <=", "a thread without a rank"),
     ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
     ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
     ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
