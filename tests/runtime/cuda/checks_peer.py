@@ -30,7 +30,7 @@ class PeerRanks:
         rng = self.arena.rng
         is_large = max_tokens is None and seed % 12 == 5  # more pairs than a launch has threads
         self.max_tokens = max_tokens or (600 if is_large else int(rng.choice([1, 3, 40])))
-        self.top_k = 8 if is_large else int(rng.choice([1, 2, 5, 8]))
+        self.top_k = 8 if is_large else int(rng.choice([1, 2, 5, 8, 11]))
         self.hidden = 8 * (300 if max_tokens else 1 if is_large else int(rng.choice([1, 3, 300])))
         self.packed = bool(rng.integers(2))
         self.row_bytes = 16 * int(rng.integers(1, 40)) if self.packed else 2 * self.hidden

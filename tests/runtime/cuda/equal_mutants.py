@@ -102,6 +102,13 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         "there are about as many groups as ranks",
     ),
     ("peer.cu", "r < a.num_ranks && thread < groups * size", "thread <=", "a thread without a rank"),
+    (
+        "peer.cu",
+        "block.x * THREADS + thread, block.num_x * THREADS);",
+        "block.num_x + THREADS",
+        "lines that are there already",
+    ),
+    ("peer.cu", "k < a.top_k; k += ROWS) add_rows", "k <= a.top_k", "rows of experts that there are not"),
     ("peer.cu", "polls % 64", "", "how often it looks at the clock"),
     ("peer.cu", "int64_t polls = 1;", "", "how often it looks at the clock"),
     ("peer.cu", "clock_ns() >= deadline", ">", "a nanosecond"),
