@@ -33,14 +33,12 @@ cuda: dev
 	@cmake --build build/cuda --target switchgear_cuda -j 2
 	@cp build/cuda/libswitchgear_cuda.so runtime/switchgear_runtime/_native/
 
-# Tests of one process two at a time; then, by themselves, those that start processes.
+# Tests of one process two at a time; then, by themselves, those that start ranks.
 FAST := not slow and not gpu
-ONE_PROCESS := tests/native tests/runtime tests/sim
 
 test: dev
-	@$(RUN) -m pytest -q -n 2 --dist loadscope -m "$(FAST) and not ranks" $(ONE_PROCESS)
-	@$(RUN) -m pytest -q -m "$(FAST) and ranks" $(ONE_PROCESS)
-	@$(RUN) -m pytest -q -m "$(FAST)" $(addprefix --ignore=,$(ONE_PROCESS))
+	@$(RUN) -m pytest -q -n 2 --dist loadscope -m "$(FAST) and not ranks and not ray"
+	@$(RUN) -m pytest -q -m "$(FAST) and (ranks or ray)"
 
 test-slow: dev
 	@$(RUN) -m pytest -q -m "slow and not gpu"

@@ -53,6 +53,19 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
             setattr(refused, name, value)
         with pytest.raises(DeviceError):
             library.sg_cuda_gemm_rows(ctypes.byref(refused), None)
+    for right in (
+        {},
+        {"epilogue": SILU_MUL, "num_out": 4},
+        {"epilogue": ADD},
+        {"y_dtype": BF16},
+        {"num_out": 1 << 14, "num_k": 1 << 14},
+        {"w_dtype": FP8, "x_dtype": FP8, "num_k": 16},
+        {"x_parts": 3},
+    ):
+        empty = structs.Gemm(max_rows=0, num_out=2, num_k=8, x_dtype=BF16, w_dtype=BF16, y_dtype=FP32, x_parts=1)
+        for name, value in right.items():
+            setattr(empty, name, value)
+        library.sg_cuda_gemm_rows(ctypes.byref(empty), None)
 
 
 def check_gemm_family(library: Checked, _seed: int) -> None:
