@@ -30,7 +30,7 @@ constexpr int PART_MIN = 256;  // positions
 constexpr int PARTS_MAX = 32;
 constexpr float LOG2_E = 1.44269504f;
 
-// Positions of each part of what a token at `position` sees.
+// Positions of each part of what a token at `position` sees, a power of two.
 SG_DEVICE int part_size(int position) {
   int size = PART_MIN;
   while (position / PARTS_MAX >= size) size *= 2;

@@ -70,7 +70,7 @@ struct AttendTile {
       tiles.keep(block, tile + 2, row);
       block.solo([&](int thread) {
         SG_UNROLL for (int half = 0; half < 2; ++half) {
-          if ((tile + 1) * TILE % part_size(own[thread].last[half]) != 0) continue;
+          if (((tile + 1) * TILE & (part_size(own[thread].last[half]) - 1)) != 0) continue;
           own[thread].all.merge(half, own[thread].part);
           own[thread].part.clear(half);
         }

@@ -15,12 +15,10 @@
 namespace sg::cuda {
 
 #if defined(__CUDACC__)
-SG_DEVICE void fence_device() { __threadfence(); }
 // What another block of this launch wrote: not from this multiprocessor's own cache.
 SG_DEVICE Line load_of_others(const float* from) { return bits_of<Line>(__ldcg(reinterpret_cast<const uint4*>(from))); }
 SG_DEVICE float load_one_of_others(const float* from) { return __ldcg(from); }
 #else
-inline void fence_device() {}
 inline Line load_of_others(const float* from) {
   check_line(from);
   return *reinterpret_cast<const Line*>(from);
@@ -39,7 +37,7 @@ struct AttendTokens {
   static constexpr int64_t LAST_AT = MOST_AT + WARPS * ROWS * 4, SHARED_BYTES = LAST_AT + 16;
   static constexpr int ROTATE =
       61;                          // rows that a part begins later than the one before, so that no block has one row's
-  static constexpr int BATCH = 4;  // parts whose loads are under way together
+  static constexpr int BATCH = 8;  // parts whose loads are under way together
   struct Mine {
     uint32_t queries[HEAD / 16][4];
     float scores[2][4];
@@ -119,7 +117,7 @@ struct AttendTokens {
       weigh(block, item, tile, own);
       add_values(block, tile, own);
       tiles.keep(block, tile + 2, row);
-      if (is_whole && (tile + 1) * TILE % item.size == 0) merge(block, own);
+      if (is_whole && ends_part(tile, item.size)) merge(block, own);
     }
     if (is_whole) {
       merge(block, own);
@@ -267,6 +265,9 @@ struct AttendTokens {
       }
     });
   }
+
+  // Parts are powers of two.
+  SG_DEVICE static bool ends_part(int tile, int size) { return ((tile + 1) * TILE & (size - 1)) == 0; }
 
   // The sums of values of a row's part; behind them its top and total.
   SG_DEVICE float* work_of(const Item& item, int row, int part) const {

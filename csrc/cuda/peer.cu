@@ -94,9 +94,10 @@ SG_DEVICE bool is_last_block(int32_t* done, int64_t num_blocks) {
   return true;
 }
 
-// By the thread that is told so, behind what all blocks wrote.
+// By the thread that is told so, behind what all blocks wrote: each had its fence before it was counted, and set_word
+// is a release to all ranks.
 SG_DEVICE void announce(const sg_cuda_peer& a, PeerHeader* header, int32_t sequence) {
-  fence();
+  fence_device();
   set_word(&header->flag, has_given_up(a) ? PeerHeader::GAVE_UP : sequence);
 }
 
@@ -120,13 +121,15 @@ struct PeerDispatch {
   sg_cuda_peer a;
 
   SG_DEVICE void operator()(Block& block) const {
+    // Loads that hang on nothing come first: behind has_given_up, an acquire, none can start before it is there.
     const int64_t to = block.y, first_row = a.rows_begin_R1[to], first_pair = a.pairs_begin_R1[to];
     const int64_t all_rows = a.rows_begin_R1[to + 1] - first_row, all_pairs = a.pairs_begin_R1[to + 1] - first_pair;
-    const PeerLayout layout(a);
-    const bool fits = all_rows <= a.max_tokens && all_pairs <= layout.max_pairs(), sends = fits && !has_given_up(a);
-    const int64_t num_rows = sends ? all_rows : 0, num_pairs = sends ? all_pairs : 0;
     const int32_t sequence = *a.sequence;
     auto* region = static_cast<unsigned char*>(a.regions_R[to]);
+    const PeerLayout layout(a);
+    const bool gave_up = has_given_up(a), fits = all_rows <= a.max_tokens && all_pairs <= layout.max_pairs();
+    const bool sends = fits && !gave_up;
+    const int64_t num_rows = sends ? all_rows : 0, num_pairs = sends ? all_pairs : 0;
     block.each([&](int thread) {
       const int64_t first = block.x * THREADS + thread, stride = block.num_x * THREADS;
       unsigned char* rows = layout.rows(region, a.rank);

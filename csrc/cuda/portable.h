@@ -116,6 +116,8 @@ SG_DEVICE void atomic_max(int32_t* to, int32_t value) { atomicMax(to, value); }
 
 // Between ranks. What a thread wrote before fence() is seen by whoever then sees a word that it sets.
 SG_DEVICE void fence() { __threadfence_system(); }
+// The same between the blocks of one device.
+SG_DEVICE void fence_device() { __threadfence(); }
 SG_DEVICE int32_t fetch_add(int32_t* to, int32_t value) { return atomicAdd(to, value); }
 SG_DEVICE void set_word(int32_t* to, int32_t value) {
   asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
@@ -248,6 +250,7 @@ void atomic_add(T* to, T value) {
 inline void atomic_max(int32_t* to, int32_t value) { *to = *to < value ? value : *to; }
 
 inline void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void fence_device() { fence(); }
 inline int32_t fetch_add(int32_t* to, int32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 inline void set_word(int32_t* to, int32_t value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
 inline int32_t get_word(const int32_t* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }

@@ -24,6 +24,10 @@ struct RotateQkv {
   struct Two {
     float v[2];
   };
+  // What a lane's channels of both halves are multiplied by.
+  struct Factors {
+    float upper[FOURS][4], lower[FOURS][4], cos[FOURS][4], sin[FOURS][4];
+  };
   sg_cuda_qkv a;
 
   SG_DEVICE int64_t num_rotated() const { return a.num_heads + a.num_kv_heads; }  // q and k
@@ -41,11 +45,14 @@ struct RotateQkv {
     const auto* squares = block.shared<float>();
     for (int64_t first = block.y * HEADS; first < num_all(); first += block.num_y * HEADS) {
       Own<Head, THREADS> own;
+      Own<Factors, THREADS> factors;
       Own<float, THREADS> sum;
       block.solo([&](int thread) {
         const int64_t head = first + thread / LANES;
         sum[thread] = 0.0f;
         if (head >= num_all()) return;
+        // Before the sum, for which all lanes wait.
+        load_factors(factors[thread], weight_of(head), head < num_rotated(), cos, sin, thread % LANES);
         sum[thread] = load(own[thread], row + head * a.head_size, thread % LANES);
       });
       lanes_all<LANES>(block, sum, [](float one, float other) { return one + other; });
@@ -53,20 +60,29 @@ struct RotateQkv {
         const int64_t head = first + thread / LANES;
         if (head >= num_all()) return;
         const bool is_query = head < a.num_heads;
-        const float* weight = is_query ? a.q_weight : head < num_rotated() ? a.k_weight : nullptr;
+        const bool is_normed = weight_of(head) != nullptr;
         const int64_t size = is_query ? a.q_size : a.k_size;
         const int64_t place = is_query ? head : head - a.num_heads;  // among the heads of its kind
-        if (weight != nullptr && size > a.head_size) {
+        if (is_normed && size > a.head_size) {
           sum[thread] = 0.0f;
           for (int group = 0; group < HEADS; ++group) sum[thread] += squares[2 * group + (is_query ? 0 : 1)];
-          weight += place * a.head_size;
         }
         const float scale = 1.0f / sqrtf(sum[thread] / static_cast<float>(size) + a.eps);
         bf16* to =
             is_query ? static_cast<bf16*>(a.q_THC) + (t * a.num_heads + head) * a.head_size : cache_row(slot, place);
-        if (to != nullptr) finish(own[thread], weight, scale, head < num_rotated(), cos, sin, to, thread % LANES);
+        if (to == nullptr) return;
+        finish(own[thread], factors[thread], is_normed, scale, head < num_rotated(), to, thread % LANES);
       });
     }
+  }
+
+  // Of a q or a k head; null: it is not normed.
+  SG_DEVICE const float* weight_of(int64_t head) const {
+    const bool is_query = head < a.num_heads;
+    const float* weight = is_query ? a.q_weight : head < num_rotated() ? a.k_weight : nullptr;
+    const int64_t place = is_query ? head : head - a.num_heads;
+    if (weight == nullptr || (is_query ? a.q_size : a.k_size) <= a.head_size) return weight;
+    return weight + place * a.head_size;
   }
 
   // Of k head or, behind these, v head `place`; null: not written.
@@ -98,27 +114,36 @@ struct RotateQkv {
     SG_UNROLL for (int i = 0; i < 4; ++i) to[i] = bits_of<float>(line.words[i]);
   }
 
-  SG_DEVICE void finish(const Head& head, const float* weight, float scale, bool is_rotated, const float* cos,
-                        const float* sin, bf16* to, int lane) const {
+  SG_DEVICE void load_factors(Factors& factors, const float* weight, bool is_rotated, const float* cos,
+                              const float* sin, int lane) const {
     const int half = static_cast<int>(a.head_size) / 2;
     SG_UNROLL for (int j = 0; j < FOURS; ++j) {
       const int channel = (lane + j * LANES) * 4;
       if (channel >= half) continue;
-      float c[4], s[4], first[4], second[4], upper[4], lower[4];
       if (weight != nullptr) {
-        load_four(upper, weight + channel);
-        load_four(lower, weight + half + channel);
+        load_four(factors.upper[j], weight + channel);
+        load_four(factors.lower[j], weight + half + channel);
       }
       if (is_rotated) {
-        load_four(c, cos + channel);
-        load_four(s, sin + channel);
+        load_four(factors.cos[j], cos + channel);
+        load_four(factors.sin[j], sin + channel);
       }
+    }
+  }
+
+  SG_DEVICE void finish(const Head& head, const Factors& factors, bool is_normed, float scale, bool is_rotated,
+                        bf16* to, int lane) const {
+    const int half = static_cast<int>(a.head_size) / 2;
+    SG_UNROLL for (int j = 0; j < FOURS; ++j) {
+      const int channel = (lane + j * LANES) * 4;
+      if (channel >= half) continue;
+      float first[4], second[4];
       SG_UNROLL for (int i = 0; i < 4; ++i) {
-        const bool is_normed = weight != nullptr;
-        const float one = clipped(is_normed ? head.first[j][i] * scale * upper[i] : head.first[j][i], a.clip);
-        const float other = clipped(is_normed ? head.second[j][i] * scale * lower[i] : head.second[j][i], a.clip);
-        first[i] = is_rotated ? fma(one, c[i], -(other * s[i])) : one;
-        second[i] = is_rotated ? fma(other, c[i], one * s[i]) : other;
+        const float c = factors.cos[j][i], s = factors.sin[j][i], x = head.first[j][i], y = head.second[j][i];
+        const float one = clipped(is_normed ? x * scale * factors.upper[j][i] : x, a.clip);
+        const float other = clipped(is_normed ? y * scale * factors.lower[j][i] : y, a.clip);
+        first[i] = is_rotated ? fma(one, c, -(other * s)) : one;
+        second[i] = is_rotated ? fma(other, c, one * s) : other;
       }
       store_four(to + channel, first);
       store_four(to + half + channel, second);

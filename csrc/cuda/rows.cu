@@ -36,7 +36,9 @@ struct Embed {
 template <int LANES>  // of a row
 struct RmsNorm {
   static constexpr int THREADS = LANES < 128 ? 128 : LANES, ROWS = THREADS / LANES;
-  static constexpr int KEPT = 4;  // eights of a lane
+  static constexpr int KEPT = 4;                        // eights of a lane
+  static constexpr int TOGETHER = LANES > 256 ? 1 : 2;  // of them, whose loads are on their way at once
+  static constexpr int MIN_BLOCKS = LANES > 256 ? 1 : 4;
   static constexpr int64_t HIDDEN_MAX = LANES * KEPT * 8, SHARED_BYTES = THREADS / WARP * 4;
   struct Mine {
     Eight x[KEPT];
@@ -51,9 +53,8 @@ struct RmsNorm {
       sum[thread] = 0.0f;
       const int64_t row = first + thread / LANES;
       if (row >= a.num_tokens) return;
-      SG_UNROLL for (int j = 0; j < KEPT; ++j) {
-        const int64_t at = (thread % LANES + j * LANES) * 8;
-        if (at < a.hidden) own[thread].x[j] = load(row * a.hidden + at, sum[thread]);
+      SG_UNROLL for (int j = 0; j < KEPT; j += TOGETHER) {
+        add_eights(own[thread].x + j, row * a.hidden, (thread % LANES + j * LANES) * 8, sum[thread]);
       }
     });
     lanes_all<WARP>(block, sum, [](float one, float other) { return one + other; });
@@ -72,25 +73,43 @@ struct RmsNorm {
         for (int warp = 0; warp < THREADS / WARP; ++warp) total += sums[warp];
       }
       const float scale = 1.0f / sqrtf(total / static_cast<float>(a.hidden) + a.eps);
-      SG_UNROLL for (int j = 0; j < KEPT; ++j) {
-        const int64_t at = (thread % LANES + j * LANES) * 8;
-        if (at >= a.hidden) continue;
-        Eight out = load_eight(a.weight_D, at, SG_FP32);
-        SG_UNROLL for (int i = 0; i < 8; ++i) out.v[i] = own[thread].x[j].v[i] * scale * out.v[i];
-        store_eight(a.out_TD, row * a.hidden + at, a.out_dtype, out);
+      SG_UNROLL for (int j = 0; j < KEPT; j += TOGETHER) {
+        Eight weights[TOGETHER];
+        const int64_t begin = (thread % LANES + j * LANES) * 8;
+        SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+          const int64_t at = begin + k * LANES * 8;
+          if (at < a.hidden) weights[k] = load_eight(a.weight_D, at, SG_FP32);
+        }
+        SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+          const int64_t at = begin + k * LANES * 8;
+          if (at >= a.hidden) continue;
+          Eight out;
+          SG_UNROLL for (int i = 0; i < 8; ++i) out.v[i] = own[thread].x[j + k].v[i] * scale * weights[k].v[i];
+          store_eight(a.out_TD, row * a.hidden + at, a.out_dtype, out);
+        }
       }
     });
   }
 
-  SG_DEVICE Eight load(int64_t at, float& sum) const {
-    Eight x = load_eight(a.x_TD, at, SG_FP32);
-    if (a.branch_TD != nullptr) {
-      const Eight branch = load_eight(a.branch_TD, at, SG_FP32);
-      SG_UNROLL for (int i = 0; i < 8; ++i) x.v[i] = x.v[i] + a.multiplier * branch.v[i];
-      store_eight(a.x_TD, at, SG_FP32, x);
+  // x's eights from value `begin` of a row on, with the branch in them, and their squares. All are loaded before any is
+  // stored, which loads could not pass.
+  SG_DEVICE void add_eights(Eight* x, int64_t row, int64_t begin, float& sum) const {
+    Eight branches[TOGETHER];
+    SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+      const int64_t at = begin + k * LANES * 8;
+      if (at >= a.hidden) continue;
+      x[k] = load_eight(a.x_TD, row + at, SG_FP32);
+      if (a.branch_TD != nullptr) branches[k] = load_eight(a.branch_TD, row + at, SG_FP32);
     }
-    SG_UNROLL for (int i = 0; i < 8; ++i) sum = fma(x.v[i], x.v[i], sum);
-    return x;
+    SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+      const int64_t at = begin + k * LANES * 8;
+      if (at >= a.hidden) continue;
+      if (a.branch_TD != nullptr) {
+        SG_UNROLL for (int i = 0; i < 8; ++i) x[k].v[i] = x[k].v[i] + a.multiplier * branches[k].v[i];
+        store_eight(a.x_TD, row + at, SG_FP32, x[k]);
+      }
+      SG_UNROLL for (int i = 0; i < 8; ++i) sum = fma(x[k].v[i], x[k].v[i], sum);
+    }
   }
 };
 

@@ -11,7 +11,7 @@ import pytest
 
 CSRC = Path(__file__).parents[3] / "csrc"
 REGISTERS = 65536  # of a multiprocessor, in each of the architectures
-FILES = ("attention.cu", "router.cu", "rows.cu", "qkv.cu", "sampler.cu")
+FILES = ("attention.cu", "router.cu", "rows.cu", "qkv.cu", "sampler.cu", "peer.cu", "payload.cu")
 BLOCKS = {  # of a kernel on a multiprocessor, at least; not named: 1
     "AttendTokensILi64": 3,
     "AttendTokensILi128": 3,
