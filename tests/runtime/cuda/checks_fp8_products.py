@@ -37,7 +37,7 @@ def fp8_sums(x: np.ndarray, x_scales: np.ndarray, w: np.ndarray, w_scales: np.nd
 def check_gemm_fp8(library: Checked, seed: int) -> None:
     """fp8 weights by rows of bf16 and of fp8, plain and grouped, all epilogues, all tiles; every code but NaN."""
     arena = Arena(library, seed)
-    sizes = {"num_ks": (16, 48, 128, 144, 272, 400), "num_outs": (1, 4, 33, 64, 70, 150)}
+    sizes = {"num_ks": (16, 48, 128, 144, 256, 400, 512), "num_outs": (1, 4, 33, 64, 70, 150)}
     product = Product(arena, seed, **({"num_ks": (1040, 2064), "num_outs": (4, 33)} if is_long(seed) else sizes))
     rng, num_k, num_out = product.rng, product.num_k, product.num_out
     num_blocks = -(-num_k // 128)

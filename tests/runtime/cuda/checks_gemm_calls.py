@@ -59,6 +59,7 @@ def check_gemm_refusals(library: Checked, _seed: int) -> None:
         {"epilogue": ADD},
         {"y_dtype": BF16},
         {"num_out": 1 << 14, "num_k": 1 << 14},
+        {"num_out": (1 << 31) - 1},
         {"w_dtype": FP8, "x_dtype": FP8, "num_k": 16},
         {"x_parts": 3},
     ):
