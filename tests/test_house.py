@@ -83,6 +83,7 @@ THE_RUNTIMES_PUBLIC_NAMES = {
     "comm.rendezvous",
     "comm.shm",
     "cuda.facts",
+    "cuda.device_footprint",
     "cuda.preflight",
     "cuda.report",
 }

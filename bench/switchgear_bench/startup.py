@@ -22,7 +22,7 @@ from typing import Any
 from switchgear.config import resolve_model, split_settings
 from switchgear_bench import machine
 from switchgear_runtime.config import EngineConfig
-from switchgear_runtime.model.footprint import dense_bytes, run_dtype, slot_bytes
+from switchgear_runtime.model.footprint import KV_CACHE_BYTES, dense_bytes, run_dtype, slot_bytes
 from switchgear_runtime.model.spec import load_spec
 
 START_TIMEOUT_S = 300.0
@@ -98,7 +98,7 @@ def _bytes_of(task: dict[str, Any]) -> tuple[int, int]:
     dtype = run_dtype(spec, engine.dtype)
     dense = dense_bytes(spec, dtype, num_positions=engine.max_model_len or spec.max_position_embeddings)
     weights = dense.total + slot_bytes(spec, dtype) * spec.num_experts * spec.num_moe_layers
-    return weights, serve.ranks * engine.kv_cache_memory_bytes
+    return weights, serve.ranks * (engine.kv_cache_memory_bytes or KV_CACHE_BYTES)
 
 
 def main() -> None:

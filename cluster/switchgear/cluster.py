@@ -94,8 +94,7 @@ class Cluster:
         launcher: Callable[[OnExit], Launcher] | None = None,
     ) -> None:
         self.config = config
-        self.engine = resolve_model(engine)
-        check_settings(config, self.engine)
+        self.engine = check_settings(config, resolve_model(engine))
         self.spec = load_spec(self.engine.model)
         check_forced_routing(self.engine, self.spec)
         self.model_name = config.served_model_name or Path(self.engine.model).name

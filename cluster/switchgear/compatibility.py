@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from switchgear.config import RANKS_MAX, ServeConfig
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.cuda.device_footprint import GPU_MEMORY_UTILIZATION
 from switchgear_runtime.cuda.preflight import require_gpu
 from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.forced_routing import ForcedRouting
 
 
-def check_settings(config: ServeConfig, engine: EngineConfig) -> None:
+def check_settings(config: ServeConfig, engine: EngineConfig) -> EngineConfig:
+    """With gpu_memory_utilization, where it hangs on who starts how many ranks."""
     if engine.transport == "loopback" and config.ranks > 1:
         raise ConfigError("transport='loopback' joins ranks inside one process; rank processes need transport='auto'")
     if engine.transport == "mpi" and config.launcher != "mpi":
         raise ConfigError(f"transport='mpi' needs launcher='mpi', not {config.launcher!r}: its ranks are one MPI job")
-    if engine.device == "cuda" and (
-        config.launcher == "local" or (config.launcher == "ray" and not config.ray_address)
-    ):
+    if engine.device != "cuda":
+        return engine
+    num_gpus = config.ranks
+    if config.launcher == "local" or (config.launcher == "ray" and not config.ray_address):
         # Ranks on other hosts look for themselves.
-        require_gpu(num_ranks=config.ranks, transport=engine.transport, dispatch=engine.dispatch)
+        facts = require_gpu(num_ranks=config.ranks, transport=engine.transport, dispatch=engine.dispatch)
+        num_gpus = len(facts.gpus)
+    if engine.gpu_memory_utilization is not None:
+        return engine
+    return replace(engine, gpu_memory_utilization=GPU_MEMORY_UTILIZATION / ranks_per_gpu(config, num_gpus))
+
+
+def ranks_per_gpu(config: ServeConfig, num_gpus: int) -> int:
+    """Most ranks that share one of this host's `num_gpus`; of MPI's hosts nothing is known."""
+    if config.launcher == "ray":
+        return max(1, int(1 / config.ray_gpus_per_rank))
+    return -(-config.ranks // num_gpus) if config.launcher == "local" else 1
 
 
 def check_forced_routing(engine: EngineConfig, spec: DecoderSpec) -> None:

@@ -38,6 +38,8 @@ def settings_of(config_type: type[Any]) -> Iterator[tuple[Field[Any], type[Any],
 
 
 def _default_text(field: Field[Any]) -> str:
+    if field.metadata.get("default_text"):
+        return str(field.metadata["default_text"])
     if field.default is None or field.default == "":
         return ""
     if isinstance(field.default, bool):

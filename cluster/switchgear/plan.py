@@ -5,6 +5,9 @@ byte (model/footprint.py, and a test); activations are a bound, the process itse
 numbers are what it needs alone on a host. Ranks of one host map the weight cache's matrices once, all of them, so that
 a host needs less than the sum.
 
+With device cuda, memory is a GPU's (cuda/device_footprint.py), of which gpu_memory_utilization's part is used, and the KV
+cache is what the rest leaves. No GPU has confirmed these sums yet.
+
 Surviving F of R deaths means that any R - F ranks have slots for every expert of every layer: ceil(E / (R - F)) a
 layer, where ceil(E / R) would do for all of them. The slots beyond hold replicas until a death.
 """
@@ -16,23 +19,21 @@ from typing import Any
 
 from switchgear.byte_size import format_bytes
 from switchgear.config import RANKS_MAX
+from switchgear.rank_memory import RankBytes, on_gpu, on_host
 from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.cuda.device_footprint import GPU_MEMORY_UTILIZATION, useful_cache_bytes
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.footprint import (
+    KV_CACHE_BYTES,
     DenseBytes,
-    dense_bytes,
     kv_block_bytes,
     mailbox_bytes,
     run_dtype,
     segment_bytes,
-    slot_bytes,
-    slots_per_layer,
-    step_bytes_bound,
 )
 from switchgear_runtime.model.spec import DecoderSpec
 
 KV_TILE = 16  # block_size is a multiple of it
-PROCESS_BYTES = 256 << 20  # Python, torch and (for Ray actors) Ray: 165 to 240 MiB measured
 CHOICES_MAX = 6  # rows of the table of survivable deaths
 
 
@@ -54,6 +55,7 @@ class Plan:
 
     model: str
     architecture: str
+    device: str
     dtype: str
     quantization: str
     num_ranks: int
@@ -77,13 +79,14 @@ class Plan:
     max_len_sequences: int  # of max_model_len tokens, at once, in one rank's cache
     mailbox_bytes: int
     segment_bytes: int  # shared memory of one host with all ranks
-    segment_share_bytes: int  # a rank's part of it
+    exchange_bytes: int  # a rank's part of it; on a GPU, what its peers write into
     step_bytes: int  # a bound
     process_bytes: int
     total_bytes: int
     cluster_bytes: int  # all ranks, each on a host of its own
     host_bytes: int  # all ranks on one host; with a weight cache it has each matrix once
     memory_bytes: int | None
+    usable_bytes: int | None  # of it
     fits: bool | None
     largest_kv_cache_bytes: int | None  # that would still fit
     survive_choices: tuple[SurviveChoice, ...]
@@ -131,10 +134,15 @@ def _check(spec: DecoderSpec, engine: EngineConfig, num_ranks: int, survive: int
         )
 
 
-def _kv_blocks(spec: DecoderSpec, engine: EngineConfig, dtype: str) -> tuple[int, int]:
-    """(blocks, max_model_len), as ModelRunner decides them."""
+def _kv_blocks(spec: DecoderSpec, engine: EngineConfig, dtype: str, left_bytes: int | None) -> tuple[int, int]:
+    """(blocks, max_model_len), as ModelRunner decides them. `left_bytes`: what is left for the cache, where nothing else
+    says how large it is: at least one sequence then."""
     block = kv_block_bytes(spec, dtype, engine.block_size)
-    num_blocks = engine.num_kv_blocks or engine.kv_cache_memory_bytes // block
+    num_bytes = engine.kv_cache_memory_bytes or KV_CACHE_BYTES
+    if engine.kv_cache_memory_bytes is None and left_bytes is not None:
+        longest = engine.max_model_len or spec.max_position_embeddings
+        num_bytes = max(left_bytes, -(-longest // engine.block_size) * block)
+    num_blocks = engine.num_kv_blocks or num_bytes // block
     if not num_blocks:
         raise ConfigError(
             f"kv_cache_memory_bytes={engine.kv_cache_memory_bytes} is under one block of {engine.block_size} tokens, "
@@ -154,31 +162,40 @@ def _sizes(
     spec: DecoderSpec, engine: EngineConfig, model: str, num_ranks: int, survive: int, memory_bytes: int | None
 ) -> Plan:
     """The numbers, without choices and advice."""
-    dtype = run_dtype(spec, engine.dtype)
-    num_blocks, max_model_len = _kv_blocks(spec, engine, dtype)
-    dense = dense_bytes(spec, dtype, engine.quantization, num_positions=max_model_len)
-    slots = slots_per_layer(spec, num_ranks - survive)
-    expert = slot_bytes(spec, dtype, engine.quantization)
-    pool = spec.num_moe_layers * slots * expert
-    block = kv_block_bytes(spec, dtype, engine.block_size)
+    dtype, is_gpu = run_dtype(spec, engine.dtype), engine.device != "cpu"
+    if is_gpu and dtype != "bfloat16":
+        raise ConfigError(
+            f"device={engine.device!r} computes in bfloat16, and the model is {dtype}; give dtype='bfloat16'"
+        )
     mailbox = mailbox_bytes(spec, dtype, engine.max_num_batched_tokens, num_ranks)
     segment = segment_bytes(num_ranks, mailbox) if num_ranks > 1 else 0
-    step = step_bytes_bound(
-        spec,
-        dtype,
-        num_ranks=num_ranks,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_num_seqs=engine.max_num_seqs,
-    )
-    share = -(-segment // num_ranks)
-    own = dense.total - dense.shared + num_blocks * block + share + step + PROCESS_BYTES
-    total = own + dense.shared + pool
-    is_shared = engine.weight_cache_dir != ""
-    experts = spec.num_moe_layers * spec.num_experts * expert
-    weights = dense.shared + experts if is_shared else num_ranks * (dense.shared + pool)
+    usable = memory_bytes
+    if is_gpu and memory_bytes is not None:
+        usable = int(memory_bytes * (engine.gpu_memory_utilization or GPU_MEMORY_UTILIZATION))
+
+    def rank_bytes(length: int, num_holders_less: int) -> RankBytes:
+        if is_gpu:
+            return on_gpu(spec, engine, num_ranks=num_ranks, survive=num_holders_less, length=length)
+        return on_host(
+            spec, engine, dtype, num_ranks=num_ranks, survive=num_holders_less, segment=segment, length=length
+        )
+
+    longest = engine.max_model_len or spec.max_position_embeddings
+    left = None
+    if is_gpu:
+        left = min((usable or 0) - rank_bytes(longest, survive).total, useful_cache_bytes(spec, engine))
+    num_blocks, max_model_len = _kv_blocks(spec, engine, dtype, left)
+    rank, at_least = rank_bytes(max_model_len, survive), rank_bytes(max_model_len, 0)
+    block = kv_block_bytes(spec, dtype, engine.block_size)
+    total = rank.total + num_blocks * block
+    own = total - rank.dense.shared - rank.pool
+    experts = spec.num_moe_layers * spec.num_experts * rank.expert
+    is_shared = rank.dense_shared > 0
+    weights = rank.dense.shared + experts if is_shared else num_ranks * (rank.dense.shared + rank.pool)
     return Plan(
         model=model,
         architecture=spec.architecture,
+        device=engine.device,
         dtype=dtype,
         quantization=engine.quantization,
         num_ranks=num_ranks,
@@ -186,14 +203,14 @@ def _sizes(
         num_moe_layers=spec.num_moe_layers,
         num_experts=spec.num_experts,
         top_k=spec.moe.top_k,
-        dense=dense,
-        dense_bytes=dense.total,
-        dense_shared_bytes=dense.shared if is_shared else 0,
-        expert_bytes=expert,
-        slots_per_layer=slots,
-        slots_per_rank=spec.num_moe_layers * slots,
-        pool_bytes=pool,
-        survive_extra_bytes=pool - spec.num_moe_layers * slots_per_layer(spec, num_ranks) * expert,
+        dense=rank.dense,
+        dense_bytes=rank.dense.total,
+        dense_shared_bytes=rank.dense_shared,
+        expert_bytes=rank.expert,
+        slots_per_layer=rank.slots_per_layer,
+        slots_per_rank=rank.num_slots,
+        pool_bytes=rank.pool,
+        survive_extra_bytes=rank.pool - at_least.pool,
         kv_block_bytes=block,
         num_kv_blocks=num_blocks,
         kv_cache_bytes=num_blocks * block,
@@ -202,14 +219,15 @@ def _sizes(
         max_len_sequences=num_blocks // -(-max_model_len // engine.block_size),
         mailbox_bytes=mailbox,
         segment_bytes=segment,
-        segment_share_bytes=share,
-        step_bytes=step,
-        process_bytes=PROCESS_BYTES,
+        exchange_bytes=rank.exchange,
+        step_bytes=rank.step,
+        process_bytes=rank.process,
         total_bytes=total,
         cluster_bytes=num_ranks * total,
         host_bytes=num_ranks * own + weights,
         memory_bytes=memory_bytes,
-        fits=None if memory_bytes is None else total <= memory_bytes,
+        usable_bytes=usable,
+        fits=None if usable is None else total <= usable,
         largest_kv_cache_bytes=None,
         survive_choices=(),
         advice=(),
@@ -229,9 +247,9 @@ def _choice(plan: Plan) -> SurviveChoice:
 
 def _largest_cache(spec: DecoderSpec, engine: EngineConfig, plan: Plan) -> int | None:
     """Bytes of the largest KV cache that fits; None if none does, or no memory was given."""
-    if plan.memory_bytes is None:
+    if plan.usable_bytes is None:
         return None
-    low, high = -(-(engine.max_model_len or 1) // engine.block_size) - 1, plan.memory_bytes // plan.kv_block_bytes + 1
+    low, high = -(-(engine.max_model_len or 1) // engine.block_size) - 1, plan.usable_bytes // plan.kv_block_bytes + 1
     while high - low > 1:  # `low` fits, or is too few; `high` does not fit (a longer context has longer rotary tables)
         middle = (low + high) // 2
         larger = replace(engine, num_kv_blocks=middle)
@@ -272,9 +290,9 @@ def _advice(spec: DecoderSpec, engine: EngineConfig, plan: Plan) -> list[str]:
     if plan.dtype == "float32" and sizes(engine=replace(engine, dtype="bfloat16")).fits:
         found.append("--dtype bfloat16 (not the same tokens as float32)")
     if plan.dtype == "bfloat16":
-        for quantization in ("int8", "int4"):
+        for quantization in ("int8", "int4") if plan.device == "cpu" else ("fp8",):
             if plan.quantization == "none" and sizes(engine=replace(engine, quantization=quantization)).fits:
                 found.append(f"--quantization {quantization} (not the same tokens as bfloat16)")
                 break
-    found.append(f"{format_bytes(plan.total_bytes)} of memory per rank")
+    found.append(f"{format_bytes(-(-plan.total_bytes * memory // (plan.usable_bytes or memory)))} of memory per rank")
     return found

@@ -18,13 +18,16 @@ from switchgear_runtime.model.spec import load_spec
 _ENGINE_SETTINGS = frozenset(
     {
         "block_size",
+        "device",
         "dtype",
+        "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",
         "num_kv_blocks",
         "quantization",
+        "small_step_tokens",
         "weight_cache_dir",
     }
 )
@@ -46,9 +49,9 @@ class PlanCommand:
         parser.add_argument(
             "--survive",
             type=int,
-            default=0,
             metavar="F",
-            help="size the slot pool so that any RANKS - F ranks can hold every expert (default: 0, what serve holds)",
+            help="size the slot pool so that any RANKS - F ranks can hold every expert (default: what serve holds at first: "
+            "0; with --device cuda, whose pool has its size from the start, serve's --survive)",
         )
         parser.add_argument("--memory", metavar="SIZE", help="what one rank may use, for example 80GiB")
         parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
@@ -60,12 +63,14 @@ class PlanCommand:
         if path.is_file() and path.name == "config.json":
             path = path.parent
         given = {name: value for name, value in vars(arguments).items() if name in _ENGINE_SETTINGS}
+        engine = EngineConfig(model=str(path), **given)
+        held = 0 if engine.device == "cpu" else min(engine.survive, arguments.ranks - 1)
         plan = make_plan(
             load_spec(path),
-            EngineConfig(model=str(path), **given),
+            engine,
             model=str(path),
             num_ranks=arguments.ranks,
-            survive=arguments.survive,
+            survive=held if arguments.survive is None else arguments.survive,
             memory_bytes=None if arguments.memory is None else parse_bytes(arguments.memory),
         )
         sys.stdout.write((json.dumps(plan.to_json(), indent=2) if arguments.json else plan_text(plan)) + "\n")
@@ -77,12 +82,15 @@ PLAN = PlanCommand()
 
 def plan_text(plan: Plan) -> str:
     """What a deployer reads: one rank line by line, the price of survival, the verdict."""
+    is_gpu = plan.device != "cpu"
+    spare = plan.slots_per_rank - plan.num_moe_layers * plan.slots_per_layer
     rows = [
         ("dense weights", plan.dense_bytes, _largest_parts(plan)),
         (
             "expert slot pool",
             plan.pool_bytes,
             f"{plan.num_moe_layers} layers x {plan.slots_per_layer} slots of {format_bytes(plan.expert_bytes)}"
+            + (f", and {spare} where experts arrive" if spare else "")
             + (f"; {format_bytes(plan.survive_extra_bytes)} of it to survive {plan.survive}" if plan.survive else ""),
         ),
         (
@@ -93,11 +101,17 @@ def plan_text(plan: Plan) -> str:
         ),
         (
             "transport",
-            plan.segment_share_bytes,
-            f"its share of {format_bytes(plan.segment_bytes)} in /dev/shm, all ranks on one host",
+            plan.exchange_bytes,
+            "what peers write into"
+            if is_gpu
+            else f"its share of {format_bytes(plan.segment_bytes)} in /dev/shm, all ranks on one host",
         ),
         ("a step, at most", plan.step_bytes, "bound: every token of every rank routed here"),
-        ("the process", plan.process_bytes, "Python, torch, Ray (measured, rounded up)"),
+        (
+            "the process",
+            plan.process_bytes,
+            "CUDA, kernels, NCCL (a guess)" if is_gpu else "Python, torch, Ray (measured, rounded up)",
+        ),
         ("total", plan.total_bytes, f"x {plan.num_ranks} ranks = {format_bytes(plan.cluster_bytes)}"),
     ]
     one_host = f"On one host all ranks take {format_bytes(plan.host_bytes)}"
@@ -106,9 +120,10 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{plan.model}: {plan.architecture}, {weights}, {plan.num_moe_layers} MoE layers of {plan.num_experts} "
         f"experts, top-{plan.top_k}",
-        f"Each of {plan.num_ranks} ranks holds:",
+        f"Each of {plan.num_ranks} ranks holds"
+        + (" on its GPU (no GPU has confirmed these sums yet):" if is_gpu else ":"),
         *(f"  {name:<17}{format_bytes(size):>11}  {note}" for name, size, note in rows),
-        *([one_host] if plan.num_ranks > 1 else []),
+        *([one_host] if plan.num_ranks > 1 and not is_gpu else []),
         "",
         "Surviving F deaths without waiting for a replacement:",
         f"  {'F':>3}{'slots':>9}{'pool':>12}{'extra a rank':>14}{'extra in all':>14}{'a rank':>12}",
@@ -120,7 +135,10 @@ def plan_text(plan: Plan) -> str:
             f"{format_bytes(choice.extra_bytes):>14}{format_bytes(plan.num_ranks * choice.extra_bytes):>14}"
             f"{format_bytes(choice.total_bytes):>12}{mark}"
         )
-    lines.append("F = 0 is what `switchgear serve` holds today: a death means 503 until the rank is replaced.")
+    if is_gpu:
+        lines.append("F is --survive of `switchgear serve`, whose pools have their size from the start.")
+    else:
+        lines.append("F = 0 is what `switchgear serve` holds today: a death means 503 until the rank is replaced.")
     if plan.memory_bytes is not None:
         lines += ["", _verdict(plan)]
     return "\n".join(lines)
@@ -128,8 +146,11 @@ def plan_text(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     assert plan.memory_bytes is not None
+    assert plan.usable_bytes is not None
     memory = format_bytes(plan.memory_bytes)
-    spare = plan.memory_bytes - plan.total_bytes
+    if plan.usable_bytes != plan.memory_bytes:
+        memory = f"{format_bytes(plan.usable_bytes)} of {memory}"
+    spare = plan.usable_bytes - plan.total_bytes
     if spare >= 0:
         most = plan.largest_kv_cache_bytes
         return f"Fits {memory} per rank with {format_bytes(spare)} to spare; the KV cache may have up to {most} bytes."

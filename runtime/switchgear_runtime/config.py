@@ -13,9 +13,9 @@ from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.weight_format import DEVICE_QUANTIZATIONS, QUANTIZATIONS, check_quantization
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with what the CLI and the docs say of it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, default_text: str = "") -> Any:
+    """A dataclass field with what the CLI and the docs say of it. `default_text`: where it hangs on other fields."""
+    return field(default=default, metadata={"help": help, "choices": choices, "default_text": default_text})
 
 
 DTYPES = ("auto", "bfloat16", "float32")
@@ -24,6 +24,9 @@ DEVICES = ("cpu", "cuda", "twin")
 TRANSPORTS = ("auto", "shm", "gloo", "nccl", "mpi", "loopback")
 GEMM_FAMILIES = ("auto", "mma", "wgmma")
 LIBRARY_DISPATCHES = ("deepep", "nccl-ep")
+MAX_NUM_SEQS, MAX_NUM_SEQS_GPU = 64, 256  # where nothing is given; as many as small steps have room for
+# From about 1,000 tokens on a step of Qwen3-30B-A3B on an H200 takes longer for its FLOPs than for reading all experts.
+MAX_NUM_BATCHED_TOKENS, MAX_NUM_BATCHED_TOKENS_GPU = 512, 4096
 DISPATCHES = ("auto", "flat", "hierarchical", *LIBRARY_DISPATCHES)
 
 
@@ -48,10 +51,26 @@ class EngineConfig:
     )
     max_model_len: int | None = setting(None, "Most tokens of prompt and output. Default: the model's limit.")
     block_size: int = setting(16, "Tokens per KV-cache block.")
-    kv_cache_memory_bytes: int = setting(256 << 20, "KV-cache bytes per rank.")
+    kv_cache_memory_bytes: int | None = setting(
+        None, "KV-cache bytes per rank. Default: 256 MiB; on a GPU what --gpu-memory-utilization leaves."
+    )
     num_kv_blocks: int | None = setting(None, "KV-cache blocks per rank; overrides --kv-cache-memory-bytes.")
-    max_num_seqs: int = setting(64, "Most sequences a rank runs at once.")
-    max_num_batched_tokens: int = setting(512, "Most tokens a rank computes in one step.")
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "With device cuda, the part of its GPU's memory that a rank may use in all: what weights and steps leave of it is the "
+        "KV cache, unless that is given. Default: 0.9, of which ranks that share a GPU get equal parts (launcher local, or "
+        "ray with --ray-gpus-per-rank below 1; others: give it).",
+    )
+    max_num_seqs: int = setting(
+        None,
+        "Most sequences a rank runs at once; where it is not given, no more than a step's tokens.",
+        default_text=f"{MAX_NUM_SEQS}; with device cuda {MAX_NUM_SEQS_GPU}",
+    )
+    max_num_batched_tokens: int = setting(
+        None,
+        "Most tokens a rank computes in one step.",
+        default_text=f"{MAX_NUM_BATCHED_TOKENS}; with device cuda {MAX_NUM_BATCHED_TOKENS_GPU}",
+    )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
     transport: str = setting(
@@ -133,13 +152,14 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        self._settle_sizes()
         for name, choices in ((f.name, f.metadata.get("choices")) for f in fields(self)):
             value = getattr(self, name)
             if choices and value not in choices:
                 raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "num_threads", "kv_cache_memory_bytes"):
+        for name in ("block_size", "num_threads"):
             _positive(name, getattr(self, name))
-        for name in ("max_model_len", "num_kv_blocks"):
+        for name in ("max_model_len", "num_kv_blocks", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if not isinstance(self.survive, int) or self.survive < 0:
@@ -167,7 +187,32 @@ class EngineConfig:
                 "raise it, or lower max_num_seqs, so that every running sequence can take a token each step"
             )
 
+    def _settle_sizes(self) -> None:
+        """Those that nobody gave, as this device has them."""
+        is_gpu = self.device == "cuda"
+        given = {name: getattr(self, name) for name in ("max_num_batched_tokens", "max_num_seqs")}
+        for name, value in given.items():
+            if value is not None:
+                _positive(name, value)
+        tokens, seqs = given.values()
+        if tokens is None:
+            tokens = max(MAX_NUM_BATCHED_TOKENS_GPU if is_gpu else MAX_NUM_BATCHED_TOKENS, seqs or 0)
+        if seqs is None:
+            seqs = min(MAX_NUM_SEQS_GPU if is_gpu else MAX_NUM_SEQS, tokens)
+        object.__setattr__(self, "max_num_batched_tokens", tokens)
+        object.__setattr__(self, "max_num_seqs", seqs)
+
     def _check_device(self) -> None:
+        part = self.gpu_memory_utilization
+        if part is not None:
+            if self.device != "cuda":
+                raise ConfigError(
+                    f"gpu_memory_utilization={part!r} needs device='cuda', not {self.device!r}; leave it out"
+                )
+            if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+                raise ConfigError(
+                    f"gpu_memory_utilization={part!r} must be above 0 and at most 1: a part of the GPU's memory"
+                )
         if self.transport == "nccl" and self.device != "cuda":
             raise ConfigError(f"transport='nccl' moves GPU memory and device={self.device!r}; use device='cuda'")
         if self.device == "cpu":

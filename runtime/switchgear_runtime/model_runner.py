@@ -81,16 +81,16 @@ class ModelRunner:
         self.rank = rank
         self.world_size = world_size
         self.dtype = checkpoint.dtype(config.dtype)
-        self.num_kv_blocks = config.num_kv_blocks or num_blocks_in(
-            config.kv_cache_memory_bytes, spec, config.block_size, self.dtype
-        )
-        self.max_model_len = max_model_len(config, spec, self.num_kv_blocks)
         self.load = ExpertLoad(spec.num_moe_layers, spec.num_experts)
         if config.routing_log is not None:
             self.load.token_log = TokenLog(config.routing_log, rank, spec.num_moe_layers)
             native = False  # native steps count, and keep no token's ids
         self._backend = backend_of(config, rank, native=native)
         self._store = self._backend.store(checkpoint, self.dtype)
+        self.num_kv_blocks = config.num_kv_blocks or num_blocks_in(
+            self._backend.kv_cache_bytes(spec, num_ranks=world_size), spec, config.block_size, self.dtype
+        )
+        self.max_model_len = max_model_len(config, spec, self.num_kv_blocks)
         expert_map = expert_map or ExpertMap.contiguous(spec.num_moe_layers, spec.num_experts, world_size)
         self._check(expert_map, ModelVersions())
         self._store.reserve(

@@ -76,7 +76,7 @@ def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     _, alone = plan(capsys, "--ranks", "3", "--survive", "1", "--weight-cache-dir", "")
     assert alone["dense_shared_bytes"] == 0
     assert alone["host_bytes"] == alone["cluster_bytes"] == 3 * numbers["total_bytes"] == numbers["cluster_bytes"]
-    parts = ("dense_bytes", "pool_bytes", "kv_cache_bytes", "segment_share_bytes", "step_bytes", "process_bytes")
+    parts = ("dense_bytes", "pool_bytes", "kv_cache_bytes", "exchange_bytes", "step_bytes", "process_bytes")
     assert numbers["total_bytes"] == sum(numbers[part] for part in parts)
     assert [choice["slots_per_rank"] for choice in numbers["survive_choices"]] == [44, 64, 128]
 
@@ -178,3 +178,34 @@ def test_a_config_without_a_dtype_wants_one(big_model: Path, capsys: pytest.Capt
 def test_planning_loads_no_torch() -> None:
     code = "import sys; from switchgear.cli import main; main(['plan', '--json']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_a_gpu_keeps_its_cache_in_what_is_left(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = (str(big_model), "--device", "cuda", "--ranks", "8", "--memory", "141GB")
+    status, numbers = plan(capsys, *given)
+    assert (status, numbers["fits"], numbers["survive"], numbers["usable_bytes"]) == (0, True, 1, 126_900_000_000)
+    parts = ("dense_bytes", "pool_bytes", "kv_cache_bytes", "exchange_bytes", "step_bytes", "process_bytes")
+    assert numbers["total_bytes"] == sum(numbers[part] for part in parts)
+    assert 0 <= numbers["usable_bytes"] - numbers["total_bytes"] < numbers["kv_block_bytes"]
+    assert numbers["slots_per_rank"] == 94 * (19 + 1) + 8  # of 128 experts on 7 survivors; one to stage; live swaps
+    assert numbers["expert_bytes"] == 256 + 3 * 1536 * 4096 * 2
+    _, less = plan(capsys, *given, "--gpu-memory-utilization", "0.85", "--survive", "0")
+    assert numbers["usable_bytes"] - less["usable_bytes"] == 141_000_000_000 * 5 // 100
+    assert numbers["pool_bytes"] - less["pool_bytes"] == numbers["survive_extra_bytes"] == 94 * 3 * less["expert_bytes"]
+    _, fp8 = plan(capsys, *given, "--quantization", "fp8")
+    assert fp8["kv_cache_tokens"] > 2 * numbers["kv_cache_tokens"]
+    assert main(["plan", *given]) == 0
+    assert "no GPU has confirmed these sums yet" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_too_small(big_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(big_model), "--device", "cuda", "--ranks", "4"]
+    status, numbers = plan(capsys, *given, "--memory", "80GiB")
+    assert (status, numbers["fits"], numbers["max_len_sequences"]) == (1, False, 1)
+    assert numbers["advice"][0].startswith("--ranks ")
+    needed = numbers["advice"][-1].removesuffix(" of memory per rank")
+    status, again = plan(capsys, *given, "--memory", f"{float(needed.split()[0]) + 0.01:.2f}GiB")
+    assert (status, again["fits"]) == (0, True)
+    assert plan(capsys, *given)[1]["fits"] is None
+    assert main(["plan", *given, "--dtype", "float32"]) == 2
+    assert "bfloat16" in capsys.readouterr().err

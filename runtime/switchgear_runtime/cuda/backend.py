@@ -12,6 +12,8 @@ from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
+from switchgear_runtime.cuda.device_footprint import kv_cache_bytes
+from switchgear_runtime.cuda.device_memory import DeviceMemory
 from switchgear_runtime.cuda.gemm_family import ON_HOST, choose_family
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.kv_cache import DeviceKVCache
@@ -20,6 +22,7 @@ from switchgear_runtime.cuda.side_copies import SideCopies
 from switchgear_runtime.cuda.weights import DeviceWeightStore
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.decoder import Decoder
+from switchgear_runtime.model.footprint import KV_CACHE_BYTES
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.replica_choice import HOST_PRICES, StepPrices
 
@@ -54,6 +57,17 @@ class DeviceBackend:
 
     def mapped_experts(self, store: DeviceWeightStore) -> MappedExperts:
         return MappedExperts(store.pool, self._copies, self._kernels.on_stream)
+
+    def kv_cache_bytes(self, spec: DecoderSpec, *, num_ranks: int) -> int:
+        """On a GPU the rest of this rank's part of it; the twin's is the host's."""
+        if self._config.kv_cache_memory_bytes is not None:
+            return self._config.kv_cache_memory_bytes
+        if self._kernels.device.type != "cuda":
+            return KV_CACHE_BYTES
+        memory = DeviceMemory.of(self._kernels.device)
+        found = kv_cache_bytes(spec, self._config, num_ranks=num_ranks, memory_bytes=memory.total_bytes)
+        log.info("KV cache on %s: %.2f GiB, what weights and steps leave", memory.name, found / 2**30)
+        return found
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> DeviceKVCache:
         assert dtype == torch.bfloat16  # the store has seen to it

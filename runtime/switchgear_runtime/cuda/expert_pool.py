@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ from torch import Tensor
 from switchgear_runtime.comm.mapped_slabs import Slab
 from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.cuda.side_copies import SideCopies
+from switchgear_runtime.cuda.slot_layout import ALIGNMENT, SlotLayout
 from switchgear_runtime.errors import ConfigError
 
-ALIGNMENT = 256
 PATIENCE_S = 5.0  # of who stages, for slots whose epoch is about to settle
 _POLL_S = 0.002
 _STAMP = struct.Struct("<8sQII32s")
@@ -35,26 +34,6 @@ _MAGIC = b"sgexpert"
 
 Source = tuple[int, int, str]  # MoE layer, logical expert, sha256 of the file of its weights ("": the checkpoint)
 Cancellable = Callable[[int], None]  # as Pace: raises where nobody wants the expert any more
-
-
-@dataclass(frozen=True, slots=True)
-class SlotLayout:
-    """Where the parts of a slot begin. The pool knows their bytes only, not what they mean."""
-
-    part_bytes: tuple[int, ...]
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Of the parts, and the slot's end."""
-        return tuple(accumulate((ALIGNMENT, *map(_aligned, self.part_bytes))))
-
-    @property
-    def num_bytes(self) -> int:
-        return self.offsets[-1]
-
-    def text(self) -> str:
-        """The same on ranks that may read each other's slots."""
-        return f"slots of {'+'.join(map(str, self.part_bytes))} bytes"
 
 
 class SlotStamp:
@@ -242,7 +221,3 @@ class _OnDevice:
     def __init__(self, memory: _SlotMemory) -> None:
         self.__cuda_array_interface__ = memory.interface()
         self._memory = memory
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -15,7 +15,7 @@ from switchgear_runtime.cuda.fp8 import FP8, join_fp8, quantize_fp8
 from switchgear_runtime.errors import CheckpointError
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.matrices import Matrix, matrices
-from switchgear_runtime.weight_format import FP8_BLOCK, fp8_bytes
+from switchgear_runtime.weight_format import FP8_BLOCK
 
 ROW_BYTES = 16  # kernels read rows in pieces of so many
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
@@ -98,12 +98,6 @@ class WeightSource:
                 f"{self._checkpoint.model_dir}: {matrix.name} has {num_k} inputs; the device engine takes multiples of "
                 f"{of_row}{' of fp8' if matrix.format == 'fp8' else ''}: use device='cpu'"
             )
-
-
-def device_bytes(matrix: Matrix) -> int:
-    if matrix.format == "fp8":
-        return fp8_bytes(matrix.num_out, matrix.num_k)
-    return matrix.num_out * matrix.num_k * DTYPES[matrix.format].itemsize
 
 
 def as_matrix(matrix: Matrix, raw: Tensor) -> Tensor:

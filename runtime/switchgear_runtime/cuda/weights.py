@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from switchgear_runtime.comm.peer_memory import PeerMemory
+from switchgear_runtime.cuda.device_footprint import matrix_bytes
 from switchgear_runtime.cuda.device_memory import DeviceMemory
-from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotLayout, Source
+from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, Source
 from switchgear_runtime.cuda.side_copies import SideCopies
-from switchgear_runtime.cuda.weight_source import WeightSource, as_matrix, device_bytes
+from switchgear_runtime.cuda.slot_layout import SlotLayout
+from switchgear_runtime.cuda.weight_source import WeightSource, as_matrix
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.blob_file import Pace
 from switchgear_runtime.model.checkpoint import Checkpoint
@@ -54,7 +56,7 @@ class DeviceWeightStore:
         self._dense: dict[tuple[str, ...], Tensor] = {}  # by the tensors on disk
         self._lock = threading.Lock()
         self._copies = copies
-        part_bytes = tuple(map(device_bytes, self._expert_matrices(checkpoint.spec.moe_layers[0], 0)))
+        part_bytes = tuple(map(matrix_bytes, self._expert_matrices(checkpoint.spec.moe_layers[0], 0)))
         self.pool = ExpertPool(SlotLayout(part_bytes), memory, copies)
 
     @property
@@ -82,11 +84,12 @@ class DeviceWeightStore:
             wanted = needed
         if not wanted:
             return
-        dense = {matrix.tensors: device_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
+        dense = {matrix.tensors: matrix_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
         beside = {"dense weights": sum(dense.values()), "KV cache": beside_bytes} if is_first else {}
         memory.require(
             {f"{wanted} expert slots": wanted * size, **beside},
-            "use more ranks, lower survive, or lower kv_cache_memory_bytes",
+            "use more ranks, lower survive, or lower gpu_memory_utilization or kv_cache_memory_bytes; ranks that share a GPU need a "
+            "part each",
         )
         try:
             pool.grow(wanted)
@@ -123,7 +126,7 @@ class DeviceWeightStore:
         """Memory of the host for an expert that comes from another rank's host; `on_device` then takes it."""
         is_pinned = self.device.type == "cuda"
         gate_up, down = (
-            _weight(matrix, torch.empty(device_bytes(matrix), dtype=torch.uint8, pin_memory=is_pinned))
+            _weight(matrix, torch.empty(matrix_bytes(matrix), dtype=torch.uint8, pin_memory=is_pinned))
             for matrix in self._expert_matrices(layer, expert)
         )
         return gate_up, down

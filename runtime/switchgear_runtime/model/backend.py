@@ -12,6 +12,7 @@ from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.kv_cache import KVCache
 from switchgear_runtime.model.checkpoint import Checkpoint
 from switchgear_runtime.model.decoder import Decoder
+from switchgear_runtime.model.footprint import KV_CACHE_BYTES
 from switchgear_runtime.model.native_decoder import NativeDecoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.model.weight_store import WeightStore
@@ -39,6 +40,10 @@ class Backend(Protocol):
     def store(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Any: ...
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> Any: ...
+
+    def kv_cache_bytes(self, spec: DecoderSpec, *, num_ranks: int) -> int:
+        """As much as the settings give it, or leave it."""
+        ...
 
     def native_decoder(self, decoder: Decoder, kv_cache: Any, *, num_experts: int) -> NativeDecoder | None:
         """None: the host's steps run op by op, or there are none."""
@@ -81,6 +86,9 @@ class HostBackend:
         return WeightStore(
             checkpoint, dtype, quantization=config.quantization, weight_cache=config.weight_cache_dir, rank=self._rank
         )
+
+    def kv_cache_bytes(self, spec: DecoderSpec, *, num_ranks: int) -> int:  # noqa: ARG002
+        return self._config.kv_cache_memory_bytes or KV_CACHE_BYTES
 
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> KVCache:
         return KVCache(spec, num_blocks=num_blocks, block_size=self._config.block_size, dtype=dtype)

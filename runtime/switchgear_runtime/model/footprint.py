@@ -8,16 +8,18 @@ Letters: D hidden, F ffn, E logical experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from switchgear_runtime.comm import shm_native
 from switchgear_runtime.errors import ConfigError
-from switchgear_runtime.model.matrices import EMBEDDING, ITEMSIZE, dense_matrices, expert_matrices
+from switchgear_runtime.model.matrices import EMBEDDING, ITEMSIZE, Matrix, dense_matrices, expert_matrices
 from switchgear_runtime.model.names import LM_HEAD, expert_names
 from switchgear_runtime.model.spec import AttentionSpec, DecoderSpec, MoESpec
 from switchgear_runtime.packing import packed_bytes
 
 FP32 = 4
+KV_CACHE_BYTES = 256 << 20  # where the settings say nothing, and the memory is the host's
 MAILBOX_BYTES_MIN = 64 << 10
 MAILBOX_BUFFERS = 3  # of csrc/comm/layout.h
 MAILBOXES_BYTES_MAX = 96 << 20  # of one rank, to all others, with three buffers each
@@ -71,12 +73,20 @@ def _part(name: str) -> str:
     return "shared_experts" if in_layer.startswith("shared.") else _PARTS[in_layer]
 
 
-def dense_bytes(spec: DecoderSpec, dtype: str, quantization: str = "none", *, num_positions: int) -> DenseBytes:
-    """`dtype`: the run's; `num_positions`: max_model_len, the length of the rotary tables."""
+def dense_bytes(
+    spec: DecoderSpec,
+    dtype: str,
+    quantization: str = "none",
+    *,
+    num_positions: int,
+    size_of: Callable[[Matrix], int] = lambda matrix: matrix.num_bytes,
+) -> DenseBytes:
+    """`dtype`: the run's; `num_positions`: max_model_len, the length of the rotary tables. `size_of`: of a matrix, where
+    it does not lie packed as the CPU's do."""
     parts = dict.fromkeys(("embedding", "lm_head", "shared_experts", *_PARTS.values()), 0)
     names = expert_names(spec, ())  # sizes do not hang on names
     for matrix in dense_matrices(spec, names, lm_head=LM_HEAD, dtype=dtype, quantization=quantization):
-        parts[_part(matrix.name)] += matrix.num_bytes
+        parts[_part(matrix.name)] += size_of(matrix)
     norm = spec.hidden_size * FP32
     if spec.norm == "layer":  # with a bias, and a row of 1/D for the mean
         norm += spec.hidden_size * FP32 + packed_bytes("f32", 1, spec.hidden_size)

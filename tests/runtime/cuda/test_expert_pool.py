@@ -15,8 +15,9 @@ import torch
 from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.mapped_slabs import Slab
 from switchgear_runtime.cuda import expert_pool
-from switchgear_runtime.cuda.expert_pool import ALIGNMENT, ExpertPool, SlotLayout, SlotStamp, slot_addresses
+from switchgear_runtime.cuda.expert_pool import ExpertPool, SlotStamp, slot_addresses
 from switchgear_runtime.cuda.side_copies import SideCopies
+from switchgear_runtime.cuda.slot_layout import ALIGNMENT, SlotLayout
 from switchgear_runtime.errors import ConfigError
 
 LAYOUT = SlotLayout((1000, 300))

@@ -18,10 +18,11 @@ from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda import side_copies
-from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, SlotLayout, Source
+from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot, Source
 from switchgear_runtime.cuda.mapped_experts import MappedExperts
 from switchgear_runtime.cuda.placement import DevicePlacements
 from switchgear_runtime.cuda.side_copies import SideCopies
+from switchgear_runtime.cuda.slot_layout import SlotLayout
 from switchgear_runtime.errors import TransportAborted, TransportError, TransportTimeout
 from switchgear_runtime.moe.expert_map import ExpertMap
 
