@@ -49,9 +49,9 @@ def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def draw_sizes(rng: np.random.Generator, grouped: bool) -> np.ndarray:
-    """Rows of each slot: few or many slots, some empty; or one with everything."""
+    """Rows of each slot: few or many slots, some empty; or one with everything; some fill the widest tile."""
     if not grouped:
-        return rng.integers(1, 170, 1)
+        return rng.integers(1, 170, 1) if rng.integers(4) else np.array([128])
     num_slots = int(rng.choice([1, 2, 5, 33, 70]))
     if rng.integers(4) == 0:
         sizes = np.zeros(num_slots, np.int64)
