@@ -22,8 +22,9 @@ namespace sg::cuda {
 
 namespace {
 
-constexpr double UNIT = 0x1p40;    // the weight of the best
-constexpr double NOTHING = -28.0;  // e^NOTHING * UNIT is below one
+constexpr int64_t VOCAB_MAX = 8388608;  // 2^23: their weights sum up to 2^63
+constexpr double UNIT = 0x1p40;         // the weight of the best
+constexpr double NOTHING = -28.0;       // e^NOTHING * UNIT is below one
 constexpr int DIGIT_BITS = 4, DIGITS = 1 << DIGIT_BITS;
 constexpr uint32_t NOT_LISTED = ~0u;  // above all keys
 
@@ -368,7 +369,7 @@ struct SampleRow {
 
 int sg_cuda_sample_rows(const sg_cuda_sample* args, void* stream) {
   if (args->vocab_size < 1) return sg::fail("logits_BV has an empty vocabulary");
-  if (args->vocab_size > INT32_MAX / 2) return sg::fail("logits_BV has a vocabulary beyond 2^30");
+  if (args->vocab_size > sg::cuda::VOCAB_MAX) return sg::fail("logits_BV has a vocabulary beyond 2^23");
   return sg::cuda::launch("sample_rows", sg::cuda::SampleRow{*args}, args->batch, 1, sg::cuda::SampleRow::SHARED_BYTES,
                           stream);
 }

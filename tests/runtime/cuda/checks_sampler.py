@@ -6,10 +6,12 @@ import ctypes
 from typing import Any
 
 import numpy as np
+import pytest
 from arena import Arena, Checked, at
 
 from switchgear_runtime import native
 from switchgear_runtime.cuda import structs
+from switchgear_runtime.cuda.library import DeviceError
 
 
 def uniform(seed: int, position: int) -> float:
@@ -109,3 +111,11 @@ def _check(library: Checked, arena: Arena, seed: int, logits: np.ndarray, given:
         temperature, top_p, min_p, top_k, draw_seed, position = (column[b].item() for column in columns.values())
         expected = draw(logits_BV[b], temperature, top_k, top_p, min_p, uniform(draw_seed, position))
         assert token_ids_B[b] == expected, f"seed {seed}, row {b}: {temperature=} {top_k=} {top_p=} {min_p=}"
+
+
+def check_vocabularies(library: Checked, _seed: int) -> None:
+    for vocab_size in (1, 1 << 23):
+        library.sg_cuda_sample_rows(ctypes.byref(structs.Sample(vocab_size=vocab_size)), None)
+    for vocab_size in (-1, 0, (1 << 23) + 1):
+        with pytest.raises(DeviceError):
+            library.sg_cuda_sample_rows(ctypes.byref(structs.Sample(vocab_size=vocab_size)), None)

@@ -69,7 +69,11 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
     "rows.cu": [(checks_rows.check_row_ops, 12), (checks_rows.check_rms_norm, 24)],
     "peer.cu": [(checks_peer.check_peers, 12), (checks_peer.check_waits, 3)],
     "steps.cu": [(checks_steps.check_take_tokens, 12), (checks_steps.check_choose_slots, 24)],
-    "sampler.cu": [(checks_sampler.check_sampler, 60), (checks_sampler.check_large_rows, 16)],
+    "sampler.cu": [
+        (checks_sampler.check_sampler, 60),
+        (checks_sampler.check_large_rows, 16),
+        (checks_sampler.check_vocabularies, 1),
+    ],
     "qkv.cu": [(checks_qkv.check_qkv, 24)],
     "attention.cu": [
         (checks_attention.check_attention, 20),
