@@ -115,6 +115,7 @@ def sections(
 ) -> Iterator[tuple[str, Callable[[], Rows]]]:
     """(name, what makes its rows), in order of what they tell."""
     from switchgear_bench.gpu_decode import engine_steps
+    from switchgear_bench.gpu_dense import dense_kernels
     from switchgear_bench.gpu_exchange import exchanges
     from switchgear_bench.gpu_layer import DEEPSEEK, QWEN3, TINY, UNIFORM, ZIPF, Shape
     from switchgear_bench.gpu_moe import NUM_TOKENS, Cell, LayerBench
@@ -141,6 +142,7 @@ def sections(
         rest = ((UNIFORM, True), (ZIPF, False), (ZIPF, True))
         yield "moe layer Qwen3-30B-A3B with router, skewed", layer(QWEN3, *rest)
         yield "moe layer DeepSeek-V3 with router, skewed", layer(DEEPSEEK, *rest)
+    yield "dense kernels", lambda: dense_kernels(kernels, bounds, clock, is_small=is_small)
     yield "exchanges", lambda: exchanges(device, bounds, is_small=is_small, gemm_family=gemm_family)
 
 
@@ -154,7 +156,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['kernel']:<16}{row.get('shape', ''):<24}{row.get('variant', ''):<16}{row.get('num_tokens', ''):>6}"
+    head = f"{row['kernel']:<18}{row.get('shape', ''):<24}{row.get('variant', ''):<16}{row.get('num_tokens', ''):>6}"
     if "error" in row:
         return f"{head}  failed: {row['error'][:160]}"
     if "left_out" in row:
@@ -167,7 +169,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'kernel':<16}{'shape':<24}{'variant':<16}{'tokens':>6}{'us':>12}{'bound us':>12}{'of it':>8} {'by':<6}{'ratio':>8} to"
+    head = f"{'kernel':<18}{'shape':<24}{'variant':<16}{'tokens':>6}{'us':>12}{'bound us':>12}{'of it':>8} {'by':<6}{'ratio':>8} to"
     return "\n".join([head, *map(line, rows)])
 
 

@@ -9,34 +9,21 @@ Letters: T tokens, D hidden, K top-k, E experts, R ranks, N pairs, M rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switchgear_bench.gpu_clock import NUM_REPEATS, Bounds, Clock, Run
+from switchgear_bench.gpu_clock import Bounds, Clock
 from switchgear_bench.gpu_layer import DEEPSEEK, TINY, UNIFORM, Routing, Shape
+from switchgear_bench.gpu_subject import Subject, measure
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.library import FP8
 
 NUM_RANKS = 8
 _SCALED = 128  # values of a scale
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """What is timed. `check` raises unless the two agree."""
-
-    kernel: str
-    num_bytes: int
-    ours: Run
-    baseline: Run
-    baseline_name: str
-    check: Callable[[], None]
-    baseline_captures: bool = True  # False: it waits for the device, and is timed as it is
 
 
 def moving_rows(kernels: Kernels, bounds: Bounds, clock: Clock, *, is_small: bool) -> Iterator[dict[str, Any]]:
@@ -48,20 +35,6 @@ def moving_rows(kernels: Kernels, bounds: Bounds, clock: Clock, *, is_small: boo
             subject = make(kernels, shape, routing)
             head = {"kernel": subject.kernel, "shape": shape.name, "variant": "", "num_tokens": num_tokens}
             yield {**head, **measure(subject, bounds, clock)}
-
-
-def measure(subject: Subject, bounds: Bounds, clock: Clock) -> dict[str, Any]:
-    subject.check()
-    ours, baseline = clock.series([subject.ours]), clock.series([subject.baseline], captures=subject.baseline_captures)
-    ours_s, baseline_s = clock.in_turns([ours, baseline])
-    return {
-        **bounds.row(subject.num_bytes, 0.0, median(ours_s)),
-        "graph": ours.is_graph,
-        "num_repeats": NUM_REPEATS,
-        "baseline": subject.baseline_name,
-        "baseline_us": median(baseline_s) * 1e6,
-        "ratio_to_baseline": median(theirs / mine for theirs, mine in zip(baseline_s, ours_s, strict=True)),
-    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,12 +12,13 @@ Row = Mapping[str, Any]
 Result = Mapping[str, Any]
 NOT_MEASURED = "Nothing has been measured on a GPU yet."
 _MOVING = ("dispatch", "combine", "pack fp8", "unpack fp8")
+_DENSE = ("attention decode", "attention prefill", "qkv", "norm", "router", "draw")
 _STEPS = ("decode", "prefill")
 
 
 def kernels(result: Result) -> str:
     rows = _measured(result)
-    parts = [_goals(rows), *_layers(rows), _moving(rows), _exchanges(rows), _failures(rows)]
+    parts = [_goals(rows), *_layers(rows), _moving(rows), _dense(rows), _exchanges(rows), _failures(rows)]
     return "\n\n".join([*filter(None, parts), _machine(result)])
 
 
@@ -123,6 +124,22 @@ def _moving(rows: Sequence[Row]) -> str:
         if row["kernel"] in _MOVING and "error" not in row
     ]
     return _table(["rows that move", "shape", "tokens", "us", "of copy bandwidth", "ratio to"], lines) if lines else ""
+
+
+def _dense(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            row["kernel"],
+            str(row["num_tokens"]),
+            f"{row['time_us']:.1f}",
+            f"{row['fraction_of_bound']:.2f}",
+            row["bound_by"],
+            f"{row['ratio_to_baseline']:.2f} ({row['baseline']})",
+        ]
+        for row in rows
+        if row["kernel"] in _DENSE and "error" not in row
+    ]
+    return _table(["beside products", "tokens", "us", "of bound", "by", "ratio to"], lines) if lines else ""
 
 
 def _exchanges(rows: Sequence[Row]) -> str:

@@ -24,6 +24,7 @@ from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+DENSE = {"attention decode", "attention prefill", "qkv", "norm", "router", "draw"}
 has_gpu = bool(gather_facts().gpus)
 
 
@@ -35,6 +36,7 @@ def test_rows_through_the_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str
     rows = written["rows"]
     assert not [row for row in rows if "error" in row or row.get("errors")]
     kernels = {"dispatch", "combine", "pack fp8", "unpack fp8", LAYER, LAYER_MEAN, "decode", "prefill", "exchange"}
+    kernels |= DENSE
     assert {row["kernel"] for row in rows} == kernels
     assert all(row["device"] == "twin" for row in rows)
     assert all(row["time_us"] > 0 < row["bound_us"] for row in rows if row["kernel"] != LAYER_MEAN)
@@ -48,7 +50,7 @@ def test_rows_through_the_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_past_the_budget_it_says_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(run_all("twin", budget_s=0.0))
     assert [row["kernel"] for row in rows] == ["left out"]
-    assert rows[0]["left_out"] == ["moving rows", "moe layer tiny", "engine steps", "exchanges"]
+    assert rows[0]["left_out"] == ["moving rows", "moe layer tiny", "engine steps", "dense kernels", "exchanges"]
     assert "left out moving rows" in capsys.readouterr().out
 
 

@@ -62,6 +62,7 @@ def step(kernel: str, num_tokens: int) -> dict[str, Any]:
 def all_rows() -> list[dict[str, Any]]:
     rows = [layer(1, 2.0), layer(4096, 0.5), layer(1, 1.5, variant="zipf, router")]
     rows += [moved("dispatch", 0.9), moved("combine", 0.8), step("decode", 32), step("prefill", 4096)]
+    rows += [{**moved("attention prefill", 0.4), "bound_by": "flops"}]
     rows += [{"kernel": "exchanges", "shape": "", "variant": "", "num_tokens": 0, "error": "no CuPy", **RATES}]
     rows = [judged(row) for row in rows]
     rows += [judged({**row, **RATES}) for row in summary(rows)]
@@ -103,6 +104,7 @@ def test_tables_say_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
         "| transformers grouped_mm | 99.0* | 99.0* |",
         "| ratio to the fastest peer | 2.00 | 0.50 |",
         "| decode | 32 | 512 | 8.00 | 123 | 4.00 | bytes | 0.50 |",
+        "| attention prefill | 4096 | 140.0 | 0.40 | flops | 3.00 (torch) |",
         "- exchanges: no CuPy",
         "- left out for time: DeepSeek",
     ):
