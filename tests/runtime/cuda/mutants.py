@@ -90,7 +90,7 @@ HEADERS = {  # and the sources that show a mutant of them
     "gemm.h": ("gemm_mma.cu",),
     "gemm_kernel.h": ("gemm_mma.cu",),
     "gemm_ring.h": ("gemm_mma.cu", "gemm_fp8.cu"),
-    "gemm_tile.h": ("gemm_mma.cu",),
+    "gemm_tile.h": ("gemm_mma.cu", "gemm_wgmma.cu", "gemm_fp8.cu"),
     "gemm_tiles.h": ("gemm_mma.cu",),
     "peer_layout.h": ("peer.cu",),
     "numbers.h": ("payload.cu", "rows.cu", "gemm_mma.cu"),
