@@ -118,7 +118,7 @@ def _moving(rows: Sequence[Row]) -> str:
             str(row["num_tokens"]),
             f"{row['time_us']:.1f}",
             f"{row['fraction_of_bound']:.2f}",
-            f"{row['ratio_to_baseline']:.2f} ({row['baseline']})",
+            f"{row['ratio_to_baseline']:.2f} ({row['baseline']}{'' if row.get('baseline_graph', True) else ', no graph'})",
         ]
         for row in rows
         if row["kernel"] in _MOVING and "error" not in row
@@ -134,7 +134,7 @@ def _dense(rows: Sequence[Row]) -> str:
             f"{row['time_us']:.1f}",
             f"{row['fraction_of_bound']:.2f}",
             row["bound_by"],
-            f"{row['ratio_to_baseline']:.2f} ({row['baseline']})",
+            f"{row['ratio_to_baseline']:.2f} ({row['baseline']}{'' if row.get('baseline_graph', True) else ', no graph'})",
         ]
         for row in rows
         if row["kernel"] in _DENSE and "error" not in row

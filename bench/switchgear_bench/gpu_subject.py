@@ -34,5 +34,6 @@ def measure(subject: Subject, bounds: Bounds, clock: Clock) -> dict[str, Any]:
         "num_repeats": NUM_REPEATS,
         "baseline": subject.baseline_name,
         "baseline_us": median(baseline_s) * 1e6,
+        "baseline_graph": baseline.is_graph,
         "ratio_to_baseline": median(theirs / mine for theirs, mine in zip(baseline_s, ours_s, strict=True)),
     }

@@ -7,6 +7,7 @@ from dataclasses import replace
 from switchgear.config import RANKS_MAX, ServeConfig
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.device_footprint import GPU_MEMORY_UTILIZATION
+from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.cuda.preflight import require_gpu
 from switchgear_runtime.errors import ConfigError, RequestError
 from switchgear_runtime.model.spec import DecoderSpec
@@ -56,5 +57,29 @@ def check_scale(config: ServeConfig, engine: EngineConfig, num_ranks: int) -> No
         raise RequestError(
             "the ranks of launcher='mpi' are one MPI job, which cannot grow or shrink; start anew with --ranks"
         )
+    if engine.device == "cuda":
+        _check_gpus(config, engine, num_ranks)
     if engine.transport == "loopback" and num_ranks > 1:
         raise RequestError("transport='loopback' joins ranks inside one process; start anew with --transport auto")
+
+
+def _check_gpus(config: ServeConfig, engine: EngineConfig, num_ranks: int) -> None:
+    """RequestError where the memory of GPUs is spoken for: ranks' pools and caches have their sizes from the start."""
+    least = max(1, config.ranks - engine.survive)
+    is_rest = engine.num_kv_blocks is None and engine.kv_cache_memory_bytes is None
+    if is_rest and num_ranks < least:
+        raise RequestError(
+            f"ranks={num_ranks}: {config.ranks} ranks with --survive {engine.survive} have slots for the experts of {least} or "
+            "more, and what is left of their GPUs is KV cache; start anew with more --survive, or with fewer --ranks",
+            param="ranks",
+        )
+    if config.launcher != "local" or engine.gpu_memory_utilization is None:
+        return
+    num_gpus = len(gather_facts().gpus)
+    most = num_gpus * int(1 / engine.gpu_memory_utilization)
+    if is_rest and num_ranks > most:
+        raise RequestError(
+            f"ranks={num_ranks}: {num_gpus} GPUs hold {most} ranks that use {engine.gpu_memory_utilization:.3g} of one each; start "
+            "anew with a lower --gpu-memory-utilization",
+            param="ranks",
+        )

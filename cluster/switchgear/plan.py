@@ -76,6 +76,7 @@ class Plan:
     kv_cache_bytes: int
     kv_cache_tokens: int
     max_model_len: int
+    max_position_embeddings: int  # the model's own limit
     max_len_sequences: int  # of max_model_len tokens, at once, in one rank's cache
     mailbox_bytes: int
     segment_bytes: int  # shared memory of one host with all ranks
@@ -136,12 +137,14 @@ def _check(spec: DecoderSpec, engine: EngineConfig, num_ranks: int, survive: int
 
 def _kv_blocks(spec: DecoderSpec, engine: EngineConfig, dtype: str, left_bytes: int | None) -> tuple[int, int]:
     """(blocks, max_model_len), as ModelRunner decides them. `left_bytes`: what is left for the cache, where nothing else
-    says how large it is: at least one sequence then."""
+    says how large it is; a sequence of max_model_len, if that is given, must fit."""
     block = kv_block_bytes(spec, dtype, engine.block_size)
     num_bytes = engine.kv_cache_memory_bytes or KV_CACHE_BYTES
     if engine.kv_cache_memory_bytes is None and left_bytes is not None:
-        longest = engine.max_model_len or spec.max_position_embeddings
-        num_bytes = max(left_bytes, -(-longest // engine.block_size) * block)
+        # As serve: less than one longest sequence lowers the length, but for one that was asked for.
+        least = -(-(engine.max_model_len or spec.max_position_embeddings) // engine.block_size) * block
+        lowers = engine.max_model_len is None and left_bytes >= block
+        num_bytes = left_bytes if lowers else max(left_bytes, least)
     num_blocks = engine.num_kv_blocks or num_bytes // block
     if not num_blocks:
         raise ConfigError(
@@ -162,7 +165,7 @@ def _sizes(
     spec: DecoderSpec, engine: EngineConfig, model: str, num_ranks: int, survive: int, memory_bytes: int | None
 ) -> Plan:
     """The numbers, without choices and advice."""
-    dtype, is_gpu = run_dtype(spec, engine.dtype), engine.device != "cpu"
+    dtype, is_gpu = run_dtype(spec, engine.dtype), engine.device == "cuda"
     if is_gpu and dtype != "bfloat16":
         raise ConfigError(
             f"device={engine.device!r} computes in bfloat16, and the model is {dtype}; give dtype='bfloat16'"
@@ -216,6 +219,7 @@ def _sizes(
         kv_cache_bytes=num_blocks * block,
         kv_cache_tokens=num_blocks * engine.block_size,
         max_model_len=max_model_len,
+        max_position_embeddings=spec.max_position_embeddings,
         max_len_sequences=num_blocks // -(-max_model_len // engine.block_size),
         mailbox_bytes=mailbox,
         segment_bytes=segment,

@@ -64,7 +64,7 @@ class PlanCommand:
             path = path.parent
         given = {name: value for name, value in vars(arguments).items() if name in _ENGINE_SETTINGS}
         engine = EngineConfig(model=str(path), **given)
-        held = 0 if engine.device == "cpu" else min(engine.survive, arguments.ranks - 1)
+        held = 0 if engine.device != "cuda" else min(engine.survive, arguments.ranks - 1)
         plan = make_plan(
             load_spec(path),
             engine,
@@ -82,7 +82,7 @@ PLAN = PlanCommand()
 
 def plan_text(plan: Plan) -> str:
     """What a deployer reads: one rank line by line, the price of survival, the verdict."""
-    is_gpu = plan.device != "cpu"
+    is_gpu = plan.device == "cuda"
     spare = plan.slots_per_rank - plan.num_moe_layers * plan.slots_per_layer
     rows = [
         ("dense weights", plan.dense_bytes, _largest_parts(plan)),
@@ -97,7 +97,7 @@ def plan_text(plan: Plan) -> str:
             "KV cache",
             plan.kv_cache_bytes,
             f"{plan.num_kv_blocks} blocks, {plan.kv_cache_tokens} tokens: {plan.max_len_sequences} sequences "
-            f"of max_model_len {plan.max_model_len}",
+            f"of max_model_len {plan.max_model_len}" + _lowered(plan),
         ),
         (
             "transport",
@@ -142,6 +142,12 @@ def plan_text(plan: Plan) -> str:
     if plan.memory_bytes is not None:
         lines += ["", _verdict(plan)]
     return "\n".join(lines)
+
+
+def _lowered(plan: Plan) -> str:
+    """Where nobody asked for less than the model has."""
+    is_whole = plan.max_model_len == plan.max_position_embeddings or plan.max_model_len < plan.kv_cache_tokens
+    return "" if is_whole else f", for which the model's {plan.max_position_embeddings} are too many"
 
 
 def _verdict(plan: Plan) -> str:

@@ -12,7 +12,7 @@ namespace sg::cuda {
 
 template <int HEAD>
 struct AttendTile {
-  static constexpr int THREADS = 128, SHARERS = HEAD > 128 ? 2 : 1, ROWS = THREADS / WARP / SHARERS * 16;
+  static constexpr int THREADS = 128, SHARERS = HEAD > 128 ? 2 : 1;
   using Tiles = KvTiles<HEAD, THREADS>;
   static constexpr int TILE = Tiles::TILE, WIDTH = HEAD / SHARERS, EIGHTS = WIDTH / 8;
   static constexpr int STEPS = HEAD / 16, KEPT = HEAD > 128 ? 1 : STEPS;  // of queries; wide ones are loaded each time

@@ -64,12 +64,12 @@ class EngineConfig:
     max_num_seqs: int = setting(
         None,
         "Most sequences a rank runs at once; where it is not given, no more than a step's tokens.",
-        default_text=f"{MAX_NUM_SEQS}; with device cuda {MAX_NUM_SEQS_GPU}",
+        default_text=f"{MAX_NUM_SEQS}; with device cuda and our own dispatch {MAX_NUM_SEQS_GPU}",
     )
     max_num_batched_tokens: int = setting(
         None,
         "Most tokens a rank computes in one step.",
-        default_text=f"{MAX_NUM_BATCHED_TOKENS}; with device cuda {MAX_NUM_BATCHED_TOKENS_GPU}",
+        default_text=f"{MAX_NUM_BATCHED_TOKENS}; with device cuda and our own dispatch {MAX_NUM_BATCHED_TOKENS_GPU}",
     )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of equal prompt prefixes.")
     enable_chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
@@ -189,7 +189,8 @@ class EngineConfig:
 
     def _settle_sizes(self) -> None:
         """Those that nobody gave, as this device has them."""
-        is_gpu = self.device == "cuda"
+        # What the libraries dispatch through has room for every pair of a step in every slot.
+        is_gpu = self.device == "cuda" and self.dispatch not in LIBRARY_DISPATCHES
         given = {name: getattr(self, name) for name in ("max_num_batched_tokens", "max_num_seqs")}
         for name, value in given.items():
             if value is not None:

@@ -12,6 +12,7 @@ Letters: B blocks, G KV heads, Z block size, C head size.
 
 from __future__ import annotations
 
+import logging
 import mmap
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model.spec import DecoderSpec
+
+log = logging.getLogger(__name__)
 
 
 def block_num_bytes(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
@@ -69,6 +72,10 @@ def max_model_len(config: EngineConfig, spec: DecoderSpec, num_kv_blocks: int) -
     capacity = num_kv_blocks * config.block_size
     asked = config.max_model_len
     if asked is None:
+        if capacity < spec.max_position_embeddings:
+            log.warning(
+                "max_model_len is %d, not %d: the KV cache is too small", capacity, spec.max_position_embeddings
+            )
         return min(spec.max_position_embeddings, capacity)
     if asked > spec.max_position_embeddings:
         raise ConfigError(

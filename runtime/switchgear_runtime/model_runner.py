@@ -103,7 +103,7 @@ class ModelRunner:
         self._decoder = load_decoder(self._store, num_positions=self.max_model_len, load=self.load)
         self._native = self._backend.native_decoder(self._decoder, self.kv_cache, num_experts=spec.num_experts)
         self._device: DeviceDecoder | None = self._backend.device_decoder(
-            self._decoder, self.kv_cache, max_model_len=self.max_model_len
+            spec, self._decoder, self.kv_cache, max_model_len=self.max_model_len
         )
         self._num_tokens_max: int | None = None  # of any rank, in the step that runs; None: nobody told
         self.moe_layers = [layer.ffn for layer in self._decoder.layers if isinstance(layer.ffn, MoELayer)]

@@ -75,8 +75,10 @@ class DeviceBackend:
             spec, num_blocks=num_blocks, block_size=self._config.block_size, device=self._kernels.device
         )
 
-    def device_decoder(self, decoder: Decoder, kv_cache: DeviceKVCache, *, max_model_len: int) -> DeviceDecoder:
-        return DeviceDecoder(self._kernels, decoder, kv_cache, self._config, max_model_len=max_model_len)
+    def device_decoder(
+        self, spec: DecoderSpec, decoder: Decoder, kv_cache: DeviceKVCache, *, max_model_len: int
+    ) -> DeviceDecoder:
+        return DeviceDecoder(self._kernels, spec, decoder, kv_cache, self._config, max_model_len=max_model_len)
 
     def native_decoder(self, decoder: Decoder, kv_cache: DeviceKVCache, *, num_experts: int) -> None:  # noqa: ARG002
         return None

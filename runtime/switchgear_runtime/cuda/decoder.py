@@ -26,6 +26,7 @@ from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.attention import DeviceBatch, RotaryTables, on_device
 from switchgear_runtime.cuda.attention_packing import Tiles
 from switchgear_runtime.cuda.decoder_layer import DeviceLayer, DeviceNorm
+from switchgear_runtime.cuda.device_footprint import small_steps_bytes
 from switchgear_runtime.cuda.expert_group import ExpertGroup
 from switchgear_runtime.cuda.group_choice import GenerationGroups, check_rows
 from switchgear_runtime.cuda.kernels import Kernels
@@ -41,6 +42,7 @@ from switchgear_runtime.cuda.step_memory import StepMemory
 from switchgear_runtime.cuda.step_outputs import NUM_COPIES, StepOutputs
 from switchgear_runtime.cuda.supported import check_supported
 from switchgear_runtime.model.decoder import Decoder
+from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import TENANTS_MAX, StepTenants
 from switchgear_runtime.sequence import Sequence as TokenSequence
@@ -50,11 +52,19 @@ class DeviceDecoder:
     """One rank's. Not thread-safe but for `prepare`. `place` experts before the first step."""
 
     def __init__(
-        self, kernels: Kernels, decoder: Decoder, kv_cache: DeviceKVCache, config: EngineConfig, *, max_model_len: int
+        self,
+        kernels: Kernels,
+        spec: DecoderSpec,
+        decoder: Decoder,
+        kv_cache: DeviceKVCache,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
     ) -> None:
         check_supported(decoder)
         check_rows(config.dispatch, decoder.embedding_VD.shape[1])
         self._kernels = kernels
+        self._spec = spec
         self._decoder = decoder
         tables = RotaryTables(kernels.device)
         self._layers = [
@@ -114,7 +124,11 @@ class DeviceDecoder:
             self._groups.close()
         self._recent.clear()
         self._await_default_stream(transport.rank)
-        self._small.forget()
+        if (
+            self._kernels.device.type == "cuda"
+        ):  # others' allocators, as CuPy's, do not get what torch's keeps for later
+            torch.cuda.empty_cache()
+        self._small.begin(small_steps_bytes(self._spec, self._config, num_ranks=transport.world_size))
         routers = [moe.router for moe in self._moes]
         self._outputs = StepOutputs(
             self._kernels,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from switchgear_runtime.config import EngineConfig
+from switchgear_runtime.config import LIBRARY_DISPATCHES, EngineConfig
+from switchgear_runtime.cuda.library import ATTENTION_ROWS
 from switchgear_runtime.cuda.slot_layout import SlotLayout
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.model import footprint
@@ -23,12 +24,12 @@ from switchgear_runtime.moe.model_versions import LIVE_SWAPS_MAX
 from switchgear_runtime.weight_format import fp8_bytes
 
 GPU_MEMORY_UTILIZATION = 0.9  # where the settings say nothing
-PROCESS_BYTES = 2 << 30  # context, kernels, NCCL's buffers: a guess
+PROCESS_BYTES = 2 << 30  # context, kernels, graphs, NCCL's buffers: a guess
 BF16 = 2
-SMALL_STEP_BYTES_MIN = 32 << 20  # as StepMemory takes it
 ATTENTION_WORK_BYTES = (64 << 20) * FP32  # the most that csrc/cuda/attention.cu asks for
 _ITEMSIZE = {"f32": FP32, "bf16": BF16}
 _EIGHT_BYTES, _INT = 8, 4
+_ATTENTION_PARTS, _ROW_TILE = 32, 16  # of csrc/cuda/attention.h, attention_token.h
 
 
 def matrix_bytes(matrix: Matrix) -> int:
@@ -69,7 +70,7 @@ def device_bytes_of(
         slot=slot_bytes(spec, config.quantization),
         num_slots=slots + LIVE_SWAPS_MAX,
         exchange=exchange_bytes(spec, num_ranks=num_ranks, max_tokens=config.small_step_tokens),
-        small_steps=_small_steps_bytes(spec, config, num_ranks),
+        small_steps=small_steps_bytes(spec, config, num_ranks=num_ranks),
         step=step_bytes_bound(spec, config, num_ranks=num_ranks),
     )
 
@@ -147,37 +148,61 @@ def exchange_bytes(spec: DecoderSpec, *, num_ranks: int, max_tokens: int) -> int
 
 def step_bytes_bound(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
     """Of a large step: every rank sends every token here, to as many of this rank's experts as it may. Loose for many
-    ranks, since traffic that lopsided is an attack; a rank must live through it all the same."""
-    return _step_bytes(spec, config, config.max_num_batched_tokens, num_ranks) + footprint.PROMPT_LOGITS_BYTES
+    ranks, since traffic that lopsided is an attack; a rank must live through it all the same. What a part of a layer
+    held is given back before the next one."""
+    parts = _parts(spec, config, config.max_num_batched_tokens, num_ranks)
+    library = _library_bytes(spec, config, num_ranks)
+    return (
+        parts.always
+        + max(parts.attention, parts.moe, parts.ffn, parts.logits)
+        + library
+        + footprint.PROMPT_LOGITS_BYTES
+    )
 
 
-def _small_steps_bytes(spec: DecoderSpec, config: EngineConfig, num_ranks: int) -> int:
-    """Graphs share one memory, whose pieces are of 32 MiB or of what wants more. Rows that arrive lie in the exchange."""
-    if not config.small_step_tokens:
+def small_steps_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
+    """What the largest small step takes of StepMemory, in which all of a layer's values have their places side by side."""
+    if not config.small_step_tokens or config.dispatch in LIBRARY_DISPATCHES:
         return 0
-    step = _step_bytes(spec, config, config.small_step_tokens, num_ranks)
-    return max(SMALL_STEP_BYTES_MIN, step + SMALL_STEP_BYTES_MIN)
+    parts = _parts(spec, config, config.small_step_tokens, num_ranks)
+    values = 64 * 256  # so many, each from a multiple of 256 bytes on
+    return parts.always + max(parts.attention + parts.moe + parts.ffn, parts.logits) + values
 
 
-def _step_bytes(spec: DecoderSpec, config: EngineConfig, num_tokens: int, num_ranks: int) -> int:
-    """The largest of what attention, a MoE layer, a dense one and the logits hold, beside what all of them do."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    """Bytes of a step's values."""
+
+    always: int  # the residual stream, and what the host tells and is told
+    attention: int
+    moe: int
+    ffn: int  # dense, or shared
+    logits: int
+
+
+def _parts(spec: DecoderSpec, config: EngineConfig, num_tokens: int, num_ranks: int) -> _Parts:
     hidden, moe = spec.hidden_size, spec.moe
     num_seqs = min(config.max_num_seqs, num_tokens)
-    residual = num_tokens * hidden * (FP32 + BF16)
-    phases = [_moe_bytes(spec, num_tokens, num_ranks)]
-    phases += [_attention_bytes(spec, layer.attention, num_tokens) for layer in spec.layers]
-    ffns = [moe.shared_ffn, *(layer.ffn.ffn for layer in spec.layers if not isinstance(layer.ffn, MoESpec))]
-    phases.append(num_tokens * (max(ffns) * BF16 + hidden * (2 * FP32 + BF16)))
-    phases.append(num_seqs * (hidden * (FP32 + BF16) + spec.vocab_size * FP32))
     counters = (TENANTS_MAX + 2) * spec.num_moe_layers * spec.num_experts * _EIGHT_BYTES
     inputs = 64 * (num_tokens + num_seqs) + _INT * num_seqs * -(-spec.max_position_embeddings // config.block_size)
-    return residual + max(phases) + counters + inputs
+    ffn = max(moe.shared_ffn, *(0 if isinstance(layer.ffn, MoESpec) else layer.ffn.ffn for layer in spec.layers))
+    return _Parts(
+        always=num_tokens * hidden * (FP32 + BF16) + counters + inputs,
+        attention=max(_attention_bytes(spec, layer.attention, num_tokens) for layer in spec.layers),
+        moe=_moe_bytes(spec, num_tokens, num_ranks),
+        ffn=num_tokens * (ffn * BF16 + hidden * (2 * FP32 + BF16)),
+        logits=num_seqs * (hidden * (FP32 + BF16) + spec.vocab_size * FP32),
+    )
 
 
 def _attention_bytes(spec: DecoderSpec, attention: AttentionSpec, num_tokens: int) -> int:
+    """With the work of parts side by side, as sg_cuda_attention_work has it."""
     heads, kv_heads = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     row = (heads + 2 * kv_heads) * FP32 + 2 * heads * BF16 + 2 * spec.hidden_size * FP32
-    return num_tokens * row + ATTENTION_WORK_BYTES
+    rows_of_token = attention.num_kv_heads * -(-attention.num_heads // attention.num_kv_heads // _ROW_TILE)
+    split = min(num_tokens, ATTENTION_ROWS // rows_of_token)
+    work = split * attention.num_heads * _ATTENTION_PARTS * (attention.head_dim + 4) * FP32
+    return num_tokens * row + min(work, ATTENTION_WORK_BYTES)
 
 
 def _moe_bytes(spec: DecoderSpec, num_tokens: int, num_ranks: int) -> int:
@@ -188,6 +213,16 @@ def _moe_bytes(spec: DecoderSpec, num_tokens: int, num_ranks: int) -> int:
     received = num_ranks * num_tokens * row
     pairs = num_ranks * num_tokens * moe.top_k
     return own + sent + received + pairs * (2 * row + moe.ffn * BF16 + 32)
+
+
+def _library_bytes(spec: DecoderSpec, config: EngineConfig, num_ranks: int) -> int:
+    """What libraries dispatch through has room for every pair that any rank may have, on every rank; NCCL EP's even in
+    every slot, out and back."""
+    if config.dispatch not in LIBRARY_DISPATCHES or num_ranks == 1:
+        return 0
+    buffer = num_ranks * config.max_num_batched_tokens * spec.moe.top_k * spec.hidden_size * BF16
+    slots = footprint.slots_per_layer(spec, num_ranks) if config.dispatch == "nccl-ep" else 0
+    return buffer * (1 + 2 * slots)
 
 
 def _up(num_bytes: int) -> int:

@@ -22,6 +22,7 @@ from switchgear_runtime.cuda.step_memory import StepMemory
 
 POSITIONS_MIN = 512
 FINE, COARSE = 8, 16  # steps of the sizes up to 32, and from there on
+GRAPHS_MAX = 64  # that are kept; a device has some megabytes of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,12 @@ class _Captured:
     turn: int = 0
     graph: Graph | None = None
     enqueued: Enqueued | None = None
+
+    def close(self) -> None:
+        """The graph's launches have ended, or are at least GRAPHS_MAX - 1 steps old."""
+        if self.graph is not None:
+            self.graph.close()
+        self.graph = self.enqueued = None
 
 
 class SmallSteps:
@@ -86,9 +93,14 @@ class SmallSteps:
         room = min(self.max_tokens, _rounded_up(num_tokens))
         return Bucket(room, min(positions, capacity), num_tiles_max(room) if has_tiles else 0)
 
+    def begin(self, num_bytes: int) -> None:
+        """A generation, whose largest step takes so many bytes; steps that are enqueued must have ended."""
+        self.forget()
+        self._memory.reserve(num_bytes)
+
     def inputs(self, bucket: Bucket) -> StepInputs:
         """To fill for the next `launch` of this bucket."""
-        known = self._known.get(bucket)
+        known = self._known.pop(bucket, None)
         if known is None:
             shape = InputShape(
                 num_tokens=bucket.num_tokens,
@@ -100,7 +112,10 @@ class SmallSteps:
             )
             first = StepInputs(shape, self._kernels.device)
             second = StepInputs(shape, self._kernels.device, first.on_device)
-            known = self._known[bucket] = _Captured((first, second))
+            known = _Captured((first, second))
+        self._known[bucket] = known  # the latest of all
+        if len(self._known) > GRAPHS_MAX:
+            self._known.pop(next(iter(self._known))).close()
         known.turn = 1 - known.turn
         return known.inputs[known.turn]
 
@@ -124,9 +139,7 @@ class SmallSteps:
     def forget(self) -> None:
         """Addresses have changed. Steps that are enqueued must have ended."""
         for known in self._known.values():
-            if known.graph is not None:
-                known.graph.close()
-            known.graph = known.enqueued = None
+            known.close()
 
     def _run(self, inputs: StepInputs, bucket: Bucket) -> Enqueued:
         with self._kernels.in_memory(self._memory), self._memory.scope():

@@ -2,7 +2,8 @@
 
 A captured graph has addresses, not tensors, so what it writes must not be handed out to anybody else. Values are taken one
 behind the other and given back all at once, layer by layer; all graphs of a rank share the memory, since they run one
-after the other. It grows while a step runs uncaptured, which each does once before it is captured.
+after the other. It has room for the largest step from the start (`reserve`); were that too little, it would grow while a
+step runs uncaptured, which each does once before it is captured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ class StepMemory:
         self._device = device
         self._chunks: list[Tensor] = []
         self._at = (0, 0)  # chunk, byte
+
+    def reserve(self, num_bytes: int) -> None:
+        """One piece of so many at least. What was taken before is lost: no graph may know it."""
+        if self.num_bytes < num_bytes or len(self._chunks) > 1:
+            self._chunks.clear()
+            self._chunks.append(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
+        self._at = (0, 0)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Garbage at first."""

@@ -28,6 +28,7 @@ from switchgear_runtime.model.matrices import EMBEDDING, Matrix, expert_matrix_n
 from switchgear_runtime.model.weight_store import ExpertWeights
 from switchgear_runtime.ops import PackedWeight
 
+FREED_WITHIN_S = 10.0  # by processes that have ended
 log = logging.getLogger(__name__)
 
 
@@ -86,8 +87,11 @@ class DeviceWeightStore:
             return
         dense = {matrix.tensors: matrix_bytes(matrix) for matrix in self.matrices.values() if matrix.expert is None}
         beside = {"dense weights": sum(dense.values()), "KV cache": beside_bytes} if is_first else {}
+        parts = {f"{wanted} expert slots": wanted * size, **beside}
+        if is_first:
+            memory = memory.after_others(sum(parts.values()), timeout_s=FREED_WITHIN_S)
         memory.require(
-            {f"{wanted} expert slots": wanted * size, **beside},
+            parts,
             "use more ranks, lower survive, or lower gpu_memory_utilization or kv_cache_memory_bytes; ranks that share a GPU need a "
             "part each",
         )

@@ -49,7 +49,7 @@ class Backend(Protocol):
         """None: the host's steps run op by op, or there are none."""
         ...
 
-    def device_decoder(self, decoder: Decoder, kv_cache: Any, *, max_model_len: int) -> Any:
+    def device_decoder(self, spec: DecoderSpec, decoder: Decoder, kv_cache: Any, *, max_model_len: int) -> Any:
         """A DeviceDecoder; None: steps run on the host."""
         ...
 
@@ -93,7 +93,14 @@ class HostBackend:
     def kv_cache(self, spec: DecoderSpec, *, num_blocks: int, dtype: torch.dtype) -> KVCache:
         return KVCache(spec, num_blocks=num_blocks, block_size=self._config.block_size, dtype=dtype)
 
-    def device_decoder(self, decoder: Decoder, kv_cache: KVCache, *, max_model_len: int) -> None:  # noqa: ARG002
+    def device_decoder(
+        self,
+        spec: DecoderSpec,  # noqa: ARG002
+        decoder: Decoder,  # noqa: ARG002
+        kv_cache: KVCache,  # noqa: ARG002
+        *,
+        max_model_len: int,  # noqa: ARG002
+    ) -> None:
         return None
 
     def native_decoder(self, decoder: Decoder, kv_cache: KVCache, *, num_experts: int) -> NativeDecoder | None:

@@ -108,11 +108,18 @@ def test_a_large_step(arch: str, overrides: dict[str, Any], root: Path, monkeypa
     assert most / 4 < peak_bytes(lambda: runner.forward(batch)) <= most
 
 
-def test_a_small_step(root: Path) -> None:
-    runner = start(make_checkpoint(root, "qwen3_moe", 1, dtype="bfloat16"), small_step_tokens=16)
-    runner.forward(prefill(runner, 16))
+@pytest.mark.parametrize(("arch", "overrides"), VARIANTS)
+def test_small_steps(arch: str, overrides: dict[str, Any], root: Path) -> None:
+    """Of all sizes, as traffic that grows brings them, with tiles and without: in the one piece that was reserved."""
+    model_dir = make_checkpoint(root, arch, 2, dtype="bfloat16", **overrides)
+    runner = start(model_dir, small_step_tokens=48, max_num_seqs=48, max_num_batched_tokens=48)
     assert runner._device is not None
-    assert 0 < runner._device._small.memory.num_bytes <= bound(runner).small_steps
+    small, capacity = runner._device._small, bound(runner).small_steps
+    for size in (1, 2, 3, 5, 8, 16, 24, 40, 48):
+        runner.forward(prefill(runner, size))
+        sequences = [make_sequence([1] * 9, [index]) for index in range(size)]
+        runner.forward(Batch(tuple(ScheduledSequence(one, 8, 1, True) for one in sequences)))
+    assert [chunk.numel() for chunk in small.memory._chunks] == [capacity]
 
 
 @pytest.mark.parametrize("seed", range(20))

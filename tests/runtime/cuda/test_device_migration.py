@@ -8,18 +8,20 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scheduling import make_submit
 from tiny_checkpoints import run_ranks
 from tiny_cluster import Alone, Cluster, make_config, make_runner, make_tiny_checkpoint
 
 from switchgear_runtime import model_runner
 from switchgear_runtime.comm.host_memory import HostPeerMemory
-from switchgear_runtime.cuda import backend
+from switchgear_runtime.cuda import backend, device_memory
 from switchgear_runtime.cuda.device_memory import DeviceMemory
 from switchgear_runtime.cuda.expert_pool import ExpertPool, Slot
 from switchgear_runtime.errors import ConfigError
@@ -353,3 +355,15 @@ def test_a_gpu_without_cupy_has_pools_that_nobody_maps(lab: Lab, monkeypatch: py
 
 def test_prices_of_a_gpu_charge_the_link() -> None:
     assert backend.GPU_PRICES.lent_expert_rows > 5 * backend.GPU_PRICES.expert_rows
+
+
+def test_memory_that_others_give_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, free = torch.device("cpu"), iter((5, 5, 20))
+    monkeypatch.setattr(
+        DeviceMemory, "of", classmethod(lambda _cls, _device: replace(memory(next(free)), device=device))
+    )
+    monkeypatch.setattr(device_memory, "POLL_S", 0.001)
+    assert replace(memory(5), device=device).after_others(10, timeout_s=60.0).free_bytes == 20
+    assert replace(memory(5), device=device).after_others(10, timeout_s=0.0).free_bytes == 5
+    assert memory(5).after_others(5, timeout_s=60.0).free_bytes == 5
+    assert replace(memory(5, 9), device=device).after_others(10, timeout_s=60.0).free_bytes == 5  # never

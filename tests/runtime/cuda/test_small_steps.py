@@ -22,6 +22,7 @@ from tiny_cluster import Alone, Cluster, ClusterRun, content, make_config, make_
 from switchgear_runtime.batch import Batch, ScheduledSequence
 from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
+from switchgear_runtime.cuda import small_steps
 from switchgear_runtime.cuda.small_steps import SmallSteps
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
 from switchgear_runtime.header import Decision
@@ -69,6 +70,19 @@ def test_tokens_are_those_of_large_steps_alone(lab: Lab, world_size: int, change
         eager = bool(changes.get("enforce_eager"))
         assert (small.num_replays == 0) == eager
         assert (small.num_captures == 0) == eager
+        assert len(small.memory._chunks) == 1  # what was reserved is enough
+
+
+def test_few_graphs_are_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was used least recently goes, and is captured again when its size comes back."""
+    monkeypatch.setattr(small_steps, "GRAPHS_MAX", 2)
+    submits = draw_submits(random.Random(lab[0].name), 12, longest=40)
+    result, cluster = run(lab, 2, submits, max_num_seqs=8, max_num_batched_tokens=24)
+    assert_as_alone(lab, submits, result)
+    for engine in cluster.engines:
+        small = small_of(engine.runner)
+        assert len(small._known) == 2
+        assert small.num_captures > 2
 
 
 def test_a_migration_keeps_the_graphs(lab: Lab) -> None:
