@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from switchgear import LLM
 from switchgear_bench.live_placement import PLACED, REPORT_S, STATIC, STATIC_AGAIN, Traffic, generate
+from switchgear_bench.rank_affinity import pin_ranks
 from switchgear_bench.serve import NotMeasured, pair_ratios, spread
 from switchgear_runtime.model.footprint import slot_bytes
 from switchgear_runtime.model.spec import DecoderSpec, load_spec
@@ -78,6 +79,7 @@ def run(
                     launcher=launcher,
                     ranks=num_ranks,
                     num_threads=num_threads,
+                    bind_cpus=False,  # the first cluster would have the CPUs, and the others none
                     enable_prefix_caching=False,
                     max_num_batched_tokens=2048,
                     **settings,
@@ -85,6 +87,8 @@ def run(
             )
             for arm, settings in {STATIC: static, STATIC_AGAIN: static, PLACED: placed}.items()
         }
+        for llm in llms.values():
+            pin_ranks(llm, num_threads)
         apart = _apart(llms[STATIC], spec.vocab_size)
         blocks: dict[str, list[_Block]] = {arm: [] for arm in llms}
         for repeat in range(num_repeats + 1):  # in the first one placement gets to know the traffic

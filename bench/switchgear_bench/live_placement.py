@@ -1,6 +1,6 @@
 """One question: under skewed prompts, what does placement that follows the load give, against experts that stay put?
 
-Three clusters of pinned ranks take turns on the same prompts: experts where they began (static), the same again (what two
+Three clusters take turns on the same prompts: experts where they began (static), the same again (what two
 equal clusters differ by on this machine), and the default: placement by load, replicas chosen by each batch, lending. The
 tokens of all three must be equal, and the third must have moved experts before anything is timed.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchgear import LLM, SamplingParams
+from switchgear_bench.rank_affinity import pin_ranks
 from switchgear_bench.serve import NotMeasured, pair_ratios, spread
 
 STATIC, STATIC_AGAIN, PLACED = "static", "static again", "placed"
@@ -77,6 +78,7 @@ def run(
                     launcher=launcher,
                     ranks=num_ranks,
                     num_threads=num_threads,
+                    bind_cpus=False,  # the first cluster would have the CPUs, and the others none
                     enable_prefix_caching=False,
                     max_num_batched_tokens=2048,
                     **settings,
@@ -84,6 +86,8 @@ def run(
             )
             for arm, settings in _ARMS.items()
         }
+        for llm in llms.values():
+            pin_ranks(llm, num_threads)
         for one in traffic:
             yield _measure(one, llms, num_ranks=num_ranks, num_repeats=num_repeats, vocab_size=vocab_size)
 
