@@ -76,7 +76,7 @@ struct RmsNorm {
       SG_UNROLL for (int j = 0; j < KEPT; j += TOGETHER) {
         Eight weights[TOGETHER];
         const int64_t begin = (thread % LANES + j * LANES) * 8;
-        SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+        SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {  // loads
           const int64_t at = begin + k * LANES * 8;
           if (at < a.hidden) weights[k] = load_eight(a.weight_D, at, SG_FP32);
         }
@@ -95,7 +95,7 @@ struct RmsNorm {
   // stored, which loads could not pass.
   SG_DEVICE void add_eights(Eight* x, int64_t row, int64_t begin, float& sum) const {
     Eight branches[TOGETHER];
-    SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {
+    SG_UNROLL for (int k = 0; k < TOGETHER; ++k) {  // loads
       const int64_t at = begin + k * LANES * 8;
       if (at >= a.hidden) continue;
       x[k] = load_eight(a.x_TD, row + at, SG_FP32);

@@ -298,3 +298,44 @@ def check_many_alone(library: Checked, seed: int) -> None:
         library.sg_cuda_paged_attention(ctypes.byref(args), None)
     arena.check()
     assert outs[0].tobytes() == outs[1].tobytes(), f"seed {seed}"
+
+
+def check_many_parts(library: Checked, seed: int) -> None:
+    """More parts than the loads of a merge take at once: with work memory the bits of a block that has them all."""
+    arena = Arena(library, seed)
+    rng = arena.rng
+    size, block_size, num_tokens = 8, 16, 4
+    limit = 256 * (8 + seed)  # parts
+    tables = arena.put(rng.permutation(limit // block_size).reshape(1, -1), np.int32)
+    k, v = (
+        arena.put(to_bf16(rng.standard_normal((limit // block_size, 1, block_size, size))), np.uint16) for _ in range(2)
+    )
+    q = arena.put(to_bf16(rng.standard_normal((num_tokens, 1, size))), np.uint16)
+    positions = arena.put(limit - 1 - rng.integers(0, 250, num_tokens), np.int64)
+    outs = [arena.room((num_tokens, 1, size), np.uint16) for _ in range(2)]
+    floats = library.sg_cuda_attention_work(num_tokens, 1, 1, size, limit)
+    assert floats > 0
+    for out, work in zip(outs, (None, arena.room(floats, np.float32)), strict=True):
+        args = structs.Attention(
+            q_THC=at(q),
+            k_cache=at(k),
+            v_cache=at(v),
+            block_tables_QB=at(tables),
+            seq_ids_T=at(arena.put(np.zeros(num_tokens), np.int32)),
+            positions_T=at(positions),
+            out_THC=at(out),
+            work=at(work),
+            done=at(arena.put(np.zeros(ATTENTION_ROWS), np.int32)),
+            num_alone=num_tokens,
+            num_heads=1,
+            num_kv_heads=1,
+            head_size=size,
+            block_size=block_size,
+            table_width=tables.shape[1],
+            max_positions=limit,
+            scale=0.3,
+            out_dtype=BF16,
+        )
+        library.sg_cuda_paged_attention(ctypes.byref(args), None)
+    arena.check()
+    assert outs[0].tobytes() == outs[1].tobytes(), f"seed {seed}"

@@ -79,6 +79,7 @@ CHECKS: dict[str, list[tuple[Callable[[Checked, int], None], int]]] = {  # by so
         (checks_attention.check_attention, 20),
         (checks_attention.check_attention_sizes, 4),
         (checks_attention.check_many_alone, 1),
+        (checks_attention.check_many_parts, 3),
     ],
 }
 HEADERS = {  # and the sources that show a mutant of them
