@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from switchgear import LLM, SamplingParams
+from switchgear_bench.rank_affinity import pin_ranks
 
 
 class Switchgear:
@@ -14,7 +15,8 @@ class Switchgear:
 
         self.version = version("switchgear")
         self.settings = settings
-        self._llm = LLM(model, **settings)
+        self._llm = LLM(model, **settings, bind_cpus=False)
+        pin_ranks(self._llm, settings.get("num_threads", 1))
 
     def run(self, case: dict[str, Any]) -> dict[str, Any]:
         if case["kind"] == "expert_rows":  # computed since the start, [rank][layer][expert]
