@@ -1,7 +1,7 @@
 """Ranks on CPUs of their own, also where clusters take turns on one host: `pin_ranks`.
 
 A cluster's ranks claim their CPUs (`--bind-cpus`), so of several clusters the first one has them and the others run
-anywhere, which is 3 to 8 % slower: an arm's advantage that is nobody's merit. Here all have the same CPUs.
+anywhere, and slower: an arm's advantage that is nobody's merit. Here all have the same CPUs.
 """
 
 from __future__ import annotations

@@ -176,12 +176,10 @@ def _sizes(
     if is_gpu and memory_bytes is not None:
         usable = int(memory_bytes * (engine.gpu_memory_utilization or GPU_MEMORY_UTILIZATION))
 
-    def rank_bytes(length: int, num_holders_less: int) -> RankBytes:
+    def rank_bytes(length: int, deaths: int) -> RankBytes:
         if is_gpu:
-            return on_gpu(spec, engine, num_ranks=num_ranks, survive=num_holders_less, length=length)
-        return on_host(
-            spec, engine, dtype, num_ranks=num_ranks, survive=num_holders_less, segment=segment, length=length
-        )
+            return on_gpu(spec, engine, num_ranks=num_ranks, survive=deaths, length=length)
+        return on_host(spec, engine, dtype, num_ranks=num_ranks, survive=deaths, segment=segment, length=length)
 
     longest = engine.max_model_len or spec.max_position_embeddings
     left = None

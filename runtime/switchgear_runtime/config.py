@@ -25,7 +25,7 @@ TRANSPORTS = ("auto", "shm", "gloo", "nccl", "mpi", "loopback")
 GEMM_FAMILIES = ("auto", "mma", "wgmma")
 LIBRARY_DISPATCHES = ("deepep", "nccl-ep")
 MAX_NUM_SEQS, MAX_NUM_SEQS_GPU = 64, 256  # where nothing is given; as many as small steps have room for
-# From about 1,000 tokens on a step of Qwen3-30B-A3B on an H200 takes longer for its FLOPs than for reading all experts.
+# By data sheets a step of Qwen3-30B-A3B on an H200 takes longer for its FLOPs than for reading all experts from 1,000 tokens on.
 MAX_NUM_BATCHED_TOKENS, MAX_NUM_BATCHED_TOKENS_GPU = 512, 4096
 DISPATCHES = ("auto", "flat", "hierarchical", *LIBRARY_DISPATCHES)
 

@@ -124,9 +124,8 @@ class DeviceDecoder:
             self._groups.close()
         self._recent.clear()
         self._await_default_stream(transport.rank)
-        if (
-            self._kernels.device.type == "cuda"
-        ):  # others' allocators, as CuPy's, do not get what torch's keeps for later
+        # Others' allocators, as CuPy's, do not get what torch's keeps for later.
+        if self._kernels.device.type == "cuda":
             torch.cuda.empty_cache()
         self._small.begin(small_steps_bytes(self._spec, self._config, num_ranks=transport.world_size))
         routers = [moe.router for moe in self._moes]

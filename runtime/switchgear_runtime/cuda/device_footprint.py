@@ -75,13 +75,11 @@ def device_bytes_of(
     )
 
 
-def kv_cache_bytes(
-    spec: DecoderSpec, config: EngineConfig, *, num_ranks: int, memory_bytes: int, survive: int | None = None
-) -> int:
+def kv_cache_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int, memory_bytes: int) -> int:
     """What is left of gpu_memory_utilization's part of `memory_bytes`, and no more than is of use. ConfigError where that
     is not one sequence of max_model_len, with what it takes."""
     longest = config.max_model_len or spec.max_position_embeddings
-    others = device_bytes_of(spec, config, num_ranks=num_ranks, num_positions=longest, survive=survive)
+    others = device_bytes_of(spec, config, num_ranks=num_ranks, num_positions=longest)
     part = config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION
     left = int(part * memory_bytes) - others.total
     least = footprint.kv_block_bytes(spec, "bfloat16", config.block_size)

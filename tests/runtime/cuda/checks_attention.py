@@ -268,27 +268,8 @@ def check_many_alone(library: Checked, seed: int) -> None:
     q = arena.put(to_bf16(rng.standard_normal((num_tokens, kv_heads, size))), np.uint16)
     positions = arena.put(rng.integers(limit - 60, limit, num_tokens), np.int64)
     outs = [arena.room((num_tokens, kv_heads, size), np.uint16) for _ in range(2)]
-    args = structs.Attention(
-        q_THC=at(q),
-        k_cache=at(k),
-        v_cache=at(v),
-        block_tables_QB=at(tables),
-        seq_ids_T=at(arena.put(np.zeros(num_tokens), np.int32)),
-        positions_T=at(positions),
-        out_THC=at(outs[0]),
-        work=at(arena.room(4, np.float32)),
-        done=at(arena.put(np.zeros(ATTENTION_ROWS), np.int32)),
-        num_alone=num_tokens,
-        num_heads=kv_heads,
-        num_kv_heads=kv_heads,
-        head_size=size,
-        block_size=block_size,
-        table_width=tables.shape[1],
-        max_positions=limit,
-        sliding_window=90,  # two parts at most: one for many
-        scale=0.3,
-        out_dtype=BF16,
-    )
+    args = _of_one_sequence(arena, q, k, v, tables, positions, sliding_window=90)  # two parts at most: one for many
+    args.out_THC, args.work = at(outs[0]), at(arena.room(4, np.float32))
     library.sg_cuda_paged_attention(ctypes.byref(args), None)
     for first in range(0, num_tokens, 1500):
         alone = np.arange(first, min(first + 1500, num_tokens))
@@ -316,26 +297,42 @@ def check_many_parts(library: Checked, seed: int) -> None:
     floats = library.sg_cuda_attention_work(num_tokens, 1, 1, size, limit)
     assert floats > 0
     for out, work in zip(outs, (None, arena.room(floats, np.float32)), strict=True):
-        args = structs.Attention(
-            q_THC=at(q),
-            k_cache=at(k),
-            v_cache=at(v),
-            block_tables_QB=at(tables),
-            seq_ids_T=at(arena.put(np.zeros(num_tokens), np.int32)),
-            positions_T=at(positions),
-            out_THC=at(out),
-            work=at(work),
-            done=at(arena.put(np.zeros(ATTENTION_ROWS), np.int32)),
-            num_alone=num_tokens,
-            num_heads=1,
-            num_kv_heads=1,
-            head_size=size,
-            block_size=block_size,
-            table_width=tables.shape[1],
-            max_positions=limit,
-            scale=0.3,
-            out_dtype=BF16,
-        )
+        args = _of_one_sequence(arena, q, k, v, tables, positions)
+        args.out_THC, args.work = at(out), at(work)
         library.sg_cuda_paged_attention(ctypes.byref(args), None)
     arena.check()
     assert outs[0].tobytes() == outs[1].tobytes(), f"seed {seed}"
+
+
+def _of_one_sequence(
+    arena: Arena,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    tables: np.ndarray,
+    positions: np.ndarray,
+    *,
+    sliding_window: int = 0,
+) -> structs.Attention:
+    """Of tokens that all attend alone, as many heads as KV heads; without `out_THC` and `work`."""
+    num_tokens, num_heads, size = q.shape
+    block_size = k.shape[2]
+    return structs.Attention(
+        q_THC=at(q),
+        k_cache=at(k),
+        v_cache=at(v),
+        block_tables_QB=at(tables),
+        seq_ids_T=at(arena.put(np.zeros(num_tokens), np.int32)),
+        positions_T=at(positions),
+        done=at(arena.put(np.zeros(ATTENTION_ROWS), np.int32)),
+        num_alone=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_size=size,
+        block_size=block_size,
+        table_width=tables.shape[1],
+        max_positions=block_size * tables.shape[1],
+        sliding_window=sliding_window,
+        scale=0.3,
+        out_dtype=BF16,
+    )
