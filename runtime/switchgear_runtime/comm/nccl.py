@@ -75,7 +75,7 @@ def over_nccl(control: Transport, device: torch.device, *, required: bool, timeo
         header = _GPU.pack(ranks_may_share_gpu(), gpu.identity().encode())
         met = control.all_gather(header, timeout_s=timeout_s)
         if sharing([(shares, gpu) for shares, gpu in map(_GPU.unpack, met)]) is not None:
-            from switchgear_runtime.comm.peer_memory import over_peer_memory
+            from switchgear_runtime.comm.peer_transport import over_peer_memory
 
             return over_peer_memory(control, device, timeout_s=timeout_s)
     return NcclTransport(control, gpu, nccl(), timeout_s=timeout_s)

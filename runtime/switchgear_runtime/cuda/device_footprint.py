@@ -24,7 +24,7 @@ from switchgear_runtime.moe.model_versions import LIVE_SWAPS_MAX
 from switchgear_runtime.weight_format import fp8_bytes
 
 GPU_MEMORY_UTILIZATION = 0.9  # where the settings say nothing
-PROCESS_BYTES = 2 << 30  # context, kernels, graphs, NCCL's buffers: a guess
+PROCESS_BYTES = 2 << 30  # context, kernels, graphs, NCCL's buffers or comm/peer_transport.py's inbox: a guess
 BF16 = 2
 ATTENTION_WORK_BYTES = (64 << 20) * FP32  # the most that csrc/cuda/attention.cu asks for
 _ITEMSIZE = {"f32": FP32, "bf16": BF16}

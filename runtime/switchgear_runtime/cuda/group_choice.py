@@ -15,7 +15,7 @@ from switchgear_runtime.comm.domain_transport import DomainTransport
 from switchgear_runtime.comm.nccl import Gpu
 from switchgear_runtime.comm.nccl_library import nccl
 from switchgear_runtime.comm.partition_exchange import PartitionExchange
-from switchgear_runtime.comm.peer_memory import peer_memory_over
+from switchgear_runtime.comm.peer_memory import peer_memory_between
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import LIBRARY_DISPATCHES
 from switchgear_runtime.cuda import deepep_dispatch, nccl_ep_dispatch
@@ -63,8 +63,8 @@ class GenerationGroups:
         all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
         if transport.world_size > 1:  # nobody maps the last generation's memory any more
             transport.barrier(timeout_s=timeout_s)
-        if before is not None and isinstance(before.small, PeerGroup):
-            before.small.free()
+        if before is not None:
+            before.free()
         if transport.world_size == 1:
             alone = LocalGroup(kernels, payload)
             return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
@@ -73,7 +73,7 @@ class GenerationGroups:
             group = library_group(kernels, transport, dispatch, max_pairs=max_pairs, hidden=hidden, timeout_s=timeout_s)
             return cls(rank=transport.rank, large=group, small=None)
         large = large_group(kernels, transport, payload)
-        memory = peer_memory_over(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
+        memory = peer_memory_between(transport, kernels.device, timeout_s=timeout_s) if max_tokens > 0 else None
         small = None
         if memory is not None:
             small = PeerGroup.meet(
@@ -102,6 +102,12 @@ class GenerationGroups:
         self.large.close()
         if self.small is not None and self.small is not self.large:
             self.small.close()
+
+    def free(self) -> None:
+        """Once closed, and all who are left have met in the next generation."""
+        self.large.free()
+        if self.small is not None:
+            self.small.free()
 
 
 def check_rows(dispatch: str, hidden: int) -> None:

@@ -40,3 +40,6 @@ class LocalGroup:
 
     def close(self) -> None:
         """It holds nothing."""
+
+    def free(self) -> None:
+        """Nobody maps anything."""

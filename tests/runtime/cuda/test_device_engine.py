@@ -19,11 +19,10 @@ from scheduling import make_submit
 from test_engine_equality import assert_as_alone, draw_submits
 from tiny_checkpoints import make_checkpoint, make_runner
 from tiny_cluster import Alone, Cluster, make_config, make_tiny_checkpoint, num_finished, run_cluster
+from usable_gpu import skip_without_gpu
 
 from switchgear_runtime.cuda import backend
-from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.cuda.hierarchical_dispatch import HierarchicalDispatch
-from switchgear_runtime.cuda.preflight import obstacles
 from switchgear_runtime.errors import CheckpointError, ConfigError
 from switchgear_runtime.moe.expert_map import ExpertMap
 
@@ -33,9 +32,7 @@ Lab = tuple[Path, Alone]
 @pytest.fixture(scope="module", params=["twin", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
-        found = obstacles(gather_facts(), nccl=False)
-        if found:
-            pytest.skip(f"no usable GPU: {found[0]}")
+        skip_without_gpu()
     kind: str = request.param
     return kind
 

@@ -17,12 +17,11 @@ import torch
 from test_model_version_steps import EPOCHS, STEPS_AN_EPOCH, Lab, entries_of, flip, lab, maps_of, run_alone, sequence_of
 from test_replica_choice import LENDS, steps_of
 from tiny_checkpoints import make_checkpoint, make_runner, make_sequence, run_ranks
+from usable_gpu import skip_without_gpu
 
 from switchgear_runtime.batch import Batch, ScheduledSequence
 from switchgear_runtime.comm import mapped_slabs
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.cuda.facts import gather_facts
-from switchgear_runtime.cuda.preflight import obstacles
 from switchgear_runtime.errors import ConfigError, TransportError
 from switchgear_runtime.header import Decision
 from switchgear_runtime.model_runner import ModelRunner
@@ -36,9 +35,9 @@ NUM_EXPERTS = 9
 @pytest.fixture(scope="module", params=["twin", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
-        found = obstacles(gather_facts(), nccl=False)
-        if found or find_spec("cupy") is None:
-            pytest.skip(f"no usable GPU: {found[0]}" if found else "no CuPy, and so no handles")
+        skip_without_gpu()
+        if find_spec("cupy") is None:
+            pytest.skip("no CuPy, and so no handles")
     kind: str = request.param
     return kind
 

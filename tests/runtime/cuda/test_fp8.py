@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_engine_equality import assert_as_alone, draw_submits
 from tiny_checkpoints import make_runner
 from tiny_cluster import Alone, make_tiny_checkpoint, run_cluster
+from usable_gpu import skip_without_gpu
 
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda import backend
@@ -39,6 +40,8 @@ QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dyna
 
 @pytest.fixture(params=["twin", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        skip_without_gpu()
     kind: str = request.param
     return kind
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from usable_gpu import skip_without_gpu
 
 from switchgear_runtime.cuda.backend import kernels_of
-from switchgear_runtime.cuda.facts import gather_facts
 from switchgear_runtime.cuda.graph import Graph
 from switchgear_runtime.cuda.kernels import Kernels
 from switchgear_runtime.cuda.library import DeviceError
-from switchgear_runtime.cuda.preflight import device_obstacles
 from switchgear_runtime.cuda.step_memory import CHUNK_BYTES_MIN, StepMemory
 
 
@@ -21,9 +20,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     if request.param == "twin":
         yield kernels_of("twin", 0)
         return
-    found = device_obstacles(gather_facts())
-    if found:
-        pytest.skip(f"no usable GPU: {found[0]}")
+    skip_without_gpu()
     made = kernels_of("cuda", 0)
     with made.on_stream():
         yield made

@@ -13,14 +13,13 @@ from comm_ranks import GpuRanks
 from device_messages import TIMEOUT_S, draw, exchange_and_check
 from fake_nccl import FakeNccl, HostGpu
 from tiny_checkpoints import run_ranks
+from usable_gpu import skip_without_gpu
 
 from switchgear_runtime.comm import nccl as nccl_module
 from switchgear_runtime.comm.device_exchange import DeviceExchange, HostStaged, Parts, device_exchange
 from switchgear_runtime.comm.nccl import NcclTransport, SharedGpu, check_meeting, over_nccl
 from switchgear_runtime.comm.nccl_library import Nccl, cuda_major_of
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.cuda.facts import gather_facts
-from switchgear_runtime.cuda.preflight import obstacles
 from switchgear_runtime.errors import ConfigError, TransportAborted, TransportError, TransportTimeout
 
 Make = Callable[[FakeNccl, Transport], DeviceExchange]
@@ -197,9 +196,7 @@ def test_ranks_that_share_a_gpu_need_no_nccl(gpus: tuple[str, ...], monkeypatch:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_exchanges_over_the_real_ones(kind: str, world_size: int) -> None:
     """NCCL and peer memory, by processes that share the GPU."""
-    found = obstacles(gather_facts(), nccl=True)
-    if found:
-        pytest.skip(f"no usable GPU: {found[0]}")
+    skip_without_gpu(nccl=True)
     ranks = GpuRanks(kind)
     try:
         seed = random.SystemRandom().randrange(1 << 30)

@@ -18,9 +18,7 @@ from typing import Any
 import device_rank
 import pytest
 from tiny_cluster import make_tiny_checkpoint
-
-from switchgear_runtime.cuda.facts import gather_facts
-from switchgear_runtime.cuda.preflight import obstacles
+from usable_gpu import skip_without_gpu
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 50.0  # of one number of ranks: three of them within a test's own limit
@@ -30,9 +28,7 @@ SEED = random.SystemRandom().randrange(1 << 30)
 @pytest.fixture(scope="module", params=["twin", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
-        found = obstacles(gather_facts(), nccl=False)
-        if found:
-            pytest.skip(f"no usable GPU: {found[0]}")
+        skip_without_gpu()
     kind: str = request.param
     return kind
 
