@@ -19,6 +19,7 @@ _ENGINE_SETTINGS = frozenset(
     {
         "block_size",
         "device",
+        "dispatch",
         "dtype",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",

@@ -194,6 +194,10 @@ def test_a_gpu_keeps_its_cache_in_what_is_left(big_model: Path, capsys: pytest.C
     assert numbers["pool_bytes"] - less["pool_bytes"] == numbers["survive_extra_bytes"] == 94 * 3 * less["expert_bytes"]
     _, fp8 = plan(capsys, *given, "--quantization", "fp8")
     assert fp8["kv_cache_tokens"] > 2 * numbers["kv_cache_tokens"]
+    _, library = plan(capsys, *given, "--dispatch", "deepep")
+    assert library["exchange_bytes"] == 8 * 512 * 8 * 4096 * 2  # every pair of a step of every rank
+    _, library = plan(capsys, *given, "--dispatch", "nccl-ep", "--max-num-batched-tokens", "64")
+    assert library["exchange_bytes"] == 8 * 64 * 8 * 4096 * 2 * (1 + 2 * 16)  # and in every slot, out and back
     assert main(["plan", *given]) == 0
     assert "no GPU has confirmed these sums yet" in capsys.readouterr().out
 

@@ -69,7 +69,9 @@ def device_bytes_of(
         dense=dense_bytes(spec, config.quantization, num_positions=num_positions),
         slot=slot_bytes(spec, config.quantization),
         num_slots=slots + LIVE_SWAPS_MAX,
-        exchange=exchange_bytes(spec, num_ranks=num_ranks, max_tokens=config.small_step_tokens),
+        exchange=library_bytes(spec, config, num_ranks=num_ranks)
+        if config.dispatch in LIBRARY_DISPATCHES
+        else exchange_bytes(spec, num_ranks=num_ranks, max_tokens=config.small_step_tokens),
         small_steps=small_steps_bytes(spec, config, num_ranks=num_ranks),
         step=step_bytes_bound(spec, config, num_ranks=num_ranks),
     )
@@ -144,18 +146,22 @@ def exchange_bytes(spec: DecoderSpec, *, num_ranks: int, max_tokens: int) -> int
     return headers + _up(num_ranks * pairs * _EIGHT_BYTES) + _up(num_ranks * max_tokens * row) + _up(pairs * row)
 
 
+def library_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
+    """What libraries dispatch through has room for every pair that any rank may have, on every rank; NCCL EP's even in
+    every slot, out and back."""
+    if num_ranks == 1:
+        return 0
+    buffer = num_ranks * config.max_num_batched_tokens * spec.moe.top_k * spec.hidden_size * BF16
+    slots = footprint.slots_per_layer(spec, num_ranks) if config.dispatch == "nccl-ep" else 0
+    return buffer * (1 + 2 * slots)
+
+
 def step_bytes_bound(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
     """Of a large step: every rank sends every token here, to as many of this rank's experts as it may. Loose for many
     ranks, since traffic that lopsided is an attack; a rank must live through it all the same. What a part of a layer
     held is given back before the next one."""
     parts = _parts(spec, config, config.max_num_batched_tokens, num_ranks)
-    library = _library_bytes(spec, config, num_ranks)
-    return (
-        parts.always
-        + max(parts.attention, parts.moe, parts.ffn, parts.logits)
-        + library
-        + footprint.PROMPT_LOGITS_BYTES
-    )
+    return parts.always + max(parts.attention, parts.moe, parts.ffn, parts.logits) + footprint.PROMPT_LOGITS_BYTES
 
 
 def small_steps_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
@@ -211,16 +217,6 @@ def _moe_bytes(spec: DecoderSpec, num_tokens: int, num_ranks: int) -> int:
     received = num_ranks * num_tokens * row
     pairs = num_ranks * num_tokens * moe.top_k
     return own + sent + received + pairs * (2 * row + moe.ffn * BF16 + 32)
-
-
-def _library_bytes(spec: DecoderSpec, config: EngineConfig, num_ranks: int) -> int:
-    """What libraries dispatch through has room for every pair that any rank may have, on every rank; NCCL EP's even in
-    every slot, out and back."""
-    if config.dispatch not in LIBRARY_DISPATCHES or num_ranks == 1:
-        return 0
-    buffer = num_ranks * config.max_num_batched_tokens * spec.moe.top_k * spec.hidden_size * BF16
-    slots = footprint.slots_per_layer(spec, num_ranks) if config.dispatch == "nccl-ep" else 0
-    return buffer * (1 + 2 * slots)
 
 
 def _up(num_bytes: int) -> int:
