@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from switchgear_bench.gpu_layer import DEEPSEEK, TINY, UNIFORM, Routing
+from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.rendezvous import open_transport
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.backend import kernels_of
@@ -47,7 +48,8 @@ def _run(kernels: Kernels, settings: dict[str, Any]) -> None:
         kernels,
         transport,
         RowPayload(kernels, "auto", shape.hidden),
-        before=None,
+        regions=PeerRegions(),
+        all_gone=True,
         peer_faults_R1=faults_R1,
         max_tokens=max(settings["small"]),
         top_k=shape.top_k,

@@ -380,6 +380,7 @@ class Controller:
             channel=f"{self._system.randbits(128):032x}",
             hosts=self._ranks.hosts,
             domains=self._ranks.domains,
+            leaving=bool(self._ranks.of("leaver")),
         )
         begin = BeginGeneration(self._descriptor) if in_force is None else in_force.begin(self._descriptor)
         return [SendTo(rank_id, begin) for rank_id, _ in self._ranks.of("member")]

@@ -184,9 +184,16 @@ class ModelRunner:
             self._backend.identity(), self.config, self.spec, self.checkpoint, self.dtype, forced_routing=forced
         )
 
-    def begin(self, transport: Transport, expert_map: ExpertMap, versions: ModelVersions | None = None) -> None:
+    def begin(
+        self,
+        transport: Transport,
+        expert_map: ExpertMap,
+        versions: ModelVersions | None = None,
+        *,
+        all_gone: bool = True,
+    ) -> None:
         """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays. `versions`: None:
-        the checkpoint is the only one."""
+        the checkpoint is the only one. `all_gone`: the ranks of earlier generations that are not in this one."""
         if transport.rank != self.rank:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
         self.leave()
@@ -194,7 +201,7 @@ class ModelRunner:
         versions = versions or ModelVersions()
         self._check(expert_map, versions)
         if self._device is not None:
-            self._device.begin(transport)
+            self._device.begin(transport, all_gone=all_gone)
         else:
             one_host = isinstance(transport, ShmTransport | LoopbackTransport)
             self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)

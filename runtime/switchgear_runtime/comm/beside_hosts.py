@@ -54,9 +54,6 @@ class BesideHosts:
         self._control.close()
         self._give_up()
 
-    def free(self) -> None:
-        """As DeviceExchange's; here nobody maps anything."""
-
     def stats(self) -> TransportStats:
         host = self._control.stats()
         return TransportStats(

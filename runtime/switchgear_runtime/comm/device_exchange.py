@@ -32,10 +32,6 @@ class DeviceExchange(Protocol):
         Errors as a Transport's."""
         ...
 
-    def free(self) -> None:
-        """What peers may have mapped, once the generation is over and all who are left have met in the next. Idempotent."""
-        ...
-
 
 def device_exchange(transport: Transport) -> DeviceExchange:
     """A transport's own way between devices, or else by way of the host; one rank needs neither."""
@@ -52,9 +48,6 @@ class OneRank:
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:  # noqa: ARG002
         return [Parts(data[begin:end], [0, end - begin]) for data, (begin, end) in send]
 
-    def free(self) -> None:
-        """Nobody maps anything."""
-
 
 class HostStaged:
     """Copies out of the device, exchanges over the host's transport, and copies in. On a CPU, only the latter two."""
@@ -66,9 +59,6 @@ class HostStaged:
 
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
         return [self._exchange(parts.data, parts.offsets, timeout_s) for parts in send]
-
-    def free(self) -> None:
-        """Nobody maps anything."""
 
     def _exchange(self, send: Tensor, offsets: Sequence[int], timeout_s: float) -> Parts:
         on_device = send.device.type != "cpu"

@@ -24,9 +24,6 @@ class PartitionExchange:
         received = self._exchange.exchange([self._among_all(parts) for parts in send], timeout_s=timeout_s)
         return [Parts(parts.data, self._among_members(parts.offsets)) for parts in received]
 
-    def free(self) -> None:
-        self._exchange.free()
-
     def _among_all(self, parts: Parts) -> Parts:
         """The same bytes, with empty parts for the ranks of other domains."""
         offsets, place = [parts.offsets[0]], 0

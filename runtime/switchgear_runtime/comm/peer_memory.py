@@ -5,6 +5,7 @@ STATUS: has run on no GPU yet; the tests of its users run over host memory that 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch
 from switchgear_runtime.comm.beside_hosts import BesideHosts
 from switchgear_runtime.comm.host_memory import HostPeerMemory
 from switchgear_runtime.comm.transport import Transport
+
+log = logging.getLogger(__name__)
 
 IPC_BYTES = 1 << 21  # smaller allocations may share a block, and a handle would give others what lies beside them
 ZEROED_S = 10.0
@@ -68,13 +71,21 @@ class CudaPeerMemory:
     def allocate(self, num_bytes: int) -> int:
         with torch.cuda.device(self.device):
             address = int(self._runtime.malloc(-(-num_bytes // IPC_BYTES) * IPC_BYTES))
-            self._runtime.memsetAsync(address, 0, num_bytes, torch.cuda.current_stream(self.device).cuda_stream)
-            is_done, deadline_s = self.mark(), time.monotonic() + ZEROED_S
-            while not is_done():  # before a peer can write there
-                if time.monotonic() >= deadline_s:
-                    raise TimeoutError(f"{self.device} did not clear {num_bytes} bytes within {ZEROED_S:g} s")
-                time.sleep(0.0001)
+            try:
+                self._clear(address, num_bytes)
+            except BaseException:
+                self._runtime.free(address)
+                raise
             return address
+
+    def _clear(self, address: int, num_bytes: int) -> None:
+        """Before a peer can write there."""
+        self._runtime.memsetAsync(address, 0, num_bytes, torch.cuda.current_stream(self.device).cuda_stream)
+        is_done, deadline_s = self.mark(), time.monotonic() + ZEROED_S
+        while not is_done():
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(f"{self.device} did not clear {num_bytes} bytes within {ZEROED_S:g} s")
+            time.sleep(0.0001)
 
     def free(self, address: int) -> None:
         with self._lock:
@@ -124,13 +135,25 @@ class CudaPeerMemory:
         return event.query
 
 
+def has_cupy() -> bool:
+    """Whether it can be imported, too: what is there may be of another CUDA."""
+    if find_spec("cupy") is None:
+        return False
+    try:
+        import cupy  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - whatever a broken installation raises: other ways are left
+        log.warning("CuPy is installed and cannot be imported: %s", error)
+        return False
+    return True
+
+
 def peer_memory_between(transport: Transport, device: torch.device, *, timeout_s: float) -> PeerMemory | None:
     """By which the ranks of this transport map each other's memory, if all can; all ranks decide the same."""
     control = transport.control if isinstance(transport, BesideHosts) else transport
     kind = type(control).__name__
     if device.type != "cuda":
         return HostPeerMemory() if kind.startswith(("Shm", "Loopback")) else None
-    can = kind.startswith("Shm") and find_spec("cupy") is not None and _all_are_peers(device)
+    can = kind.startswith("Shm") and has_cupy() and _all_are_peers(device)
     have = control.all_gather(bytes([can]), timeout_s=timeout_s)
     return CudaPeerMemory(device) if all(given[0] for given in have) else None
 

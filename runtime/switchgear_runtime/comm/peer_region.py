@@ -1,7 +1,8 @@
 """Memory of this rank that all ranks of a generation write to, and theirs as mapped here: `PeerRegion`.
 
-What crosses between devices without the host's doing (csrc/cuda/peer.cu) needs addresses before the first step and keeps
-them to the generation's end. Each generation has new regions: a rank that was declared dead has been seen gone by then.
+For what crosses between devices without the host's doing (csrc/cuda/peer.cu), which needs addresses before the first step
+and keeps them to the generation's end, and for the inboxes of peer_transport.py. Each generation has new regions. What
+outlives one is a rank's `PeerRegions`.
 """
 
 from __future__ import annotations
@@ -23,38 +24,35 @@ class PeerRegion:
         self.own = 0
         self.addresses: list[int] = []
 
-    @classmethod
-    def meet(cls, control: Transport, memory: PeerMemory, num_bytes: int, *, timeout_s: float) -> PeerRegion | None:
-        """A rendezvous over `control`, whose errors pass through; all ranks ask for as much. None, on all ranks, where one
+    def meet(self, control: Transport, num_bytes: int, *, timeout_s: float) -> bool:
+        """A rendezvous over `control`, whose errors pass through; all ranks ask for as much. False, on all ranks, where one
         cannot allocate or map: it has logged why."""
-        region = cls(memory, control.rank)
-        try:
-            handle = region._allocate(num_bytes)
-            told = num_bytes.to_bytes(8, "little") + handle
-            views = control.all_to_all_v([told] * control.world_size, timeout_s=timeout_s)
-            can = bool(handle) and region._map_all([bytes(view) for view in views], num_bytes)
-            # Also a barrier: nobody gives up a region that a peer is about to map.
-            if all(given[0] for given in control.all_gather(bytes([can]), timeout_s=timeout_s)):
-                return region
-        except BaseException:
-            region.close()  # peers may have mapped this rank's, which then goes with the process
-            raise
-        region.close()
+        handle = self._allocate(num_bytes)
+        told = num_bytes.to_bytes(8, "little") + handle
+        views = control.all_to_all_v([told] * control.world_size, timeout_s=timeout_s)
+        can = bool(handle) and self._map_all([bytes(view) for view in views], num_bytes)
+        # Also a barrier: nobody gives up a region that a peer is about to map.
+        if all(given[0] for given in control.all_gather(bytes([can]), timeout_s=timeout_s)):
+            return True
+        self.close()
         control.barrier(timeout_s=timeout_s)
-        region.free()
-        return None
+        self.free()
+        return False
 
     def close(self) -> None:
-        """Unmaps the others' regions, waiting for nobody, once this rank's kernels have finished. Idempotent. Its own is
-        `free`d when no peer maps it any more."""
-        for peer, address in enumerate(self.addresses):
+        """Unmaps the others' regions, waiting for nobody, once this rank's device is through with them. Idempotent. Its own
+        is `free`d when no peer maps it any more."""
+        addresses, self.addresses = self.addresses, []
+        for peer, address in enumerate(addresses):
             if peer != self._rank:
-                self._memory.unmap(address)
-        self.addresses = []
+                try:
+                    self._memory.unmap(address)
+                except Exception as error:  # noqa: BLE001 - whatever a driver raises: it stays mapped until the process ends
+                    log.warning("rank %d: the device memory of rank %d stays mapped: %s", self._rank, peer, error)
 
     def free(self) -> None:
-        """After a later rendezvous of all who are left, each of which closed its end before: to free what another process
-        still maps is undefined (CUDA, cudaIpcGetMemHandle). Idempotent."""
+        """When nobody maps it: to free what another process still maps is undefined (CUDA, cudaIpcGetMemHandle).
+        Idempotent."""
         own, self.own = self.own, 0
         if own:
             self._memory.free(own)

@@ -13,59 +13,56 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
 import torch
 
 from switchgear_runtime.comm.beside_hosts import BesideHosts, part_of
-from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.device_exchange import HostStaged, Parts
 from switchgear_runtime.comm.device_rounds import among_all
-from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
+from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory, has_cupy
 from switchgear_runtime.comm.peer_region import PeerRegion
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.errors import TransportTimeout
 
-INBOX_BYTES = 256 << 20  # larger exchanges take more rounds; cuda/device_footprint.py has room for two
+INBOX_BYTES = 256 << 20  # larger exchanges take more rounds. cuda/device_footprint.py has room for some
+BARRIER_GRACE_S = 1.0  # so that who comes last names whom it waited for
 ALIGNMENT = 256
 NUM_HALVES = 2
 
 
 def over_peer_memory(control: Transport, device: torch.device, *, timeout_s: float) -> Transport:
-    """`control` with peer memory beside it; `control` itself unless every rank has CuPy, is on this host and can map."""
+    """`control` with peer memory beside it; `control` itself unless every rank has CuPy and is on this host."""
     if not getattr(control, "is_one_host", False):
         return control
-    have = control.all_gather(bytes([find_spec("cupy") is not None]), timeout_s=timeout_s)
-    if not all(given[0] for given in have):
-        return control
-    return PeerTransport.meet(control, CudaPeerMemory(device), timeout_s=timeout_s) or control
+    have = control.all_gather(bytes([has_cupy()]), timeout_s=timeout_s)
+    return PeerTransport(control, CudaPeerMemory(device)) if all(given[0] for given in have) else control
 
 
 class PeerTransport(BesideHosts):
-    """A Transport, by `control`, and a DeviceExchange."""
+    """A Transport, by `control`, and a DeviceExchange. The first exchange makes the inboxes; whoever owns this closes and
+    frees `region`, after a failed exchange, too. Where a rank cannot map the others', rows go by way of the host."""
 
-    def __init__(self, control: Transport, memory: PeerMemory, region: PeerRegion, place_bytes: int) -> None:
-        """`place_bytes`: of an inbox, what one source may write in one half."""
+    def __init__(self, control: Transport, memory: PeerMemory, *, inbox_bytes: int = INBOX_BYTES) -> None:
         super().__init__(control)
         self._memory = memory
-        self._region = region
-        self._place_bytes = place_bytes
+        self._inbox_bytes = inbox_bytes
+        # Of an inbox, what one source may write in one half.
+        self._place_bytes = inbox_bytes // (NUM_HALVES * control.world_size * ALIGNMENT) * ALIGNMENT
+        assert self._place_bytes > 0, f"an inbox of {inbox_bytes} bytes has no room for {control.world_size} ranks"
         self._half = 0
-
-    @classmethod
-    def meet(
-        cls, control: Transport, memory: PeerMemory, *, timeout_s: float, inbox_bytes: int = INBOX_BYTES
-    ) -> PeerTransport | None:
-        """A rendezvous over `control`. None, on all ranks, as PeerRegion's."""
-        place_bytes = inbox_bytes // (NUM_HALVES * control.world_size * ALIGNMENT) * ALIGNMENT
-        assert place_bytes > 0, f"an inbox of {inbox_bytes} bytes has no room for {control.world_size} ranks"
-        region = PeerRegion.meet(control, memory, inbox_bytes, timeout_s=timeout_s)
-        return None if region is None else cls(control, memory, region, place_bytes)
+        self._has_met = False
+        self._staged: HostStaged | None = None  # where one rank could not map
+        self.region = PeerRegion(memory, control.rank)
 
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
         """As DeviceExchange. On the current stream; returns when every rank's copies have arrived."""
         deadline_s = time.monotonic() + timeout_s
         with self._giving_up():
+            if not self._has_met:
+                self._meet(timeout_s)
+            if self._staged is not None:
+                return self._staged.exchange(send, timeout_s=timeout_s)
             lengths_RRP = self._all_lengths(send, timeout_s)
             received = self._room([rows[self.rank] for rows in lengths_RRP])
             largest = max(_span(lengths) for rows in lengths_RRP for lengths in rows)
@@ -75,13 +72,15 @@ class PeerTransport(BesideHosts):
                 self._write(send, lengths_RRP[self.rank], window)
                 # Behind the copies out of the other half, too, which peers write into after the barrier.
                 self._finish(self._memory.mark(), deadline_s, timeout_s)
-                self._control.barrier(timeout_s=max(1.0, deadline_s - time.monotonic()))
+                self._control.barrier(timeout_s=max(0.0, deadline_s + BARRIER_GRACE_S - time.monotonic()))
                 self._read(received, [rows[self.rank] for rows in lengths_RRP], window)
         self._count(send, received)
         return received
 
-    def free(self) -> None:
-        self._region.free()
+    def _meet(self, timeout_s: float) -> None:
+        if not self.region.meet(self._control, self._inbox_bytes, timeout_s=timeout_s):
+            self._staged = HostStaged(self._control)
+        self._has_met = True
 
     def _all_lengths(self, send: Sequence[Parts], timeout_s: float) -> list[list[tuple[int, ...]]]:
         """[source][destination][part]: of all ranks, so that all make as many rounds."""
@@ -100,14 +99,14 @@ class PeerTransport(BesideHosts):
 
     def _write(self, send: Sequence[Parts], lengths_RP: Sequence[tuple[int, ...]], window: tuple[int, int]) -> None:
         for peer, lengths_P in enumerate(lengths_RP):
-            place = self._place(self._region.addresses[peer], self.rank)
+            place = self._place(self.region.addresses[peer], self.rank)
             for part, at, in_place, num_bytes in _pieces(lengths_P, window):
                 begin, _ = part_of(send[part], peer)
                 self._memory.copy(place + in_place, send[part].data.data_ptr() + begin + at, num_bytes)
 
     def _read(self, received: Sequence[Parts], lengths_RP: Sequence[tuple[int, ...]], window: tuple[int, int]) -> None:
         for source, lengths_P in enumerate(lengths_RP):
-            place = self._place(self._region.own, source)
+            place = self._place(self.region.own, source)
             for part, at, in_place, num_bytes in _pieces(lengths_P, window):
                 begin, _ = part_of(received[part], source)
                 self._memory.copy(received[part].data.data_ptr() + begin + at, place + in_place, num_bytes)
@@ -124,8 +123,7 @@ class PeerTransport(BesideHosts):
             time.sleep(0)
 
     def _give_up(self) -> None:
-        """Its own inbox may still be mapped by a peer that closes later: `free`d when the next generation has met."""
-        self._region.close()
+        """The region is not closed here: copies of this rank may still be under way, and kernels of its next step."""
 
 
 def _pieces(lengths_P: Sequence[int], window: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:

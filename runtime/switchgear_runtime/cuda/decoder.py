@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchgear_runtime.batch import FlatBatch
+from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.attention import DeviceBatch, RotaryTables, on_device
@@ -81,6 +82,7 @@ class DeviceDecoder:
         self.placements: DevicePlacements | None = None  # in use
         self._tables: PlacementTables | None = None
         self._groups: GenerationGroups | None = None
+        self._regions = PeerRegions()
         self._outputs: StepOutputs | None = None
         # Memory of the host that copies of the last steps may still read or write, also of steps that were given up.
         self._recent: deque[object] = deque(maxlen=NUM_COPIES)
@@ -112,16 +114,18 @@ class DeviceDecoder:
             moe.place(slots, tables)
         self.placements = placements
 
-    def begin(self, transport: Transport) -> None:
-        """A new generation. All ranks call it, after the last one's steps have ended."""
+    def begin(self, transport: Transport, *, all_gone: bool = True) -> None:
+        """A new generation. All ranks call it, after the last one's steps have ended. `all_gone`: the ranks that are in it
+        no more; what they may have mapped is kept otherwise."""
         with self._kernels.on_stream():
-            self._begin(transport)
+            self._begin(transport, all_gone)
 
-    def _begin(self, transport: Transport) -> None:
+    def _begin(self, transport: Transport, all_gone: bool) -> None:
         if self._groups is not None:  # its regions and graphs may be in use by what was given up
             self.abort()
             StepMark(self._kernels.device).wait("a generation's end", transport.rank, self._config.step_timeout_s)
             self._groups.close()
+        self._regions.close()
         self._recent.clear()
         self._await_default_stream(transport.rank)
         # Others' allocators, as CuPy's, do not get what torch's keeps for later.
@@ -141,7 +145,8 @@ class DeviceDecoder:
             self._kernels,
             transport,
             self._payload,
-            before=self._groups,
+            regions=self._regions,
+            all_gone=all_gone,
             peer_faults_R1=self._outputs.peer_faults_R1,
             max_tokens=self._small.max_tokens,
             top_k=max((router.top_k for router in routers), default=1),

@@ -24,7 +24,7 @@ from switchgear_runtime.moe.model_versions import LIVE_SWAPS_MAX
 from switchgear_runtime.weight_format import fp8_bytes
 
 GPU_MEMORY_UTILIZATION = 0.9  # where the settings say nothing
-PROCESS_BYTES = 2 << 30  # context, kernels, graphs, NCCL's buffers or comm/peer_transport.py's inbox: a guess
+PROCESS_BYTES = 2 << 30  # context, kernels, graphs, NCCL's buffers or comm/peer_transport.py's inboxes: a guess
 BF16 = 2
 ATTENTION_WORK_BYTES = (64 << 20) * FP32  # the most that csrc/cuda/attention.cu asks for
 _ITEMSIZE = {"f32": FP32, "bf16": BF16}
@@ -64,16 +64,16 @@ def device_bytes_of(
     spec: DecoderSpec, config: EngineConfig, *, num_ranks: int, num_positions: int, survive: int | None = None
 ) -> DeviceBytes:
     """`num_positions`: max_model_len. `survive`: None: the settings'."""
-    slots = footprint.pool_slots(spec, num_ranks, config.survive if survive is None else survive)
+    pool_slots = footprint.pool_slots(spec, num_ranks, config.survive if survive is None else survive)
     return DeviceBytes(
         dense=dense_bytes(spec, config.quantization, num_positions=num_positions),
         slot=slot_bytes(spec, config.quantization),
-        num_slots=slots + LIVE_SWAPS_MAX,
+        num_slots=pool_slots + LIVE_SWAPS_MAX,
         exchange=library_bytes(spec, config, num_ranks=num_ranks)
         if config.dispatch in LIBRARY_DISPATCHES
         else exchange_bytes(spec, num_ranks=num_ranks, max_tokens=config.small_step_tokens),
         small_steps=small_steps_bytes(spec, config, num_ranks=num_ranks),
-        step=step_bytes_bound(spec, config, num_ranks=num_ranks),
+        step=step_bytes_bound(spec, config, num_ranks=num_ranks, pool_slots=pool_slots),
     )
 
 
@@ -147,21 +147,22 @@ def exchange_bytes(spec: DecoderSpec, *, num_ranks: int, max_tokens: int) -> int
 
 
 def library_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
-    """What libraries dispatch through has room for every pair that any rank may have, on every rank; NCCL EP's even in
-    every slot, out and back."""
+    """What libraries dispatch through: room for every pair that any rank may have, on every rank."""
     if num_ranks == 1:
         return 0
-    buffer = num_ranks * config.max_num_batched_tokens * spec.moe.top_k * spec.hidden_size * BF16
-    slots = footprint.slots_per_layer(spec, num_ranks) if config.dispatch == "nccl-ep" else 0
-    return buffer * (1 + 2 * slots)
+    return num_ranks * config.max_num_batched_tokens * spec.moe.top_k * spec.hidden_size * BF16
 
 
-def step_bytes_bound(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:
+def step_bytes_bound(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int, pool_slots: int) -> int:
     """Of a large step: every rank sends every token here, to as many of this rank's experts as it may. Loose for many
     ranks, since traffic that lopsided is an attack; a rank must live through it all the same. What a part of a layer
     held is given back before the next one."""
     parts = _parts(spec, config, config.max_num_batched_tokens, num_ranks)
-    return parts.always + max(parts.attention, parts.moe, parts.ffn, parts.logits) + footprint.PROMPT_LOGITS_BYTES
+    moe = parts.moe
+    if config.dispatch == "nccl-ep":  # out and back, every slot of a layer has room for every pair
+        slots = min(spec.num_experts, 2 * (pool_slots // spec.num_moe_layers))  # PlacementSettings.columns
+        moe += 2 * slots * library_bytes(spec, config, num_ranks=num_ranks)
+    return parts.always + max(parts.attention, moe, parts.ffn, parts.logits) + footprint.PROMPT_LOGITS_BYTES
 
 
 def small_steps_bytes(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int) -> int:

@@ -44,9 +44,5 @@ class ExpertGroup(Protocol[Handle]):
         ...
 
     def close(self) -> None:
-        """Free what the group holds, but for what peers may still have mapped. Idempotent; never waits for peers."""
-        ...
-
-    def free(self) -> None:
-        """The rest, once it is closed and all who are left have met in the next generation. Idempotent."""
+        """Free what the group holds. Idempotent; never waits for peers."""
         ...

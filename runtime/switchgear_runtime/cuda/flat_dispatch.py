@@ -78,6 +78,3 @@ class FlatDispatch:
 
     def close(self) -> None:
         """It holds nothing: the exchange is the transport's."""
-
-    def free(self) -> None:
-        self._exchange.free()

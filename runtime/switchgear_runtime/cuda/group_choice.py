@@ -16,6 +16,9 @@ from switchgear_runtime.comm.nccl import Gpu
 from switchgear_runtime.comm.nccl_library import nccl
 from switchgear_runtime.comm.partition_exchange import PartitionExchange
 from switchgear_runtime.comm.peer_memory import peer_memory_between
+from switchgear_runtime.comm.peer_region import PeerRegion
+from switchgear_runtime.comm.peer_regions import PeerRegions
+from switchgear_runtime.comm.peer_transport import PeerTransport
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import LIBRARY_DISPATCHES
 from switchgear_runtime.cuda import deepep_dispatch, nccl_ep_dispatch
@@ -50,7 +53,8 @@ class GenerationGroups:
         transport: Transport,
         payload: RowPayload,
         *,
-        before: GenerationGroups | None,
+        regions: PeerRegions,
+        all_gone: bool,
         peer_faults_R1: Tensor,
         max_tokens: int,
         top_k: int,
@@ -59,12 +63,14 @@ class GenerationGroups:
         max_batched_tokens: int,
         timeout_s: float,
     ) -> GenerationGroups:
-        """On all ranks at once, and the same on all. `before`: the last generation's, closed, which can be freed once
-        all have come here. `dispatch`: EngineConfig's; a library takes small steps, too."""
-        if transport.world_size > 1:  # nobody maps the last generation's memory any more
+        """On all ranks at once, and the same on all. `regions`: this rank's, of ended generations closed; those are freed
+        if `all_gone`, the ranks that are not in this one. `dispatch`: EngineConfig's; a library takes small steps, too."""
+        if transport.world_size > 1:
             transport.barrier(timeout_s=timeout_s)
-        if before is not None:
-            before.free()
+        if all_gone:
+            regions.free()
+        for region in _inboxes(transport):
+            regions.add(region)
         if transport.world_size == 1:
             alone = LocalGroup(kernels, payload)
             return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
@@ -81,6 +87,7 @@ class GenerationGroups:
                 transport,
                 memory,
                 payload,
+                regions,
                 faults_R1=peer_faults_R1,
                 max_tokens=max_tokens,
                 top_k=top_k,
@@ -103,11 +110,12 @@ class GenerationGroups:
         if self.small is not None and self.small is not self.large:
             self.small.close()
 
-    def free(self) -> None:
-        """Once closed, and all who are left have met in the next generation."""
-        self.large.free()
-        if self.small is not None:
-            self.small.free()
+
+def _inboxes(transport: Transport) -> list[PeerRegion]:
+    """Of the transports that this one is made of."""
+    if isinstance(transport, DomainTransport):
+        return _inboxes(transport.world) + ([] if transport.inner is None else _inboxes(transport.inner))
+    return [transport.region] if isinstance(transport, PeerTransport) else []
 
 
 def check_rows(dispatch: str, hidden: int) -> None:

@@ -167,10 +167,6 @@ class HierarchicalDispatch:
     def close(self) -> None:
         """It holds nothing: the exchanges are the transport's."""
 
-    def free(self) -> None:
-        self._outer.free()
-        self._inner.free()
-
 
 class _Lanes:
     """This rank's gateways, one in each domain: what is for domains as what is for ranks."""

@@ -40,6 +40,3 @@ class LocalGroup:
 
     def close(self) -> None:
         """It holds nothing."""
-
-    def free(self) -> None:
-        """Nobody maps anything."""

@@ -108,9 +108,6 @@ class PairDispatch:
     def close(self) -> None:
         self._library.close()
 
-    def free(self) -> None:
-        """What peers map is the library's, and goes with the process."""
-
     def _await(self, what: str, timeout_s: float) -> None:
         watch = watch_event(self._mark())
         until_all_done(self._control, what, watch, deadline_s=time.monotonic() + timeout_s, timeout_s=timeout_s)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from switchgear_runtime.comm.peer_memory import PeerMemory
 from switchgear_runtime.comm.peer_region import PeerRegion
+from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda import structs
 from switchgear_runtime.cuda.expert_group import Received
@@ -68,6 +69,7 @@ class PeerGroup:
         control: Transport,
         memory: PeerMemory,
         payload: RowPayload,
+        regions: PeerRegions,
         *,
         faults_R1: Tensor,
         max_tokens: int,
@@ -76,7 +78,7 @@ class PeerGroup:
         timeout_s: float,
     ) -> PeerGroup | None:
         """All ranks at once; None, on all, where one cannot map the others' memory. `faults_R1`: int32 on the device,
-        zeros."""
+        zeros. `regions`: which close and free this group's."""
         device, num_ranks = kernels.device, control.world_size
         sequence = torch.ones(1, dtype=torch.int32, device=device)
         done_R = torch.zeros(num_ranks, dtype=torch.int32, device=device)
@@ -94,8 +96,9 @@ class PeerGroup:
             abort=abort.data_ptr(),
             timeout_ns=int(timeout_s * 1e9),
         )
-        region = PeerRegion.meet(control, memory, kernels.size("peer_bytes", args), timeout_s=timeout_s)
-        if region is None:
+        region = PeerRegion(memory, control.rank)
+        regions.add(region)
+        if not region.meet(control, kernels.size("peer_bytes", args), timeout_s=timeout_s):
             return None
         regions_R = torch.tensor(region.addresses, dtype=torch.int64).to(device)
         args.regions_R = regions_R.data_ptr()
@@ -161,13 +164,8 @@ class PeerGroup:
         self._abort[0] = 1
 
     def close(self) -> None:
-        """Once its kernels have finished; waits for no peer. Idempotent."""
-        self._region.close()
-
-    def free(self) -> None:
-        """As PeerRegion's."""
+        """Its memory is PeerRegions'."""
         self._rows_MX = torch.empty(0)
-        self._region.free()
 
 
 def _view(address: int, num_bytes: int, device: torch.device) -> Tensor:

@@ -114,9 +114,6 @@ class _Nowhere:
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:  # noqa: ARG002
         return [Parts(data[begin:end], [0, end - begin]) for data, (begin, end) in send]
 
-    def free(self) -> None:
-        """Nothing."""
-
 
 class Counting:
     """A DeviceExchange that counts: of each call, the bytes of each part that go to each rank."""
@@ -128,9 +125,6 @@ class Counting:
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
         self.calls.append([[end - begin for begin, end in pairwise(parts.offsets)] for parts in send])
         return self._exchange.exchange(send, timeout_s=timeout_s)
-
-    def free(self) -> None:
-        self._exchange.free()
 
 
 def _random_map(rng: np.random.Generator, num_experts: int, num_ranks: int) -> np.ndarray[Any, Any]:

@@ -23,6 +23,7 @@ from layer_run import HIDDEN, TIMEOUT_S, LayerRun, kernels
 from tiny_checkpoints import run_ranks
 
 from switchgear_runtime.comm.nccl_communicator import NcclCommunicator, start_together
+from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import LIBRARY_DISPATCHES
 from switchgear_runtime.cuda import group_choice, nccl_ep_dispatch, preflight
@@ -201,7 +202,8 @@ def test_a_generation_gets_the_library_where_there_are_ranks(
             kernels(),
             control,
             RowPayload(kernels(), "auto", 512),
-            before=None,
+            regions=PeerRegions(),
+            all_gone=True,
             peer_faults_R1=torch.zeros(num_ranks + 1, dtype=torch.int32),
             max_tokens=8,
             top_k=2,

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,8 @@ from layer_run import HIDDEN, kernels, payload
 from tiny_checkpoints import run_ranks
 
 from switchgear_runtime.comm.device_exchange import Parts
+from switchgear_runtime.comm.peer_region import PeerRegion
+from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.peer_transport import ALIGNMENT, PeerTransport, over_peer_memory
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.group_choice import GenerationGroups
@@ -93,8 +96,7 @@ def test_exchanges_arrive_whole(world_size: int, inbox_bytes: int) -> None:
     all_closed = threading.Barrier(world_size)
 
     def run(rank: int, control: Transport) -> int:
-        transport = PeerTransport.meet(control, memories[rank], timeout_s=TIMEOUT_S, inbox_bytes=inbox_bytes)
-        assert transport is not None
+        transport = PeerTransport(control, memories[rank], inbox_bytes=inbox_bytes)
         (nothing,) = transport.exchange(
             [Parts(torch.empty(0, dtype=torch.uint8), [0] * (world_size + 1))], timeout_s=1.0
         )
@@ -113,9 +115,11 @@ def test_exchanges_arrive_whole(world_size: int, inbox_bytes: int) -> None:
         transport.close()
         transport.close()
         assert (memories[rank].num_allocations, memories[rank].num_frees) == (1, 0)
+        transport.region.close()
+        transport.region.close()
         all_closed.wait(TIMEOUT_S)  # as in the next generation
-        transport.free()
-        transport.free()
+        transport.region.free()
+        transport.region.free()
         assert (memories[rank].num_allocations, memories[rank].num_frees) == (1, 1)
         return crossed
 
@@ -128,8 +132,7 @@ def test_an_own_gpu_that_never_finishes() -> None:
     memories = [FakePeerMemory(everything) for _ in range(2)]
 
     def run(rank: int, control: Transport) -> None:
-        transport = PeerTransport.meet(control, memories[rank], timeout_s=TIMEOUT_S, inbox_bytes=1 << 16)
-        assert transport is not None
+        transport = PeerTransport(control, memories[rank], inbox_bytes=1 << 16)
         data, offsets = draw(3, 0, rank, 2, 0)
         transport.exchange([Parts(data, offsets)], timeout_s=TIMEOUT_S)
         memories[rank].is_stuck = rank == 1
@@ -140,24 +143,40 @@ def test_an_own_gpu_that_never_finishes() -> None:
         else:
             with pytest.raises(TransportAborted, match="stuck"):
                 transport.exchange([Parts(data, offsets)], timeout_s=TIMEOUT_S)
+        assert memories[rank].mapped  # copies may be under way
+        transport.region.close()
         assert not memories[rank].mapped
 
     run_ranks(2, run)
 
 
-def test_the_next_generation_frees_the_inboxes_of_the_last() -> None:
-    everything: dict[int, Allocation] = {}
-    memories = [FakePeerMemory(everything) for _ in range(2)]
+class Generations:
+    """Of three ranks with inboxes, one after the other, as DeviceDecoder has them; some are given up."""
 
-    def run(rank: int, control: Transport, before: GenerationGroups | None) -> GenerationGroups:
-        transport = PeerTransport.meet(control, memories[rank], timeout_s=TIMEOUT_S, inbox_bytes=1 << 16)
-        assert transport is not None
+    def __init__(self) -> None:
+        everything: dict[int, Allocation] = {}
+        self.memories = [FakePeerMemory(everything) for _ in range(3)]
+        self.regions = [PeerRegions() for _ in range(3)]
+
+    def run(self, num_ranks: int, *, all_gone: bool = True, fails: bool = False) -> None:
+        def run(rank: int, control: Transport) -> None:
+            transport = PeerTransport(control, self.memories[rank], inbox_bytes=1 << 16)
+            self.regions[rank].close()
+            with suppress(TransportAborted) if fails else nullcontext():
+                self._run(rank, transport, all_gone=all_gone, fails=fails)
+            transport.close()
+
+        run_ranks(num_ranks, run)
+
+    def _run(self, rank: int, transport: PeerTransport, *, all_gone: bool, fails: bool) -> None:
+        num_ranks = transport.world_size
         groups = GenerationGroups.of(
             kernels(),
             transport,
             payload(),
-            before=before,
-            peer_faults_R1=torch.zeros(3, dtype=torch.int32),
+            regions=self.regions[rank],
+            all_gone=all_gone,
+            peer_faults_R1=torch.zeros(num_ranks + 1, dtype=torch.int32),
             max_tokens=0,
             top_k=1,
             hidden=HIDDEN,
@@ -165,14 +184,36 @@ def test_the_next_generation_frees_the_inboxes_of_the_last() -> None:
             max_batched_tokens=8,
             timeout_s=TIMEOUT_S,
         )
+        if fails and rank == 0:
+            transport.abort("as if it had died")
+        transport.exchange([Parts(*draw(3, 0, rank, num_ranks, 0))], timeout_s=TIMEOUT_S)
         transport.barrier(timeout_s=TIMEOUT_S)
         groups.close()
-        transport.close()
-        return groups
 
-    first = run_ranks(2, lambda rank, control: run(rank, control, None))
-    run_ranks(2, lambda rank, control: run(rank, control, first[rank]))
-    assert [(memory.num_allocations, memory.num_frees) for memory in memories] == [(2, 1)] * 2
+    def held(self) -> list[int]:
+        return [memory.num_allocations - memory.num_frees for memory in self.memories]
+
+
+def test_the_next_generation_frees_what_the_last_ones_held() -> None:
+    generations = Generations()
+    generations.run(3)
+    assert generations.held() == [1, 1, 1]
+    generations.run(3)
+    assert generations.held() == [1, 1, 1]
+    for _ in range(3):
+        generations.run(3, fails=True)
+    generations.run(3)
+    assert generations.held() == [1, 1, 1]
+
+
+def test_what_one_who_leaves_may_map_is_kept_until_it_is_gone() -> None:
+    generations = Generations()
+    generations.run(3)
+    generations.run(2, all_gone=False)  # the third still maps both
+    assert generations.held() == [2, 2, 1]
+    generations.regions[2].close()  # it ends
+    generations.run(2)
+    assert generations.held() == [1, 1, 1]
 
 
 def test_memory_that_one_rank_lacks_leaves_all_without() -> None:
@@ -185,11 +226,29 @@ def test_memory_that_one_rank_lacks_leaves_all_without() -> None:
     memories[1].allocate = refuse  # type: ignore[method-assign]
 
     def run(rank: int, control: Transport) -> None:
-        assert PeerTransport.meet(control, memories[rank], timeout_s=TIMEOUT_S) is None
+        transport = PeerTransport(control, memories[rank])
+        exchange_and_check(transport, rank, 3, seed=5)  # by way of the host
         assert (memories[rank].num_allocations, memories[rank].num_frees) == ((0, 0) if rank == 1 else (1, 1))
 
     run_ranks(3, run)
     assert not any(memory.mapped for memory in memories)
+
+
+def test_what_a_driver_does_not_unmap_stops_nobody() -> None:
+    everything: dict[int, Allocation] = {}
+    memories = [FakePeerMemory(everything) for _ in range(2)]
+
+    def refuse(_address: int) -> None:
+        raise RuntimeError("no context")
+
+    def run(rank: int, control: Transport) -> None:
+        region = PeerRegion(memories[rank], rank)
+        assert region.meet(control, 1 << 10, timeout_s=TIMEOUT_S)
+        memories[rank].unmap = refuse  # type: ignore[method-assign]
+        region.close()
+        region.close()
+
+    run_ranks(2, run)
 
 
 def test_only_where_all_ranks_share_a_host() -> None:
