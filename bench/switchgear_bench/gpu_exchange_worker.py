@@ -49,7 +49,7 @@ def _run(kernels: Kernels, settings: dict[str, Any]) -> None:
         transport,
         RowPayload(kernels, "auto", shape.hidden),
         regions=PeerRegions(),
-        all_gone=True,
+        descriptor=None,
         peer_faults_R1=faults_R1,
         max_tokens=max(settings["small"]),
         top_k=shape.top_k,

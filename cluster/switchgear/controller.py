@@ -366,6 +366,7 @@ class Controller:
     def _begin(self) -> list[Action]:
         if not self._term.held():
             return self._give_up(f"another controller took over from term {self._term.number}; this one steps down")
+        left_in = self._ranks.left_in(self._generation)
         self._generation += 1
         self._phase, self._deadline_s = "begun", self._system.now() + self._start_timeout_s
         self._faults, self._verdict, self._woken_step = [], None, None
@@ -380,7 +381,7 @@ class Controller:
             channel=f"{self._system.randbits(128):032x}",
             hosts=self._ranks.hosts,
             domains=self._ranks.domains,
-            leaving=bool(self._ranks.of("leaver")),
+            left_in=left_in,
         )
         begin = BeginGeneration(self._descriptor) if in_force is None else in_force.begin(self._descriptor)
         return [SendTo(rank_id, begin) for rank_id, _ in self._ranks.of("member")]

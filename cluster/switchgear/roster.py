@@ -27,6 +27,7 @@ class RankLife:
     lost_link: str | None = None
     entered: bool = False  # sent a frame of the current generation
     parked_step: int | None = None
+    left_in: int | None = None  # the generation that a leaver was in last
     faulted: bool = False  # left the current generation by a fault, so it is alive
 
     def missed(self, start_timeout_s: float) -> str:
@@ -85,6 +86,13 @@ class Roster:
         if not any(hello.domain for hello in hellos):
             return ()
         return tuple(hello.domain or hello.host for hello in hellos)
+
+    def left_in(self, generation: int) -> int | None:
+        """The earliest that a leaver was in last; of those that have left since `generation` began, that one."""
+        leavers = [life for _, life in self.of("leaver")]
+        for life in leavers:
+            life.left_in = generation if life.left_in is None else life.left_in
+        return min((life.left_in for life in leavers if life.left_in is not None), default=None)
 
     @property
     def joined(self) -> list[int]:

@@ -13,8 +13,8 @@ class GenerationDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     `term` is the controller's (won by compare-and-swap in a store), `generation` rises by one for each new group, `channel` is a
     fresh, unguessable name for the transport's rendezvous, so that a late rank of an old generation finds nothing to write to.
     `hosts`: where each rank is, by a name that ranks of one host share; empty: all on one host. `domains`: the same for
-    fast links between devices, which may join several hosts or part of one; empty: a domain is a host. `leaving`: ranks of
-    earlier generations were told to leave, and have not been seen gone.
+    fast links between devices, which may join several hosts or part of one; empty: a domain is a host. `left_in`: of ranks
+    that were told to leave and have not been seen gone, the earliest generation that one was in last; None: there are none.
     """
 
     term: int
@@ -24,7 +24,12 @@ class GenerationDescriptor(msgspec.Struct, frozen=True, kw_only=True):
     channel: str
     hosts: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
-    leaving: bool = False
+    left_in: int | None = None
+
+    @property
+    def settled(self) -> int:
+        """All ranks of earlier generations have been in this one, or are gone."""
+        return self.generation if self.left_in is None else self.left_in
 
     @property
     def domain_names(self) -> tuple[str, ...]:

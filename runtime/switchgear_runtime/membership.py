@@ -106,7 +106,7 @@ class Membership:
         transport = self._open_transport(descriptor)
         digest = digest_of(expert_map, versions)
         self.group = Group(descriptor, transport, expert_map, versions, digest, last_epoch=expert_map.epoch)
-        self._runner.begin(transport, expert_map, versions, all_gone=not descriptor.leaving)
+        self._runner.begin(transport, expert_map, versions, descriptor)
         self._runner.meet(timeout_s=self._start_timeout_s)
         if self._open_peers is not None:
             self.group.peers = self._open_peers(descriptor)

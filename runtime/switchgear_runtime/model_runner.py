@@ -23,6 +23,7 @@ from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.config import LIBRARY_DISPATCHES, EngineConfig
 from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision
 from switchgear_runtime.kv_cache import block_num_bytes, max_model_len, num_blocks_in
 from switchgear_runtime.launched_step import DeviceLaunch, prompt_chunks
@@ -189,11 +190,10 @@ class ModelRunner:
         transport: Transport,
         expert_map: ExpertMap,
         versions: ModelVersions | None = None,
-        *,
-        all_gone: bool = True,
+        descriptor: GenerationDescriptor | None = None,
     ) -> None:
         """A new generation (and perhaps epoch): loads the experts this rank lacks; the KV cache stays. `versions`: None:
-        the checkpoint is the only one. `all_gone`: the ranks of earlier generations that are not in this one."""
+        the checkpoint is the only one. `descriptor`: None: memory that peers of earlier generations mapped is kept."""
         if transport.rank != self.rank:
             raise ConfigError(f"the transport of rank {transport.rank} was given to rank {self.rank}")
         self.leave()
@@ -201,7 +201,7 @@ class ModelRunner:
         versions = versions or ModelVersions()
         self._check(expert_map, versions)
         if self._device is not None:
-            self._device.begin(transport, all_gone=all_gone)
+            self._device.begin(transport, descriptor)
         else:
             one_host = isinstance(transport, ShmTransport | LoopbackTransport)
             self.lends = self._builder.lend(self.replica_choice.lends and one_host and self.world_size > 1)
@@ -222,7 +222,8 @@ class ModelRunner:
     def leave(self) -> None:
         """The generation is over: lets go of the other ranks' memory, also of those that are dead."""
         self.lends = False
-        self.abandon()
+        if self._device is not None:
+            self._device.leave()
         if self._peers is not None:
             self._peers.close()
 

@@ -40,15 +40,12 @@ class PeerRegion:
         return False
 
     def close(self) -> None:
-        """Unmaps the others' regions, waiting for nobody, once this rank's device is through with them. Idempotent. Its own
-        is `free`d when no peer maps it any more."""
-        addresses, self.addresses = self.addresses, []
-        for peer, address in enumerate(addresses):
-            if peer != self._rank:
-                try:
-                    self._memory.unmap(address)
-                except Exception as error:  # noqa: BLE001 - whatever a driver raises: it stays mapped until the process ends
-                    log.warning("rank %d: the device memory of rank %d stays mapped: %s", self._rank, peer, error)
+        """Unmaps the others' regions, waiting for nobody, once this rank's device is through with them. Its own is `free`d
+        when no peer maps it any more. Idempotent; what the driver raises passes through, and may be tried again."""
+        while self.addresses:
+            if len(self.addresses) - 1 != self._rank:
+                self._memory.unmap(self.addresses[-1])
+            self.addresses.pop()
 
     def free(self) -> None:
         """When nobody maps it: to free what another process still maps is undefined (CUDA, cudaIpcGetMemHandle).

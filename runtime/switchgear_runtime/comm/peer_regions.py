@@ -1,14 +1,15 @@
 """All regions of one rank, of all its generations: `PeerRegions`.
 
 A region is here before it is allocated, so that a generation which fails, in its rendezvous or later, leaves nothing
-behind. Freed is what ended before the present generation, whose members have all unmapped it by the time they have met.
-Ranks that are in it no more have died, and were seen gone, or were told to leave and may still map it: then it waits for
-a generation after they have gone.
+behind. Once the ranks of a generation have met, each has unmapped what ended before. Of those that are in it no more, the
+dead were seen gone; one that was told to leave may still run and map the regions of the generation that it was in last,
+so these wait for a generation that begins when it is gone.
 """
 
 from __future__ import annotations
 
 from switchgear_runtime.comm.peer_region import PeerRegion
+from switchgear_runtime.generation import GenerationDescriptor
 
 
 class PeerRegions:
@@ -16,17 +17,24 @@ class PeerRegions:
 
     def __init__(self) -> None:
         self._regions: list[PeerRegion] = []
+        self._kept: list[tuple[int, PeerRegion]] = []  # with the generation in which all that map it have met since
 
     def add(self, region: PeerRegion) -> None:
         self._regions.append(region)
 
     def close(self) -> None:
-        """At a generation's end, once this rank's device is through with it; waits for no peer."""
+        """At a generation's end, once this rank's device is through with it; waits for no peer. As PeerRegion's."""
         for region in self._regions:
             region.close()
 
-    def free(self) -> None:
-        """When all ranks of the next have met, each of which has called `close`, and nobody else is left."""
-        for region in self._regions:
-            region.free()
+    def free(self, descriptor: GenerationDescriptor | None) -> None:
+        """When all ranks of a generation have met, each of which has called `close` before. None: who knows who is left;
+        everything is kept."""
+        if descriptor is None:
+            return
+        ended = [*self._kept, *((descriptor.generation, region) for region in self._regions)]
+        self._kept = [(generation, region) for generation, region in ended if generation > descriptor.settled]
         self._regions = []
+        for generation, region in ended:
+            if generation <= descriptor.settled:
+                region.free()

@@ -40,8 +40,8 @@ def over_peer_memory(control: Transport, device: torch.device, *, timeout_s: flo
 
 
 class PeerTransport(BesideHosts):
-    """A Transport, by `control`, and a DeviceExchange. The first exchange makes the inboxes; whoever owns this closes and
-    frees `region`, after a failed exchange, too. Where a rank cannot map the others', rows go by way of the host."""
+    """A Transport, by `control`, and a DeviceExchange. `meet`, or the first exchange, makes the inboxes; whoever owns this
+    closes and frees `region`, after an error, too. Where a rank cannot map the others', rows go by way of the host."""
 
     def __init__(self, control: Transport, memory: PeerMemory, *, inbox_bytes: int = INBOX_BYTES) -> None:
         super().__init__(control)
@@ -55,12 +55,18 @@ class PeerTransport(BesideHosts):
         self._staged: HostStaged | None = None  # where one rank could not map
         self.region = PeerRegion(memory, control.rank)
 
+    def meet(self, *, timeout_s: float) -> None:
+        """All ranks at once. Idempotent."""
+        with self._giving_up():
+            if not self._has_met and not self.region.meet(self._control, self._inbox_bytes, timeout_s=timeout_s):
+                self._staged = HostStaged(self._control)
+        self._has_met = True
+
     def exchange(self, send: Sequence[Parts], *, timeout_s: float) -> list[Parts]:
         """As DeviceExchange. On the current stream; returns when every rank's copies have arrived."""
+        self.meet(timeout_s=timeout_s)
         deadline_s = time.monotonic() + timeout_s
         with self._giving_up():
-            if not self._has_met:
-                self._meet(timeout_s)
             if self._staged is not None:
                 return self._staged.exchange(send, timeout_s=timeout_s)
             lengths_RRP = self._all_lengths(send, timeout_s)
@@ -76,11 +82,6 @@ class PeerTransport(BesideHosts):
                 self._read(received, [rows[self.rank] for rows in lengths_RRP], window)
         self._count(send, received)
         return received
-
-    def _meet(self, timeout_s: float) -> None:
-        if not self.region.meet(self._control, self._inbox_bytes, timeout_s=timeout_s):
-            self._staged = HostStaged(self._control)
-        self._has_met = True
 
     def _all_lengths(self, send: Sequence[Parts], timeout_s: float) -> list[list[tuple[int, ...]]]:
         """[source][destination][part]: of all ranks, so that all make as many rounds."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 
 import torch
 
 from switchgear_runtime import ops
 from switchgear_runtime.comm.host_memory import HostPeerMemory
-from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory
+from switchgear_runtime.comm.peer_memory import CudaPeerMemory, PeerMemory, has_cupy
 from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.cuda.decoder import DeviceDecoder
 from switchgear_runtime.cuda.device_footprint import kv_cache_bytes
@@ -94,8 +93,8 @@ def peer_memory_of(device: torch.device) -> PeerMemory | None:
     """Whose allocations other ranks can map; None on a GPU without CuPy."""
     if device.type != "cuda":
         return HostPeerMemory()
-    if find_spec("cupy") is None:
-        log.warning("CuPy is not installed, so ranks lend no experts and pull none out of each other's memory: %s", FIX)
+    if not has_cupy():
+        log.warning("there is no CuPy, so ranks lend no experts and pull none out of each other's memory: %s", FIX)
         return None
     return CudaPeerMemory(device)
 

@@ -10,6 +10,7 @@ Letters: T tokens, D hidden, S sampling rows, V vocabulary, L MoE layers, E expe
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,11 +43,16 @@ from switchgear_runtime.cuda.step_inputs import InputShape, StepInputs
 from switchgear_runtime.cuda.step_memory import StepMemory
 from switchgear_runtime.cuda.step_outputs import NUM_COPIES, StepOutputs
 from switchgear_runtime.cuda.supported import check_supported
+from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.model.decoder import Decoder
 from switchgear_runtime.model.spec import DecoderSpec
 from switchgear_runtime.moe.layer_placement import LayerPlacement
 from switchgear_runtime.moe.load import TENANTS_MAX, StepTenants
 from switchgear_runtime.sequence import Sequence as TokenSequence
+
+LEAVE_WAIT_S = 2.0  # for this rank's own device, whose kernels may still use what is about to be unmapped
+
+log = logging.getLogger(__name__)
 
 
 class DeviceDecoder:
@@ -114,13 +120,26 @@ class DeviceDecoder:
             moe.place(slots, tables)
         self.placements = placements
 
-    def begin(self, transport: Transport, *, all_gone: bool = True) -> None:
-        """A new generation. All ranks call it, after the last one's steps have ended. `all_gone`: the ranks that are in it
-        no more; what they may have mapped is kept otherwise."""
+    def begin(self, transport: Transport, descriptor: GenerationDescriptor | None = None) -> None:
+        """A new generation. All ranks call it, after the last one's steps have ended. `descriptor`: as PeerRegions.free has it."""
         with self._kernels.on_stream():
-            self._begin(transport, all_gone)
+            self._begin(transport, descriptor)
 
-    def _begin(self, transport: Transport, all_gone: bool) -> None:
+    def leave(self) -> None:
+        """The generation is over: nothing waits for its peers any more, and their memory is let go of, so that it is free
+        where one of them has died. Idempotent. A device that does not come to an end is `begin`'s to report."""
+        self.abort()
+        if self._groups is None:
+            return
+        with self._kernels.on_stream():
+            mark = StepMark(self._kernels.device)
+        try:
+            mark.wait("a generation's end", self._groups.rank, LEAVE_WAIT_S)
+            self._regions.close()
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises: a rank leaves all the same
+            log.warning("the memory of this rank's peers stays mapped for now: %s", error)
+
+    def _begin(self, transport: Transport, descriptor: GenerationDescriptor | None) -> None:
         if self._groups is not None:  # its regions and graphs may be in use by what was given up
             self.abort()
             StepMark(self._kernels.device).wait("a generation's end", transport.rank, self._config.step_timeout_s)
@@ -146,7 +165,7 @@ class DeviceDecoder:
             transport,
             self._payload,
             regions=self._regions,
-            all_gone=all_gone,
+            descriptor=descriptor,
             peer_faults_R1=self._outputs.peer_faults_R1,
             max_tokens=self._small.max_tokens,
             top_k=max((router.top_k for router in routers), default=1),

@@ -160,7 +160,8 @@ def step_bytes_bound(spec: DecoderSpec, config: EngineConfig, *, num_ranks: int,
     parts = _parts(spec, config, config.max_num_batched_tokens, num_ranks)
     moe = parts.moe
     if config.dispatch == "nccl-ep":  # out and back, every slot of a layer has room for every pair
-        slots = min(spec.num_experts, 2 * (pool_slots // spec.num_moe_layers))  # PlacementSettings.columns
+        columns = min(spec.num_experts, 2 * (pool_slots // spec.num_moe_layers))  # PlacementSettings'
+        slots = columns + LIVE_SWAPS_MAX
         moe += 2 * slots * library_bytes(spec, config, num_ranks=num_ranks)
     return parts.always + max(parts.attention, moe, parts.ffn, parts.logits) + footprint.PROMPT_LOGITS_BYTES
 

@@ -16,7 +16,6 @@ from switchgear_runtime.comm.nccl import Gpu
 from switchgear_runtime.comm.nccl_library import nccl
 from switchgear_runtime.comm.partition_exchange import PartitionExchange
 from switchgear_runtime.comm.peer_memory import peer_memory_between
-from switchgear_runtime.comm.peer_region import PeerRegion
 from switchgear_runtime.comm.peer_regions import PeerRegions
 from switchgear_runtime.comm.peer_transport import PeerTransport
 from switchgear_runtime.comm.transport import Transport
@@ -33,6 +32,7 @@ from switchgear_runtime.cuda.pair_dispatch import PairDispatch, PairLibrary
 from switchgear_runtime.cuda.peer_group import PeerGroup
 from switchgear_runtime.cuda.row_payload import RowPayload
 from switchgear_runtime.errors import ConfigError
+from switchgear_runtime.generation import GenerationDescriptor
 
 _HIDDEN_MULTIPLES = {"deepep": deepep_dispatch.HIDDEN_MULTIPLE, "nccl-ep": nccl_ep_dispatch.HIDDEN_MULTIPLE}
 
@@ -54,7 +54,7 @@ class GenerationGroups:
         payload: RowPayload,
         *,
         regions: PeerRegions,
-        all_gone: bool,
+        descriptor: GenerationDescriptor | None,
         peer_faults_R1: Tensor,
         max_tokens: int,
         top_k: int,
@@ -63,14 +63,14 @@ class GenerationGroups:
         max_batched_tokens: int,
         timeout_s: float,
     ) -> GenerationGroups:
-        """On all ranks at once, and the same on all. `regions`: this rank's, of ended generations closed; those are freed
-        if `all_gone`, the ranks that are not in this one. `dispatch`: EngineConfig's; a library takes small steps, too."""
+        """On all ranks at once, and the same on all. `regions`: this rank's, closed; those of ended generations are freed, as
+        `descriptor` allows. `dispatch`: EngineConfig's; a library takes small steps, too."""
         if transport.world_size > 1:
             transport.barrier(timeout_s=timeout_s)
-        if all_gone:
-            regions.free()
-        for region in _inboxes(transport):
-            regions.add(region)
+        regions.free(descriptor)
+        for part in _peer_transports(transport):
+            regions.add(part.region)
+            part.meet(timeout_s=timeout_s)
         if transport.world_size == 1:
             alone = LocalGroup(kernels, payload)
             return cls(rank=0, large=alone, small=alone if max_tokens > 0 else None)
@@ -111,11 +111,12 @@ class GenerationGroups:
             self.small.close()
 
 
-def _inboxes(transport: Transport) -> list[PeerRegion]:
-    """Of the transports that this one is made of."""
+def _peer_transports(transport: Transport) -> list[PeerTransport]:
+    """Of those that this one is made of."""
     if isinstance(transport, DomainTransport):
-        return _inboxes(transport.world) + ([] if transport.inner is None else _inboxes(transport.inner))
-    return [transport.region] if isinstance(transport, PeerTransport) else []
+        inner = [] if transport.inner is None else _peer_transports(transport.inner)
+        return _peer_transports(transport.world) + inner
+    return [transport] if isinstance(transport, PeerTransport) else []
 
 
 def check_rows(dispatch: str, hidden: int) -> None:

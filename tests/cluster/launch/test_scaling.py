@@ -58,7 +58,7 @@ def test_leavers_are_vacated_before_the_next_generation_and_gone_before_it_is_do
     ]
     assert begun(actions) == [0, 1]
     assert vacate < min(actions.index(action) for action in of(SendTo, actions))
-    assert rig.controller.descriptor.leaving
+    assert (rig.controller.descriptor.left_in, rig.controller.descriptor.settled) == (1, 1)
     assert [type(action) for action in enter(rig, 2)] == [Ready]
     with pytest.raises(RequestError, match="is being scaled to 2 ranks") as caught:
         rig.controller.scale(3)
@@ -68,7 +68,8 @@ def test_leavers_are_vacated_before_the_next_generation_and_gone_before_it_is_do
     assert rig.controller.on_exit(2, "ended with status 0") == [Forget(2), Scaled(2)]
     assert rig.controller.scale(3) == [StartRank(2)]
     rig.hello(2)
-    assert (rig.controller.descriptor.world_size, rig.controller.descriptor.leaving) == (3, False)
+    assert (rig.controller.descriptor.world_size, rig.controller.descriptor.left_in) == (3, None)
+    assert rig.controller.descriptor.settled == rig.controller.descriptor.generation == 3
 
 
 def test_a_leaver_that_stays_is_killed() -> None:

@@ -203,7 +203,7 @@ def test_a_generation_gets_the_library_where_there_are_ranks(
             control,
             RowPayload(kernels(), "auto", 512),
             regions=PeerRegions(),
-            all_gone=True,
+            descriptor=None,
             peer_faults_R1=torch.zeros(num_ranks + 1, dtype=torch.int32),
             max_tokens=8,
             top_k=2,

@@ -23,6 +23,7 @@ from switchgear_runtime.comm.peer_transport import ALIGNMENT, PeerTransport, ove
 from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda.group_choice import GenerationGroups
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
+from switchgear_runtime.generation import GenerationDescriptor
 
 GARBAGE = 0xDB
 LOCK = threading.Lock()
@@ -157,25 +158,31 @@ class Generations:
         everything: dict[int, Allocation] = {}
         self.memories = [FakePeerMemory(everything) for _ in range(3)]
         self.regions = [PeerRegions() for _ in range(3)]
+        self.number = 0
 
-    def run(self, num_ranks: int, *, all_gone: bool = True, fails: bool = False) -> None:
+    def run(self, num_ranks: int, *, left_in: int | None = None, fails: bool = False) -> None:
+        self.number += 1
+        descriptor = GenerationDescriptor(
+            term=1, generation=self.number, world_size=num_ranks, epoch=0, channel="", left_in=left_in
+        )
+
         def run(rank: int, control: Transport) -> None:
             transport = PeerTransport(control, self.memories[rank], inbox_bytes=1 << 16)
             self.regions[rank].close()
             with suppress(TransportAborted) if fails else nullcontext():
-                self._run(rank, transport, all_gone=all_gone, fails=fails)
+                self._run(rank, transport, descriptor, fails=fails)
             transport.close()
 
         run_ranks(num_ranks, run)
 
-    def _run(self, rank: int, transport: PeerTransport, *, all_gone: bool, fails: bool) -> None:
+    def _run(self, rank: int, transport: PeerTransport, descriptor: GenerationDescriptor, *, fails: bool) -> None:
         num_ranks = transport.world_size
         groups = GenerationGroups.of(
             kernels(),
             transport,
             payload(),
             regions=self.regions[rank],
-            all_gone=all_gone,
+            descriptor=descriptor,
             peer_faults_R1=torch.zeros(num_ranks + 1, dtype=torch.int32),
             max_tokens=0,
             top_k=1,
@@ -209,11 +216,24 @@ def test_the_next_generation_frees_what_the_last_ones_held() -> None:
 def test_what_one_who_leaves_may_map_is_kept_until_it_is_gone() -> None:
     generations = Generations()
     generations.run(3)
-    generations.run(2, all_gone=False)  # the third still maps both
+    generations.run(2, left_in=1)  # the third still maps both
     assert generations.held() == [2, 2, 1]
+    generations.run(2, left_in=1)
+    assert generations.held() == [3, 3, 1]
     generations.regions[2].close()  # it ends
     generations.run(2)
     assert generations.held() == [1, 1, 1]
+
+
+def test_what_one_who_leaves_has_closed_itself_is_freed() -> None:
+    generations = Generations()
+    generations.run(3)
+    generations.run(3)
+    generations.run(2, left_in=2)  # the first's are unmapped since the second began
+    assert generations.held() == [2, 2, 1]
+    generations.regions[2].close()
+    generations.run(1, left_in=3)  # another one leaves
+    assert generations.held() == [2, 2, 1]
 
 
 def test_memory_that_one_rank_lacks_leaves_all_without() -> None:
@@ -234,7 +254,7 @@ def test_memory_that_one_rank_lacks_leaves_all_without() -> None:
     assert not any(memory.mapped for memory in memories)
 
 
-def test_what_a_driver_does_not_unmap_stops_nobody() -> None:
+def test_what_a_driver_does_not_unmap_is_tried_again() -> None:
     everything: dict[int, Allocation] = {}
     memories = [FakePeerMemory(everything) for _ in range(2)]
 
@@ -244,9 +264,12 @@ def test_what_a_driver_does_not_unmap_stops_nobody() -> None:
     def run(rank: int, control: Transport) -> None:
         region = PeerRegion(memories[rank], rank)
         assert region.meet(control, 1 << 10, timeout_s=TIMEOUT_S)
-        memories[rank].unmap = refuse  # type: ignore[method-assign]
+        unmap, memories[rank].unmap = memories[rank].unmap, refuse  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="no context"):
+            region.close()
+        memories[rank].unmap = unmap  # type: ignore[method-assign]
         region.close()
-        region.close()
+        assert not memories[rank].mapped
 
     run_ranks(2, run)
 

@@ -25,6 +25,7 @@ from switchgear_runtime.comm.transport import Transport
 from switchgear_runtime.cuda import small_steps
 from switchgear_runtime.cuda.small_steps import SmallSteps
 from switchgear_runtime.errors import TransportAborted, TransportTimeout
+from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision
 from switchgear_runtime.launched_step import DeviceLaunch
 from switchgear_runtime.messages import EndGeneration, Stop, Submit
@@ -243,3 +244,43 @@ def test_the_end_of_a_generation_ends_what_a_device_waits_for(lab: Lab) -> None:
     for inbox in cluster.inboxes:
         inbox.put(Stop())
     cluster.pump(lambda _: cluster._num_stopped == 2)
+
+
+def test_what_peers_map_is_let_go_of_and_freed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped, freed = set[int](), list[int]()
+    original_map, original_unmap, original_free = HostPeerMemory.map, HostPeerMemory.unmap, HostPeerMemory.free
+
+    def map_it(self: HostPeerMemory, handle: bytes, **given: Any) -> int:
+        address = original_map(self, handle, **given)
+        if given.get("writable"):
+            mapped.add(address)
+        return address
+
+    def unmap(self: HostPeerMemory, address: int) -> None:
+        original_unmap(self, address)
+        mapped.discard(address)
+
+    def free(self: HostPeerMemory, address: int) -> None:
+        assert not mapped, "freed while a peer maps it"
+        original_free(self, address)
+        freed.append(address)
+
+    for name, spy in (("map", map_it), ("unmap", unmap), ("free", free)):
+        monkeypatch.setattr(HostPeerMemory, name, spy)
+    runners = [make_runner(lab[0], rank=rank, world_size=2, device="twin", dtype="bfloat16") for rank in range(2)]
+
+    def generation(number: int) -> int:
+        before = len(freed)
+
+        def body(rank: int, transport: Transport) -> None:
+            descriptor = GenerationDescriptor(term=1, generation=number, world_size=2, epoch=0, channel="")
+            runners[rank].begin(transport, ExpertMap.contiguous(2, 8, 2), descriptor=descriptor)
+
+        run_ranks(2, body)
+        assert len(mapped) == 2
+        for runner in runners:
+            runner.leave()
+        assert not mapped  # though the next generation has not begun
+        return len(freed) - before
+
+    assert [generation(number) for number in (1, 2, 3)] == [0, 2, 2]
