@@ -366,12 +366,10 @@ class Controller:
     def _begin(self) -> list[Action]:
         if not self._term.held():
             return self._give_up(f"another controller took over from term {self._term.number}; this one steps down")
-        left_in = self._ranks.left_in(self._generation)
+        left_in = self._ranks.end(self._generation)
         self._generation += 1
         self._phase, self._deadline_s = "begun", self._system.now() + self._start_timeout_s
         self._faults, self._verdict, self._woken_step = [], None, None
-        for rank in self._ranks.members:
-            rank.entered, rank.parked_step, rank.faulted = False, None, False
         in_force = self._begin_with(len(self._ranks.members))
         self._descriptor = GenerationDescriptor(
             term=self._term.number,

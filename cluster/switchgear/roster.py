@@ -87,8 +87,11 @@ class Roster:
             return ()
         return tuple(hello.domain or hello.host for hello in hellos)
 
-    def left_in(self, generation: int) -> int | None:
-        """The earliest that a leaver was in last; of those that have left since `generation` began, that one."""
+    def end(self, generation: int) -> int | None:
+        """The next one begins: its members have yet to enter it. Returns the earliest that a leaver was in last, which of
+        those that left since then is `generation`."""
+        for life in self.members:
+            life.entered, life.parked_step, life.faulted = False, None, False
         leavers = [life for _, life in self.of("leaver")]
         for life in leavers:
             life.left_in = generation if life.left_in is None else life.left_in

@@ -8,7 +8,6 @@ current one. Experts already here are never read again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from switchgear_runtime.batch import Batch, FlatBatch
 from switchgear_runtime.comm.loopback import LoopbackTransport
 from switchgear_runtime.comm.shm import ShmTransport
 from switchgear_runtime.comm.transport import Transport
-from switchgear_runtime.config import LIBRARY_DISPATCHES, EngineConfig
+from switchgear_runtime.config import EngineConfig
 from switchgear_runtime.errors import ConfigError
 from switchgear_runtime.generation import GenerationDescriptor
 from switchgear_runtime.header import Decision
@@ -112,14 +111,9 @@ class ModelRunner:
             config.forced_routing, num_layers=spec.num_moe_layers, num_experts=spec.num_experts, top_k=spec.moe.top_k
         )
         self._forced_ids_LTK: NDArray[np.int32] | None = None
-        prices = self._backend.prices(self._store.expert_format)
-        if config.lent_expert_rows is not None:
-            prices = replace(prices, lent_expert_rows=config.lent_expert_rows)
-        self.replica_choice = ReplicaChoice(
-            config.replica_choice,
-            # A library that dispatches has room for every slot, and an expert that may be lent is one more.
-            0 if config.dispatch in LIBRARY_DISPATCHES else config.lending,
-            prices=prices,
+        self.replica_choice = ReplicaChoice.of(
+            config,
+            self._backend.prices(self._store.expert_format),
             num_experts=spec.num_experts,
             top_k=spec.moe.top_k,
         )

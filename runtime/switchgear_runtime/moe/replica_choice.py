@@ -9,11 +9,12 @@ Letters: L MoE layers, E logical experts, R ranks, S slots a rank has of one lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from switchgear_runtime.config import LIBRARY_DISPATCHES, EngineConfig
 from switchgear_runtime.moe.expert_map import ExpertMap
 from switchgear_runtime.moe.lent_experts import LentExperts
 from switchgear_runtime.moe.native_quotas import NativeQuotas
@@ -65,6 +66,15 @@ class ReplicaChoice:
         self.num_experts = num_experts
         self.top_k = top_k
         self.step = StepBalance()
+
+    @classmethod
+    def of(cls, config: EngineConfig, prices: StepPrices, *, num_experts: int, top_k: int) -> ReplicaChoice:
+        """`prices`: of the machine, where the settings name no others."""
+        if config.lent_expert_rows is not None:
+            prices = replace(prices, lent_expert_rows=config.lent_expert_rows)
+        # A library that dispatches has room for every slot, and an expert that may be lent is one more.
+        lending = 0 if config.dispatch in LIBRARY_DISPATCHES else config.lending
+        return cls(config.replica_choice, lending, prices=prices, num_experts=num_experts, top_k=top_k)
 
     @property
     def lends(self) -> bool:
