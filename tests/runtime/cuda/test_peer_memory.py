@@ -1,16 +1,19 @@
-"""CudaPeerMemory, over a CuPy that only notes its calls."""
+"""CudaPeerMemory, over a CuPy that only notes its calls, and a CuPy that is broken."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import invalidate_caches
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from switchgear_runtime.comm.peer_memory import IPC_BYTES, CudaPeerMemory
+from switchgear_runtime.comm import peer_memory
+from switchgear_runtime.comm.peer_memory import IPC_BYTES, CudaPeerMemory, has_cupy
 
 
 def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +51,20 @@ def test_a_gpus_memory_is_mapped_by_others_and_by_this_process_as_it_is(monkeypa
     assert calls == ["malloc", "get", "open", "close", "free"]
     opened[handle] = 88  # another process's, of the same bytes
     assert second.map(handle) == 88
+    monkeypatch.setattr(CudaPeerMemory, "mark", lambda _: lambda: False)
+    monkeypatch.setattr(peer_memory, "ZEROED_S", 0.0)
+    calls.clear()
+    with pytest.raises(TimeoutError, match="did not clear 100 bytes"):
+        first.allocate(100)
+    assert calls == ["malloc", "free"]
+
+
+def test_a_cupy_that_cannot_be_imported_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cupy.py").write_text("raise ImportError('of another CUDA')\n")
+    assert not has_cupy()
+    (tmp_path / "cupy.py").write_text("")
+    invalidate_caches()
+    assert has_cupy()
+    sys.modules.pop("cupy")
